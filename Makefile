@@ -1,0 +1,43 @@
+# make demo      fresh machine to certified network: environment, training, ONNX, certificates, plot
+# make test      environment, then the whole test suite
+# make check     ruff, mypy and the docs
+# make env       only the environment .venv that all of them use
+# With AUTO_LIRPA=PATH each of them uses a checkout of auto_LiRPA 0.7.x in place of the registry's 0.3.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+RUN := $(if $(AUTO_LIRPA),PYTHONPATH=$(abspath $(AUTO_LIRPA))$(if $(PYTHONPATH),:$(PYTHONPATH)),) $(BIN)/
+PYTEST_ARGS ?= -n 2
+
+.PHONY: env demo test check docs benchmark clean
+
+env: $(STAMP)
+
+# --no-deps: auto-LiRPA 0.3 pins a torch of 2022, onnx2torch and torchvision would replace the torch installed here.
+$(STAMP): setup.cfg setup.py Makefile
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-deps auto-LiRPA==0.3 onnx2torch==1.5.15 torchvision==0.28.0
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+demo: env
+	$(RUN)python examples/demo.py
+
+test: env
+	OMP_NUM_THREADS=1 $(RUN)python -m pytest $(PYTEST_ARGS) tests
+
+check: env docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: env
+	$(BIN)/python -m sphinx -W -q -b html docs docs/_build
+
+benchmark: env
+	OMP_NUM_THREADS=1 $(RUN)python benchmarks/bcp.py
+
+clean:
+	rm -rf $(VENV) build docs/_build demo_results *.egg-info

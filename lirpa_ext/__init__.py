@@ -1,0 +1,27 @@
+"""Certified robustness on auto_LiRPA: l2 balls and boxes propagated together, on any model it can trace."""
+
+from __future__ import annotations
+
+from ._version import __version__
+from .certify import certify
+from .engine import BoundedTensor
+from .lipschitz import lipschitz
+from .losses import certified_loss, worst_translated_logits
+from .module import BoundedModule
+from .patch import register, unregister
+from .perturbation import PerturbationLpNorm
+from .report import Report
+
+__all__ = [
+    "BoundedModule",
+    "BoundedTensor",
+    "PerturbationLpNorm",
+    "Report",
+    "__version__",
+    "certified_loss",
+    "certify",
+    "lipschitz",
+    "register",
+    "unregister",
+    "worst_translated_logits",
+]

@@ -1,0 +1,187 @@
+"""The backward pass of the ball-box bound: coefficient rows carried from the output to the input (DESIGN.md 4b)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import engine
+from .operators import flat_rows, flat_set
+from .perturbation import PerturbationLpNorm
+from .rules import State, adjoint_and_bias
+from .sets import BallBox
+from .support import ball_box_min, relu_ball_box_min
+
+
+@dataclass(frozen=True)
+class Part:
+    """The coordinates of a ReLU's input at which rows may be chosen.
+
+    All of them, or only the open ones, whose sign the box leaves open: the ReLU is linear in the others, which
+    then carry their rows on exactly and leave nothing to bound. The chosen rows cost time by their number.
+
+    Attributes:
+        set: Center (B, k), radius (B,), lower and upper corner (B, k) of the coordinates.
+        index: Their flat positions, (B, k), filled up with others where a sample has fewer; None for all.
+        exact: Slope of every coordinate that is not open, 0 or 1, (B, 1, n); None for all.
+    """
+
+    set: tuple[Tensor, Tensor, Tensor, Tensor]
+    index: Tensor | None = None
+    exact: Tensor | None = None
+
+    @classmethod
+    def open(cls, state: BallBox) -> Part:
+        """The open coordinates; their largest number in a sample is one scalar to the host."""
+        center, radius, lower, upper = flat_set(state)
+        is_open = (lower < 0) & (upper > 0)
+        index = is_open.to(torch.uint8).topk(max(int(is_open.sum(1).max()), 1), dim=1).indices
+        some = [values.gather(1, index) for values in (center, lower, upper)]
+        return cls((some[0], radius, some[1], some[2]), index, (lower >= 0).to(center).unsqueeze(1))
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Rows (B, S, n) at the coordinates, (B, S, k)."""
+        return rows if self.index is None else rows.gather(2, self._positions(rows))
+
+    def scatter(self, rows: Tensor, lam: Tensor) -> Tensor:
+        """`lam` (B, S, k) at the coordinates, and rows (B, S, n) times the exact slopes elsewhere."""
+        return lam if self.exact is None else (rows * self.exact).scatter(2, self._positions(rows), lam)
+
+    def _positions(self, rows: Tensor) -> Tensor:
+        assert self.index is not None
+        return self.index.unsqueeze(1).expand(-1, rows.shape[1], -1)
+
+
+# (node, rows a (B, S, k) at the coordinates, those) -> (rows lam (B, S, k), bound (B, S) on a.relu(v) - lam.v)
+Relax = Callable[[Any, Tensor, Part], tuple[Tensor, Tensor]]
+
+logger = logging.getLogger(__name__)
+
+RELU_CLASSES = ("BoundRelu", "BoundBallBoxRelu")
+
+
+class BackwardPass:
+    """min of C f over the perturbation set, from below, by one pass of coefficient rows through the graph.
+
+    At a ReLU, a.relu(v) >= lam.v + min over its input's set of (a.relu(v) - lam.v), for whatever rows lam the
+    caller chooses; linear nodes carry rows exactly; other activations take the engine's linear relaxation on
+    the box, and where it has none the rows end there, at the minimum over the node's own set; at the input the exact minimum of the rows over the perturbation set ends the chain. Each step is
+    an inequality that holds on the whole set, so the sum is a lower bound.
+
+    Args:
+        module: The graph, with the input set on it.
+        states: Sets of all nodes (`propagate(..., keep=True)`).
+        perturbations: Perturbation of each input node, default what the graph holds.
+        all_coordinates: Let rows be chosen at every coordinate of a ReLU, not at the open ones alone.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        states: dict[str, State],
+        perturbations: dict[str, PerturbationLpNorm] | None = None,
+        all_coordinates: bool = False,
+    ) -> None:
+        self.module = module
+        self.states = states
+        self.all_coordinates = all_coordinates
+        self.final = module.final_node()  # type: ignore[operator]
+        self.order = engine.ancestors_in_order(self.final)
+        self._parts: dict[str, Part] = {}
+        self.perturbations = perturbations or {
+            node.name: PerturbationLpNorm.of(node.perturbation)
+            for node in self.order
+            if node.perturbed and isinstance(node, engine.BoundInput)
+        }
+
+    def take(self, index: Tensor, all_coordinates: bool = False) -> BackwardPass:
+        """The same pass for some samples of the batch (an index may repeat)."""
+        states = {
+            name: state.take(index) if isinstance(state, BallBox) else state for name, state in self.states.items()
+        }
+        perturbations = {name: perturbation.take(index) for name, perturbation in self.perturbations.items()}
+        return BackwardPass(self.module, states, perturbations, all_coordinates)
+
+    def bound(self, C: Tensor, relax: Relax | None) -> Tensor:
+        """Lower bound of C f.
+
+        Args:
+            C: Rows, (B, S, outputs).
+            relax: What to do at a ReLU; None for lam = 0, which bounds all of a.relu(v) there.
+
+        Returns:
+            (B, S), differentiable in whatever `relax` depends on.
+        """
+        self._hand_bounds_to_engine()
+        output = self.states[self.final.name]
+        assert isinstance(output, BallBox)
+        start = C.transpose(0, 1).reshape(C.shape[1], C.shape[0], *output.center.shape[1:])
+        rows: dict[str, Tensor] = {self.final.name: start}
+        total = C.new_zeros(C.shape[1], C.shape[0])
+        for node in reversed(self.order):
+            a = rows.pop(node.name, None)
+            if a is None:
+                continue
+            if not node.perturbed:
+                total = total + node.get_bias(a, self.states[node.name])
+            elif isinstance(node, engine.BoundInput):
+                center = self.states[node.name].center  # type: ignore[union-attr]
+                total = total + self.perturbations[node.name].minimum(flat_rows(a), center).t()
+            else:
+                passed, bias = self._step(node, a, relax)
+                total = total + bias
+                for parent, coefficients in zip(node.inputs, passed, strict=False):
+                    if coefficients is not None:
+                        known = rows.get(parent.name)
+                        rows[parent.name] = coefficients if known is None else known + coefficients
+        return total.t()
+
+    def _step(self, node: Any, a: Tensor, relax: Relax | None) -> tuple[list[Tensor | None], Tensor]:
+        """Rows of the node's inputs, and the bound on what they leave out."""
+        name = type(node).__name__
+        if name in RELU_CLASSES:
+            return self._relu(node, a, relax)
+        inputs = [self.states[parent.name] for parent in node.inputs]
+        affine = adjoint_and_bias(node, inputs, a)
+        if affine is not None:
+            return affine
+        try:
+            pairs, bias, _ = engine.bound_backward(node, a, self.final)
+            passed = [pair[0] for pair in pairs]
+            bias = torch.as_tensor(bias, dtype=a.dtype, device=a.device).expand(a.shape[:2])
+            for coefficients, state in zip(passed, inputs, strict=False):
+                if isinstance(state, BallBox) and coefficients.shape != (*a.shape[:2], *state.center.shape[1:]):
+                    raise ValueError(f"rows of shape {tuple(coefficients.shape)}")
+            return passed, bias
+        except Exception as error:  # the engine raises whatever comes, and some of its shapes are wrong
+            logger.debug("no backward bound of %s (%s): %s; stopping there", node.name, name, error)
+            output = self.states[node.name]
+            assert isinstance(output, BallBox)
+            return [], ball_box_min(flat_rows(a), *flat_set(output)).t()
+
+    def _relu(self, node: Any, a: Tensor, relax: Relax | None) -> tuple[list[Tensor | None], Tensor]:
+        state = self.states[node.inputs[0].name]
+        assert isinstance(state, BallBox)
+        rows = flat_rows(a)
+        if relax is None:
+            bias, _ = relu_ball_box_min(rows, torch.zeros_like(rows), *flat_set(state))
+            return [None], bias.t()
+        part = self._parts.get(node.name)
+        if part is None:
+            part = self._parts[node.name] = Part(flat_set(state)) if self.all_coordinates else Part.open(state)
+        lam, bias = relax(node, part.gather(rows), part)
+        return [part.scatter(rows, lam).transpose(0, 1).view_as(a)], bias.t()
+
+    def _hand_bounds_to_engine(self) -> None:
+        """The engine's relaxations read the bounds off the nodes."""
+        for node in self.order:
+            state = self.states[node.name]
+            lower, upper = state.box() if isinstance(state, BallBox) else (state, state)
+            engine.set_bounds(node, lower, upper)
+            if not isinstance(state, BallBox) and not node.inputs:
+                object.__setattr__(node, "value", state)

@@ -1,0 +1,291 @@
+"""The seam to auto_LiRPA: the only module that touches the engine's internals.
+
+Works with auto_LiRPA 0.3 (the registry's only release) and 0.7.x (upstream's repository). Everything that
+differs between the two, and everything that today's torch no longer offers to the older one, is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import torch
+import torch.onnx.symbolic_helper
+from torch import Tensor, nn
+
+from .errors import EngineError
+
+INSTALL_COMMAND = "pip install --no-deps auto-LiRPA==0.3 && pip install appdirs graphviz ninja packaging pyyaml tqdm"
+
+
+def _bridge_torch_and_numpy() -> None:
+    """Give the engine the three names of older torch and numpy that it imports; replace nothing that exists."""
+    try:
+        importlib.import_module("numpy.lib.arraysetops")
+    except ImportError:
+        module = types.ModuleType("numpy.lib.arraysetops")
+        module.isin = np.isin  # type: ignore[attr-defined]
+        sys.modules["numpy.lib.arraysetops"] = module
+    if not hasattr(torch.onnx.symbolic_helper, "_set_opset_version"):
+        exporter_globals = importlib.import_module("torch.onnx._internal.torchscript_exporter._globals").GLOBALS
+
+        def set_opset_version(version: int) -> None:
+            exporter_globals.export_onnx_opset_version = version
+
+        torch.onnx.symbolic_helper._set_opset_version = set_opset_version  # type: ignore[attr-defined]
+    if not hasattr(torch._C.Node, "__getitem__"):
+        torch._C.Node.__getitem__ = lambda node, key: getattr(node, node.kindOf(key))(key)  # type: ignore
+    for opset in range(11, 21):  # torch registers only the opsets that were imported
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"torch.onnx.symbolic_opset{opset}")
+
+
+def _import_engine() -> Any:
+    _bridge_torch_and_numpy()
+    try:
+        with warnings.catch_warnings():  # the engine sets a global filter on import
+            return importlib.import_module("auto_LiRPA")
+    except ImportError as error:
+        raise EngineError(
+            f"lirpa_ext needs the auto_LiRPA engine, which could not be imported ({error}). Install it with:\n"
+            f"    {INSTALL_COMMAND}\n"
+            "(--no-deps: its own pins exclude every current torch), or put a checkout of auto_LiRPA 0.7.x on "
+            "the PYTHONPATH."
+        ) from error
+
+
+auto_LiRPA = _import_engine()
+bound_general = importlib.import_module("auto_LiRPA.bound_general")
+bound_ops = importlib.import_module("auto_LiRPA.bound_ops")
+_perturbations = importlib.import_module("auto_LiRPA.perturbations")
+_linear_bound = importlib.import_module("auto_LiRPA.linear_bound")
+_patches = importlib.import_module("auto_LiRPA.patches")
+_utils = importlib.import_module("auto_LiRPA.utils")
+
+EngineBoundedModule = auto_LiRPA.BoundedModule
+BoundedTensor = auto_LiRPA.BoundedTensor
+EnginePerturbationLpNorm = auto_LiRPA.PerturbationLpNorm
+Bound = bound_ops.Bound
+BoundInput = bound_ops.BoundInput
+BoundParams = bound_ops.BoundParams
+BoundBuffers = bound_ops.BoundBuffers
+BoundRelu = bound_ops.BoundRelu
+BoundLinear = bound_ops.BoundLinear
+BoundConv = bound_ops.BoundConv
+Interval = bound_ops.Interval
+LinearBound = _linear_bound.LinearBound
+Patches = _patches.Patches
+eyeC = _utils.eyeC
+OneHotC = getattr(_utils, "OneHotC", ())
+register_custom_op = importlib.import_module("auto_LiRPA.bound_op_map").register_custom_op
+unregister_custom_op = importlib.import_module("auto_LiRPA.bound_op_map").unregister_custom_op
+
+# 0.7 renamed `root_name` to `root_names`, `_set_input` to `set_input`, and made bounds properties of a node.
+IS_LEGACY = not hasattr(EngineBoundedModule, "set_input")
+
+ENGINE_METHODS = frozenset(
+    {
+        "ibp", "ibp+backward", "ibp+crown", "crown-ibp", "crown", "backward", "forward", "forward+backward",
+        "forward+crown", "crown-optimized", "alpha-crown", "forward-optimized", "dynamic-forward",
+        "dynamic-forward+backward", "dynamic-forward+crown",
+    }
+)  # fmt: skip
+
+OPTIMIZED_METHODS = frozenset({"crown-optimized", "alpha-crown", "forward-optimized"})
+
+
+def engine_version() -> str:
+    """Version of the engine in use, e.g. ``"0.7.1"``."""
+    version = getattr(auto_LiRPA, "__version__", None)
+    return version or importlib.metadata.version("auto-LiRPA")
+
+
+def patches_to_matrix(patches: Any, input_shape: torch.Size) -> Tensor:
+    """The engine's convolutional coefficients (its "patches") as a matrix, (B, S, C, H, W)."""
+    return _patches.patches_to_matrix(
+        patches.patches, input_shape, patches.stride, patches.padding, patches.output_shape, patches.unstable_idx
+    )
+
+
+# --- the graph -----------------------------------------------------------------------------------------------
+
+
+def set_input(module: nn.Module, *x: Tensor) -> None:
+    """Put the inputs on the graph's roots and mark which nodes they perturb; drops what the last call left."""
+    (module._set_input if IS_LEGACY else module.set_input)(*x)  # type: ignore[operator]
+
+
+def ancestors_in_order(node: Any) -> list[Any]:
+    """All nodes that `node` depends on and itself, inputs before users (0.7's own order is not topological)."""
+    order: list[Any] = []
+    seen: set[int] = set()
+    stack = [(node, False)]
+    while stack:
+        current, expanded = stack.pop()
+        if expanded:
+            order.append(current)
+        elif id(current) not in seen:
+            seen.add(id(current))
+            stack.append((current, True))
+            stack.extend((parent, False) for parent in current.inputs)
+    return order
+
+
+def constant(node: Any) -> Tensor:
+    """Value of a node that does not depend on a perturbed input (a weight, a shape, a constant)."""
+    value = getattr(node, "forward_value", None)
+    if value is None:
+        value = node.forward(*[constant(parent) for parent in node.inputs])
+    return value if isinstance(value, Tensor) else torch.tensor(value)
+
+
+def free_graphs(module: nn.Module, keep_bounds: bool = False) -> None:
+    """Drop the tensors that the engine leaves on its nodes, and with them the autograd graphs they hold.
+
+    Args:
+        module: The graph.
+        keep_bounds: Keep the nodes' bounds, detached, for those who read them after a call.
+    """
+    for node in module._modules.values():
+        for name in ("interval", "forward_value", "lA", "uA", "linear", "lower_d", "d", "upper_k", "x", "y", "ball"):
+            if name in node.__dict__ or name in node._parameters:
+                delattr(node, name)
+        for name in ("lower", "upper"):
+            bound = getattr(node, name, None)
+            if not isinstance(bound, Tensor):
+                continue
+            if keep_bounds:
+                setattr(node, name, bound.detach())
+            elif IS_LEGACY:  # which asks for hasattr
+                delattr(node, name)
+            else:
+                setattr(node, name, None)
+
+
+def bound_backward(node: Any, rows: Tensor, start: Any) -> Any:
+    """The node's backward bound for the lower side: ([(rows of input, None), ...], bias, 0).
+
+    Args:
+        node: The node; the bounds of its inputs are on them (`set_bounds`).
+        rows: Coefficients of its output, (S, B, ...).
+        start: The node that the pass started from.
+    """
+    if not IS_LEGACY:
+        return node.bound_backward(
+            rows, None, *node.inputs, start_node=start, unstable_idx=None, start_shape=rows.shape[:1]
+        )
+    if isinstance(node, bound_ops.BoundOptimizableActivation):
+        return node.bound_backward(rows, None, *node.inputs, start_shape=rows.shape[0], start_node=start)
+    return node.bound_backward(rows, None, *node.inputs)
+
+
+def get_bounds(node: Any) -> tuple[Tensor, Tensor] | None:
+    """Bounds that the engine last stored on a node, or None."""
+    lower, upper = getattr(node, "lower", None), getattr(node, "upper", None)
+    return None if lower is None or upper is None else (lower, upper)
+
+
+def set_bounds(node: Any, lower: Tensor, upper: Tensor) -> None:
+    """Hand bounds to the engine's relaxations, differentiably (its own argument for them detaches)."""
+    node.lower, node.upper = lower, upper
+    node.interval = (lower, upper)
+
+
+def learn_relu(module: nn.Module, relu: type) -> None:
+    """0.3 keeps an exact-type list of nodes whose intermediate bounds come from IBP."""
+    if IS_LEGACY and relu not in module.ibp_intermediate:
+        module.ibp_intermediate.append(relu)  # type: ignore[union-attr, operator]
+
+
+# --- live parameters -----------------------------------------------------------------------------------------
+
+
+class LiveParams(BoundParams):
+    """A parameter node that reads the user's own tensor and never touches its `requires_grad`."""
+
+    live: Tensor
+
+    def forward(self) -> Tensor:
+        return self.live
+
+
+class LiveBuffers(BoundBuffers):
+    """A buffer node that reads the user's own tensor: the engine works on a clone made when it was built.
+
+    Serves batch norm's running statistics, and weights computed by a parametrization (spectral norm, weight
+    norm), through which gradients then reach the original parameters.
+    """
+
+    live: Tensor
+
+    def forward(self) -> Tensor:
+        return self.live
+
+
+def make_live(module: nn.Module, model: nn.Module) -> list[tuple[Any, Callable[[], Tensor]]]:
+    """Turn every parameter and buffer node into a reader of `model`'s tensor of the same name.
+
+    Returns:
+        (node, reader) pairs for `refresh`, to be called at the start of each computation.
+    """
+    readers: list[tuple[Any, Callable[[], Tensor]]] = []
+    for node in module._modules.values():
+        if isinstance(node, BoundParams):
+            node.__class__ = LiveParams
+        elif isinstance(node, BoundBuffers):
+            node.__class__ = LiveBuffers
+        else:
+            continue
+        get = attrgetter(node.ori_name)
+
+        def read(get: Callable[[nn.Module], Tensor] = get) -> Tensor:
+            return get(model)
+
+        readers.append((node, read))
+    refresh(readers)
+    return readers
+
+
+def refresh(readers: list[tuple[Any, Callable[[], Tensor]]], detach: bool = False) -> None:
+    """Read the user's tensors once, so that one computation sees one value of each."""
+    for node, read in readers:
+        value = read()
+        object.__setattr__(
+            node, "live", value if not detach or value.is_leaf else value.detach()
+        )  # not nn.Module's, which would register a parameter
+
+
+# --- what the engine must not change -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Restore `requires_grad` of every parameter and train/eval mode of every submodule on exit."""
+    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in grads:
+            parameter.requires_grad_(requires_grad)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """torch's default dtype for a while: the engine makes some of its tensors without saying which."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype if dtype.is_floating_point else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,66 @@
+"""Exceptions of the package: each names the cause and the next step."""
+
+from __future__ import annotations
+
+__all__ = [
+    "DataError",
+    "EngineError",
+    "EstimateError",
+    "InvalidInputError",
+    "LirpaExtError",
+    "OptionError",
+    "RegistrationError",
+    "ResultsError",
+    "TraceError",
+    "TrainModeError",
+    "UnknownMethodError",
+    "UnsupportedNodeError",
+]
+
+
+class LirpaExtError(Exception):
+    """Base class of every exception raised on purpose by this package."""
+
+
+class EngineError(LirpaExtError, ImportError):
+    """The engine (auto_LiRPA) is missing or of a version that the package does not know."""
+
+
+class InvalidInputError(LirpaExtError, ValueError):
+    """An argument has a wrong shape, range or value (negative eps, NaN image, label out of range)."""
+
+
+class OptionError(LirpaExtError, TypeError):
+    """A method was given an option that it does not have, or of the wrong type."""
+
+
+class UnknownMethodError(LirpaExtError, ValueError):
+    """No bound method of that name is registered."""
+
+
+class RegistrationError(LirpaExtError, ValueError):
+    """A method or rule of that name exists already."""
+
+
+class TraceError(LirpaExtError, RuntimeError):
+    """The engine cannot turn the model into a graph."""
+
+
+class TrainModeError(LirpaExtError, RuntimeError):
+    """The model is in a mode in which its function is not fixed (train-mode batch norm)."""
+
+
+class UnsupportedNodeError(LirpaExtError, NotImplementedError):
+    """Neither a rule of the package nor the engine can bound a node."""
+
+
+class EstimateError(LirpaExtError, TypeError):
+    """An estimate (power iteration) was given where only a bound is sound."""
+
+
+class DataError(LirpaExtError, ValueError):
+    """A data set, checkpoint or ONNX file cannot be read, is empty or does not fit the model."""
+
+
+class ResultsError(LirpaExtError, ValueError):
+    """A results file is corrupt, or belongs to another model, data set or configuration."""

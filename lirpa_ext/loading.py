@@ -1,0 +1,212 @@
+"""Models from files: ONNX, checkpoints of this package, state dicts. Nothing untrusted is unpickled."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pickle
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DataError
+
+_OWN = "lirpa_ext."
+_KEYS = {"architecture", "kwargs", "state_dict"}
+
+
+class Normalization(nn.Module):
+    """(x - mean) / std for each channel, inside of the model, so that eps is in units of the raw image.
+
+    Args:
+        mean: One number for each channel (axis 1), or one for all.
+        std: Likewise, positive.
+        dims: Number of axes of the input with the batch, default 4.
+
+    Raises:
+        DataError: A std that is not positive, or numbers that do not pair up.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: list[float], std: list[float], dims: int = 4) -> None:
+        super().__init__()
+        shape = (1, -1, *[1] * (dims - 2))
+        if not mean or len(mean) != len(std) or not all(value > 0 for value in std):
+            raise DataError(f"mean and std must be as many numbers each, std positive; got {mean} and {std}")
+        self.register_buffer("mean", torch.tensor(mean).view(shape))
+        self.register_buffer("std", torch.tensor(std).view(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def save_model(model: nn.Module, path: str | Path, architecture: str, **kwargs: Any) -> None:
+    """Save a checkpoint that `load_model` can open: the state dict, and how to build the model that it fits.
+
+    Args:
+        model: The model.
+        path: Where to.
+        architecture: ``package.module:callable``; ``callable(**kwargs)`` builds a model of the same shape.
+        **kwargs: Plain values for it.
+
+    Raises:
+        DataError: The architecture cannot be built, or the state dict does not fit it.
+    """
+    state = model.state_dict()
+    _fill(_build(architecture, kwargs), state, architecture)
+    torch.save({"architecture": architecture, "kwargs": kwargs, "state_dict": state}, path)
+
+
+def load_model(path: str | Path, architecture: str | None = None, trust: bool = False) -> nn.Module:
+    """Load a model, in eval mode.
+
+    Args:
+        path: A ``.onnx`` file that onnx2torch converts as it is, a checkpoint of `save_model`, or a state
+            dict.
+        architecture: ``package.module:callable`` that builds the model of a state dict; it takes precedence
+            over the one that a checkpoint names.
+        trust: Believe the file: unpickle a whole module, build whatever architecture the checkpoint names.
+            Both can run any code, so only for files of your own.
+
+    Returns:
+        The model.
+
+    Raises:
+        DataError: The file is missing, truncated, not convertible, or needs `architecture` or `trust`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
+    if path.suffix == ".onnx":
+        return _load_onnx(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        if trust:
+            raise _corrupt(path, error) from error
+        raise DataError(
+            f"{path} is no plain checkpoint: it is corrupt, or holds pickled objects such as a whole module. "
+            "Save it by lirpa_ext.loading.save_model, or pass trust (--trust) if the file is your own. "
+            f"({_describe(error)})"
+        ) from error
+    except Exception as error:  # zip, pickle and torch raise whatever comes on a truncated file
+        raise _corrupt(path, error) from error
+    if isinstance(content, nn.Module):
+        return content.eval()
+    if not isinstance(content, Mapping):
+        raise DataError(f"{path} holds a {type(content).__name__}; expected a checkpoint or a state dict")
+    return _from_checkpoint(path, content, architecture, trust)
+
+
+def _from_checkpoint(path: Path, content: Mapping[str, Any], architecture: str | None, trust: bool) -> nn.Module:
+    ours = content.keys() >= _KEYS
+    state = content.get("state_dict", content)
+    named = content["architecture"] if ours else None
+    if architecture is None and named is None:
+        raise DataError(f"{path} is a state dict: say what it fits by --arch package.module:callable")
+    if architecture is None and not trust and not str(named).startswith(_OWN):
+        raise DataError(
+            f"{path} asks to build {named!r}, and a file that is not trusted may name any code: if you know "
+            f"it, pass --arch {named}, or --trust"
+        )
+    kwargs = content["kwargs"] if ours and architecture in (None, named) else {}
+    name = architecture or str(named)
+    return _fill(_build(name, kwargs), state, name).eval()
+
+
+def _build(architecture: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    module, _, name = architecture.partition(":")
+    try:
+        model = getattr(importlib.import_module(module), name)(**kwargs)
+    except Exception as error:  # a user's code
+        raise DataError(
+            f"architecture {architecture!r} cannot be built: {type(error).__name__}: {error}. It must be "
+            "package.module:callable, and the callable must return a torch module."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise DataError(f"architecture {architecture!r} gave a {type(model).__name__}, not a torch module")
+    return model
+
+
+def _fill(model: nn.Module, state: Mapping[str, Any], architecture: str) -> nn.Module:
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise DataError(f"the state dict does not fit {architecture!r}: {error}") from error
+    return model
+
+
+def _corrupt(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is truncated or no checkpoint: {_describe(error)}")
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+# --- ONNX ---
+
+
+def _load_onnx(path: Path) -> nn.Module:
+    try:
+        import onnx
+
+        with _torchvision():
+            from onnx2torch import convert
+    except ImportError as error:
+        raise DataError(
+            f"ONNX files need two packages ({error}): pip install onnx && pip install --no-deps onnx2torch"
+        ) from error
+    try:
+        proto = onnx.load(path)
+        if not (proto.graph.node and proto.opset_import):
+            raise ValueError("it has no graph, or no opset")
+    except Exception as error:  # protobuf and onnx raise whatever comes on a truncated file
+        raise DataError(f"{path} is truncated, or no valid ONNX file: {_describe(error)}") from error
+    try:
+        return convert(proto).eval()
+    except Exception as error:  # onnx2torch has no exception of its own
+        opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), "unknown")
+        raise DataError(
+            f"onnx2torch does not convert {path} (opset {opset}): {_describe(error)}. Exporting "
+            "with opset 17 or lower often helps."
+        ) from error
+
+
+@contextlib.contextmanager
+def _torchvision() -> Iterator[None]:
+    """Let onnx2torch be imported where torchvision cannot, being absent or built for another torch.
+
+    onnx2torch needs it for two operators of object detectors alone. A placeholder stands in during that import
+    and is gone after it; a network that has one of those operators gets the cause as its error.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError, OSError) as error:
+        cause = f"torchvision cannot be imported ({error}); install the build that goes with your torch"
+    else:
+        yield
+        return
+
+    def missing(*_: Any, **__: Any) -> Any:
+        raise ImportError(cause)
+
+    package, ops = types.ModuleType("torchvision"), types.ModuleType("torchvision.ops")
+    package.ops = ops  # type: ignore[attr-defined]
+    for name in ("box_convert", "nms", "roi_align"):
+        setattr(ops, name, missing)
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "torchvision"}
+    sys.modules |= {"torchvision": package, "torchvision.ops": ops}
+    try:
+        yield
+    finally:
+        for name in ("torchvision", "torchvision.ops"):
+            del sys.modules[name]
+        sys.modules |= before

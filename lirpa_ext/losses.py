@@ -1,0 +1,104 @@
+"""Losses of certified training: cross entropy of the clean and of the worst-translated logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .engine import BoundedTensor
+from .errors import InvalidInputError
+from .module import BoundedModule
+from .perturbation import PerturbationLpNorm
+from .specifications import check_labels, margin_rows
+
+__all__ = ["certified_loss", "worst_translated_logits"]
+
+
+def worst_translated_logits(
+    bounded: BoundedModule,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor,
+    norm: float = 2,
+    method: str = "bcp",
+    x_L: float | Tensor | None = None,
+    x_U: float | Tensor | None = None,
+    *,
+    logits: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Logits of the worst case of each class on its own, z + t with t_m = (z_y - z_m) - min (zeta_y - zeta_m).
+
+    Definition 3.1.1 of S. Lee's dissertation (2021); the minimum is over the method's outer bound, which makes
+    entry m equal to z_y minus the lower bound of margin m, and entry y equal to z_y. Their cross entropy is at
+    least that of f(x') for every admissible x' (Proposition 3.1.1), if the method's bound is one: with
+    ``norms="estimate"``, for training, it is none.
+
+    Args:
+        bounded: The classifier's graph, (B, ...) -> (B, classes).
+        x: Inputs, (B, ...).
+        y: Labels, (B,).
+        eps: Radius in units of the input, one number or (B,).
+        norm: p of the lp ball, default 2.
+        method: Any method of `BoundedModule.compute_bounds`, default "bcp".
+        x_L: Lower end of the data range, default none.
+        x_U: Upper end, default none.
+        logits: Clean logits of x, (B, classes), if at hand: saves a forward pass.
+        **options: Options of the method.
+
+    Returns:
+        (B, classes), differentiable in the model's parameters.
+
+    Raises:
+        InvalidInputError: Labels that are no class; eps, range or x as in `BoundedModule.compute_bounds`.
+
+    Example:
+        >>> from lirpa_ext import BoundedModule
+        >>> model, x, y = torch.nn.Linear(2, 2), torch.tensor([[1.0, 0.0]]), torch.tensor([0])
+        >>> model.weight.data, model.bias.data = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.zeros(2)
+        >>> worst_translated_logits(BoundedModule(model, x), x, y, eps=0.1).detach()
+        tensor([[3.0000, 0.5000]])
+    """
+    if logits is None:
+        logits = bounded.source(x)
+    if logits.dim() != 2 or len(logits) != len(x):
+        raise InvalidInputError(f"logits must be ({len(x)}, classes), got {tuple(logits.shape)}")
+    if y.shape != (len(x),):
+        raise InvalidInputError(f"there are {len(x)} inputs, and labels of shape {tuple(y.shape)}")
+    rows = margin_rows(y, logits.shape[1], x.dtype, x.device)
+    perturbed = BoundedTensor(x, PerturbationLpNorm(eps, norm, x_L, x_U))
+    worst_margins, _ = bounded.compute_bounds(x=(perturbed,), C=rows, method=method, bound_upper=False, **options)
+    # The label's own margin, 0, goes back to its place among the others, which are in order of the class.
+    own = logits.gather(1, y.to(logits.device, torch.long).unsqueeze(1))
+    label = functional.one_hot(y.long(), logits.shape[1]).bool().to(logits.device)
+    return own - torch.zeros_like(logits).masked_scatter(~label, worst_margins)
+
+
+def certified_loss(logits: Tensor, worst_logits: Tensor, y: Tensor, weight: float) -> Tensor:
+    """(1 - weight) CE(logits, y) + weight CE(worst_logits, y), equation (3.2.13): `weight` is of the robust part.
+
+    Args:
+        logits: Clean logits, (B, classes).
+        worst_logits: Worst-translated logits, (B, classes).
+        y: Labels, (B,).
+        weight: In [0, 1].
+
+    Returns:
+        Mean over the batch, 0-dim.
+
+    Raises:
+        InvalidInputError: `weight` is outside of [0, 1], or a label is no class.
+
+    Example:
+        >>> clean, worst = torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0, 2.0]])
+        >>> certified_loss(clean, worst, torch.tensor([0]), weight=1.0)
+        tensor(0.6931)
+    """
+    if not 0 <= weight <= 1:
+        raise InvalidInputError(f"weight is the share of the robust loss and lies in [0, 1], got {weight}")
+    check_labels(y, logits.shape[1])
+    clean, worst = (functional.cross_entropy(values, y.long()) for values in (logits, worst_logits))
+    return (1 - weight) * clean + weight * worst

@@ -1,0 +1,28 @@
+"""Bound methods: a table from name to function. `base` says what one is; each further file is one method."""
+
+from . import bcp, bcp_crown  # noqa: F401  (they fill the table)
+from .base import (
+    METHODS,
+    Bounds,
+    Method,
+    Problem,
+    check_options,
+    check_specification,
+    find_method,
+    known_methods,
+    register_method,
+)
+from .run import run_method
+
+__all__ = [
+    "METHODS",
+    "Bounds",
+    "Method",
+    "Problem",
+    "check_options",
+    "check_specification",
+    "find_method",
+    "known_methods",
+    "register_method",
+    "run_method",
+]

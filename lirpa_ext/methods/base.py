@@ -1,0 +1,138 @@
+"""What a bound method is, and the table of methods."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import engine
+from ..errors import InvalidInputError, OptionError, RegistrationError, UnknownMethodError
+from ..norms import NormCache, PowerIteration
+from ..perturbation import PerturbationLpNorm
+from ..propagation import propagate
+from ..rules import Context, State
+from ..sets import BallBox
+
+Bounds = tuple[Tensor | None, Tensor | None]
+
+
+@dataclass
+class Problem:
+    """What a method is asked: bounds of C f(x') for every x' in the perturbation set.
+
+    Attributes:
+        module: The graph, with the input set on it.
+        C: Specification rows, (B, S, c) or (1, S, c), or None for the outputs themselves.
+        lower: Whether the lower side is asked.
+        upper: Whether the upper side is asked.
+        cache: Norm bounds of this module.
+        power_iterations: Power iterations of this module.
+        training: Whether the model is in training mode.
+    """
+
+    module: nn.Module
+    C: Tensor | None
+    lower: bool
+    upper: bool
+    cache: NormCache
+    power_iterations: dict[str, PowerIteration]
+    training: bool
+
+    @property
+    def final(self) -> Any:
+        """The graph's output node."""
+        return self.module.final_node()  # type: ignore[operator]
+
+    def context(self, norms: str = "bound", **switches: Any) -> Context:
+        """Context of a propagation; `norms` is "bound" (sound) or "estimate" (training)."""
+        if norms not in ("bound", "estimate"):
+            raise OptionError(f'norms must be "bound" (sound) or "estimate" (power iteration), got {norms!r}')
+        return Context(
+            self.cache, self.power_iterations, estimate=norms == "estimate", training=self.training, **switches
+        )
+
+    def propagate(self, context: Context, keep: bool = False) -> dict[str, State]:
+        """Sets of the nodes; the report of fallbacks and norms stays on the module for the user to see."""
+        states = propagate(self.module, context, keep)
+        object.__setattr__(self.module, "last_context", context)
+        return states
+
+    def both_sides(self, minimum: Callable[[Tensor | None, int], Tensor]) -> Bounds:
+        """The asked sides, each as a minimum: min C f, and max C f = -min -C f."""
+        lower = minimum(self.C, 1) if self.lower else None
+        upper = -minimum(self.C if self.C is None else -self.C, -1) if self.upper else None
+        return lower, upper
+
+
+Method = Callable[..., Bounds]
+METHODS: dict[str, Method] = {}
+
+
+def register_method(name: str, function: Method, overwrite: bool = False) -> None:
+    """Add a bound method, to be used as ``compute_bounds(method=name)``.
+
+    Args:
+        name: Name of the method; lower case.
+        function: ``function(problem, *, option=default, ...) -> (lower, upper)``; a side that was not asked is
+            None. Its keyword-only arguments are the method's options.
+        overwrite: Replace a method that exists.
+
+    Raises:
+        RegistrationError: The name is taken, by the engine or here, or is not lower case.
+    """
+    if name != name.lower():
+        raise RegistrationError(f"method names are lower case, got {name!r}")
+    if name in engine.ENGINE_METHODS:
+        raise RegistrationError(f"{name!r} is a method of the engine")
+    if name in METHODS and not overwrite:
+        raise RegistrationError(f"method {name!r} exists already; pass overwrite=True to replace it")
+    METHODS[name] = function
+
+
+def known_methods() -> list[str]:
+    """Names of all methods, this package's and the engine's."""
+    return sorted(METHODS) + sorted(engine.ENGINE_METHODS)
+
+
+def find_method(name: str) -> Method:
+    """Method of that name, case aside.
+
+    Raises:
+        UnknownMethodError: Neither the package nor the engine has one.
+    """
+    try:
+        return METHODS[name.lower()]
+    except (KeyError, AttributeError):
+        raise UnknownMethodError(f"unknown method {name!r}; known are {', '.join(known_methods())}") from None
+
+
+def check_options(name: str, method: Method, options: dict[str, Any]) -> None:
+    """Raise OptionError unless the method has every option."""
+    known = [p.name for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise OptionError(f"method {name!r} has no option {unknown[0]!r}; its options are {', '.join(known) or 'none'}")
+
+
+def check_specification(C: Tensor, batch: int, outputs: int) -> None:
+    """Raise InvalidInputError unless C has shape (B or 1, S, outputs) and no NaN."""
+    if C.dim() != 3 or C.shape[0] not in (1, batch) or C.shape[2] != outputs:
+        raise InvalidInputError(
+            f"C has shape {tuple(C.shape)}; it must be ({batch}, rows, {outputs}): one row of coefficients of the "
+            f"{outputs} outputs for each specification"
+        )
+    if not torch.isfinite(C).all():
+        raise InvalidInputError("C has NaN or infinite entries")
+
+
+def set_of(state: State) -> BallBox:
+    """The set of a node that may be constant."""
+    return state if isinstance(state, BallBox) else BallBox.point(state)
+
+
+__all__ = ["METHODS", "Bounds", "Method", "PerturbationLpNorm", "Problem", "register_method"]

@@ -1,0 +1,58 @@
+"""Running a method of the package on a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import engine
+from ..errors import InvalidInputError, OptionError
+from ..norms import NormCache, PowerIteration
+from .base import Bounds, Problem, check_options, check_specification, find_method
+
+
+def run_method(
+    module: nn.Module,
+    method: str,
+    inputs: tuple[Tensor, ...],
+    C: Tensor | None,
+    bound_lower: bool,
+    bound_upper: bool,
+    options: dict[str, Any],
+    cache: NormCache,
+    power_iterations: dict[str, PowerIteration],
+    training: bool,
+) -> Bounds:
+    """Run one of the package's methods on a graph of ours or of the engine's, and free what it leaves there.
+
+    Args:
+        module: The graph.
+        method: Name of the method.
+        inputs: Inputs, at least one a `BoundedTensor`.
+        C: Specification rows or None.
+        bound_lower: Whether the lower side is asked.
+        bound_upper: Whether the upper side is asked.
+        options: Options of the method.
+        cache: Norm bounds of the module.
+        power_iterations: Power iterations of the module.
+        training: Whether they may move.
+
+    Returns:
+        (lower, upper).
+    """
+    function = find_method(method)
+    check_options(method, function, options)
+    if not bound_lower and not bound_upper:
+        raise OptionError("at least one of bound_lower and bound_upper must be True")
+    if not any(getattr(x, "ptb", None) is not None for x in inputs):
+        raise InvalidInputError("no input is perturbed: wrap it in BoundedTensor(x, PerturbationLpNorm(...))")
+    try:
+        engine.set_input(module, *inputs)
+        if C is not None:
+            outputs = module.final_node().output_shape[1:].numel()  # type: ignore[operator]
+            check_specification(C, len(inputs[0]), outputs)
+        problem = Problem(module, C, bound_lower, bound_upper, cache, power_iterations, training)
+        return function(problem, **options)
+    finally:
+        engine.free_graphs(module)

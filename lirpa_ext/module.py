@@ -1,0 +1,286 @@
+"""BoundedModule: the engine's, made sound for l2, with this package's methods."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import engine
+from .errors import OptionError, TraceError
+from .methods import check_options, find_method, run_method
+from .norms import NormCache, PowerIteration
+from .operators import BoundBallBoxRelu, BoundPowerIteration
+from .repairs import CUSTOM_OPS
+from .rules.linear import power_iterable
+from .tracing import as_tuple, check_inputs, check_mode, plain, traceable_copy, with_our_perturbation
+
+# Its sparse bounds of convolutions are wrong in shape there (0.3).
+_MATRIX_MODE = {
+    "conv_mode": "matrix", "sparse_intermediate_bounds": False, "sparse_conv_intermediate_bounds": False,
+    "sparse_features_alpha": False, "sparse_spec_alpha": False,
+}  # fmt: skip
+
+
+class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
+    """A torch model whose outputs can be bounded over a set of perturbed inputs.
+
+    The engine's BoundedModule with more: the methods of this package beside the engine's own, bounds that hold
+    for l2 whatever the first op is, per-sample eps, parametrized layers (spectral and weight norm), batches of
+    any size, and a model that stays as it was (mode, `requires_grad`, buffers). The graph reads the model's
+    own tensors, so a weight update needs no rebuild.
+
+    Args:
+        model: The torch model; one tensor out. Batch norm must be in eval mode; dropout counts as identity.
+        x: Example input, (B, ...), or a tuple of inputs. A `BoundedTensor` also becomes the default input.
+        bound_opts: Options of the engine.
+        device: Device of the graph, default that of the model's parameters.
+        custom_ops: Further custom operators of the engine, by ONNX op name.
+
+    Raises:
+        TraceError: The engine cannot build the graph, or its graph computes something else than the model.
+        TrainModeError: A batch norm is in train mode.
+        InvalidInputError: An input has NaN entries or another dtype than the model.
+
+    Example:
+        >>> import torch
+        >>> from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+        >>> x = BoundedTensor(torch.zeros(1, 2), PerturbationLpNorm(norm=2, eps=0.1))
+        >>> lower, upper = BoundedModule(model, x).compute_bounds(method="bcp")
+        >>> bool((lower <= model(torch.zeros(1, 2))).all())
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor | tuple[Tensor, ...],
+        bound_opts: dict[str, Any] | None = None,
+        device: str | torch.device = "auto",
+        custom_ops: dict[str, type] | None = None,
+        **engine_options: Any,
+    ) -> None:
+        engine_options |= {"bound_opts": bound_opts, "device": device}
+        set_attribute = object.__setattr__  # nn.Module's would make graph nodes of modules
+        set_attribute(self, "source", model)
+        set_attribute(self, "_build_options", engine_options)
+        set_attribute(self, "_custom_ops", CUSTOM_OPS | (custom_ops or {}))
+        set_attribute(self, "norm_cache", NormCache())
+        set_attribute(self, "power_iterations", {})
+        set_attribute(self, "_inside", False)  # calls of the engine to itself pass through our overrides
+        set_attribute(self, "_matrix_twin", None)
+        self._build(tuple(with_our_perturbation(tensor) for tensor in as_tuple(x)))
+
+    def _build(self, inputs: tuple[Tensor, ...]) -> None:
+        """Trace the model at this batch size."""
+        model = self.source
+        check_mode(model)
+        check_inputs(model, inputs)
+        object.__setattr__(self, "_inputs", inputs)
+        example = tuple(plain(x) for x in inputs)
+        shadow = traceable_copy(model)
+        options = copy.deepcopy(self._build_options["bound_opts"])
+        rest = {key: value for key, value in self._build_options.items() if key != "bound_opts"}
+        with self._engine_inside(), engine.untouched(model), engine.default_dtype(example[0].dtype), torch.no_grad():
+            try:
+                expected = shadow(*example)
+                super().__init__(
+                    shadow, example if len(example) > 1 else example[0], options, custom_ops=self._custom_ops, **rest
+                )
+            except Exception as error:  # the engine raises whatever comes
+                raise TraceError(
+                    f"the engine (auto_LiRPA {engine.engine_version()}) cannot build a graph of "
+                    f"{type(model).__name__}: {type(error).__name__}: {error}. The forward must be traceable by "
+                    "torch.jit.trace, return one tensor and use ops that the engine knows."
+                ) from error
+            object.__setattr__(self, "_readers", engine.make_live(self, model))
+            for node in list(self._modules.values()):
+                object.__setattr__(node, "users", [self._modules[name] for name in node.output_name])
+            engine.learn_relu(self, BoundBallBoxRelu)
+            self._check_same_function(example, expected)
+            self._add_power_iterations()
+            engine.free_graphs(self)
+
+    @contextlib.contextmanager
+    def _engine_inside(self) -> Iterator[None]:
+        before = self._inside
+        object.__setattr__(self, "_inside", True)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "_inside", before)
+
+    def _check_same_function(self, example: tuple[Tensor, ...], expected: Tensor) -> None:
+        """The engine drops some attributes (ceil_mode, dilation of pools, count_include_pad): find out here."""
+        actual = super().forward(*example)
+        if not torch.isfinite(expected).all():
+            return  # nothing to compare; the bounds will be NaN, which certifies nothing
+        scale = expected.abs().max().clamp(min=1e-6) if expected.numel() else torch.ones(())
+        error = (actual - expected).abs().max() / scale if actual.shape == expected.shape else torch.inf
+        if not error <= 1e-3 if expected.dtype == torch.float32 else not error <= 1e-8:
+            raise TraceError(
+                f"the engine's graph of {type(self.source).__name__} computes something else than the model "
+                f"(relative difference {float(error):.2g}): it drops some attributes, such as ceil_mode, dilation "
+                "or count_include_pad of pools. Rewrite that layer."
+            )
+
+    def _add_power_iterations(self) -> None:
+        """Hang a power-iteration node on the weight of every linear node; keep those of an earlier build."""
+        for node in list(self._modules.values()):
+            found = power_iterable(node)
+            if found is None:
+                continue
+            name, weight, linear_map = found
+            if name not in self.power_iterations:
+                self.power_iterations[name] = PowerIteration(linear_map(weight.live))
+            hung = BoundPowerIteration(weight, self.power_iterations[name], linear_map)
+            hung.name = f"power_iteration/{name}"
+            self._modules[hung.name] = hung
+
+    # --- bounds ----------------------------------------------------------------------------------------------
+
+    def compute_bounds(
+        self,
+        x: Tensor | tuple[Tensor, ...] | None = None,
+        aux: Any = None,
+        C: Tensor | None = None,
+        method: str | None = "backward",
+        *args: Any,
+        bound_lower: bool = True,
+        bound_upper: bool = True,
+        **options: Any,
+    ) -> Any:
+        """Bounds of C f(x') over all x' in the perturbation set.
+
+        Args:
+            x: Inputs, (B, ...), `BoundedTensor` where perturbed. Default: those of the last call.
+            aux: The engine's.
+            C: Specification rows, (B, S, outputs). Default: the outputs themselves.
+            method: "lipschitz", "bcp", "bcp-crown", "bcp-alpha-crown", another registered one, or any of the
+                engine's ("IBP", "CROWN-IBP", "CROWN", "alpha-CROWN", ...).
+            bound_lower: Compute the lower side; else it is None.
+            bound_upper: Compute the upper side; else it is None.
+            **options: Options of the method (`lirpa_ext.methods`), or the engine's further arguments.
+
+        Returns:
+            (lower, upper), each (B, S) or of the output's shape.
+
+        Raises:
+            UnknownMethodError, OptionError: Before any work.
+            InvalidInputError: eps, x or C has a wrong shape, range or value.
+            UnsupportedNodeError: A node that cannot be bound.
+        """
+        if self._inside:  # the engine calls itself
+            return super().compute_bounds(
+                x, aux, C, method, *args, bound_lower=bound_lower, bound_upper=bound_upper, **options
+            )
+        ours = method is not None and method.lower() not in engine.ENGINE_METHODS
+        if ours:
+            check_options(str(method), find_method(str(method)), options)
+        self._set_inputs(x)
+        if not ours:
+            if str(method).lower() in engine.OPTIMIZED_METHODS:
+                engine.refresh(self._readers, detach=True)  # the engine's ascent goes backward more than once
+            return self._engine_bounds(aux, C, method, args, bound_lower, bound_upper, options)
+        if args or aux is not None:
+            raise OptionError(f"method {method!r} takes its options by name")
+        with self._engine_inside(), engine.default_dtype(self._inputs[0].dtype):
+            return run_method(
+                self, str(method), self._inputs, C, bound_lower, bound_upper, options,
+                self.norm_cache, self.power_iterations, self.source.training,
+            )  # fmt: skip
+
+    def forward(self, *x: Tensor, **kwargs: Any) -> Tensor:
+        """The model's function through the graph (the engine's, with its arguments)."""
+        if self._inside:
+            return super().forward(*x, **kwargs)
+        self._set_inputs(x)
+        return super().forward(*self._inputs, **kwargs)
+
+    def _set_inputs(self, x: Tensor | tuple[Tensor, ...] | None) -> None:
+        """Check the inputs, give their perturbations our class, and retrace if the batch size changed."""
+        inputs = self._inputs if x is None else tuple(with_our_perturbation(tensor) for tensor in as_tuple(x))
+        if [tensor.shape for tensor in inputs] != [tensor.shape for tensor in self._inputs]:
+            self._build(inputs)
+        else:
+            check_mode(self.source)
+            check_inputs(self.source, inputs)
+        object.__setattr__(self, "_inputs", inputs)
+        engine.refresh(self._readers)
+
+    def _engine_bounds(
+        self, aux: Any, C: Any, method: str | None, args: Any, lower: bool, upper: bool, options: dict[str, Any]
+    ) -> Any:
+        try:
+            with self._engine_inside(), engine.untouched(self.source), engine.default_dtype(self._inputs[0].dtype):
+                return super().compute_bounds(
+                    self._inputs, aux, C, method, *args, bound_lower=lower, bound_upper=upper, **options
+                )
+        except (AssertionError, NotImplementedError, RuntimeError, IndexError, TypeError, AttributeError):
+            # Convolutions in the engine's patches mode cannot follow every op; its matrix mode can.
+            if self.conv_mode != "patches" or "conv_mode" in (self._build_options["bound_opts"] or {}):
+                raise
+        finally:
+            engine.free_graphs(self, keep_bounds=True)
+        return self._twin().compute_bounds(
+            self._inputs, aux, C, method, *args, bound_lower=lower, bound_upper=upper, **options
+        )
+
+    def _twin(self) -> BoundedModule:
+        """The same model in the engine's matrix mode."""
+        if self._matrix_twin is None:
+            options = dict(self._build_options)
+            options["bound_opts"] = (options["bound_opts"] or {}) | _MATRIX_MODE
+            twin = BoundedModule(self.source, self._inputs, custom_ops=self._custom_ops, **options)
+            object.__setattr__(self, "_matrix_twin", twin)
+        return self._matrix_twin
+
+    # --- state -----------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> BoundedModule:
+        """Put the user's model in training mode. The graph's own nodes stay in eval mode."""
+        self.source.train(mode)
+        return self
+
+    def eval(self) -> BoundedModule:
+        """Put the user's model in eval mode."""
+        return self.train(False)
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The model's own state dict, and the vectors of the power iterations under ``power_iteration.``."""
+        state = self.source.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        for name, iteration in self.power_iterations.items():
+            state[f"{prefix}power_iteration.{name}.u"] = iteration.u if keep_vars else iteration.u.detach()
+        return state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, **kwargs: Any) -> Any:
+        """Load what `state_dict` gave, or a state dict of the model alone."""
+        if self._inside:  # the engine loads its own names while it builds
+            return super().load_state_dict(state_dict, strict=False)
+        own = {key: value for key, value in state_dict.items() if not key.startswith("power_iteration.")}
+        for name, iteration in self.power_iterations.items():
+            saved = state_dict.get(f"power_iteration.{name}.u")
+            if saved is not None:
+                iteration.load_state_dict({"u": saved})
+        return self.source.load_state_dict(own, strict=strict, **kwargs)
+
+    def _named_members(self, get_members_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # 0.3 lacks `remove_duplicate`, without which torch's parameters() fails
+        return nn.Module._named_members(self.source, get_members_fn, *args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> BoundedModule:
+        raise TypeError("a BoundedModule cannot be copied or pickled: save the torch model and build a new one")
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a BoundedModule cannot be copied or pickled: save the torch model and build a new one")
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """Nodes (name: class) that the last call bounded by the engine's interval rule, having none of ours."""
+        context = getattr(self, "last_context", None)
+        return {} if context is None else dict(context.fallbacks)

@@ -1,0 +1,65 @@
+"""Propagation of balls and boxes through the engine's graph: the loop over the rules."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import engine
+from .errors import InvalidInputError
+from .perturbation import PerturbationLpNorm
+from .rules import Context, State, propagate_node
+from .sets import BallBox
+
+
+def propagate(module: nn.Module, context: Context, keep: bool = False) -> dict[str, State]:
+    """Sets of the graph's nodes for the input that the graph holds.
+
+    Args:
+        module: A BoundedModule of the engine or of this package, after `engine.set_input`.
+        context: Norms and switches.
+        keep: Keep every node's set. Default False: only those of the final node and of its inputs, so that
+            memory is that of the widest cut through the graph.
+
+    Returns:
+        Set of each kept perturbed node, value of each kept constant one, by node name.
+
+    Raises:
+        UnsupportedNodeError: A node that neither a rule nor the engine can bound.
+        InvalidInputError: A perturbed weight (these methods take perturbed inputs only).
+    """
+    final = module.final_node()  # type: ignore[operator]
+    order = engine.ancestors_in_order(final)
+    uses = Counter(parent.name for node in order for parent in node.inputs)
+    kept = {node.name for node in order} if keep else {final.name, *(parent.name for parent in final.inputs)}
+    states: dict[str, State] = {}
+    for node in order:
+        center = module.get_forward_value(node)  # type: ignore[operator]
+        if not node.perturbed:
+            states[node.name] = center
+        elif isinstance(node, engine.BoundInput):
+            states[node.name] = _input_set(node, context)
+        else:
+            inputs = [states[parent.name] for parent in node.inputs]
+            states[node.name] = propagate_node(node, inputs, center, context)
+        for parent in node.inputs:
+            uses[parent.name] -= 1
+            if not uses[parent.name] and parent.name not in kept:
+                _forget(parent, states)
+    return states
+
+
+def _input_set(node: Any, context: Context) -> BallBox:
+    if isinstance(node, (engine.BoundParams, engine.BoundBuffers)):
+        raise InvalidInputError(f"{node.ori_name!r} is perturbed; the ball-box methods take perturbed inputs only")
+    perturbation = PerturbationLpNorm.of(node.perturbation)
+    return BallBox.from_input(node.value.as_subclass(torch.Tensor), perturbation, context.ball_only)
+
+
+def _forget(node: Any, states: dict[str, State]) -> None:
+    del states[node.name]
+    if node.perturbed:
+        node.forward_value = None

@@ -1,0 +1,10 @@
+"""The rules of the ball-box domain: a table from the class name of an engine's node to its rule.
+
+`linear`, `elementwise` and `structure` fill the table; a node that has no rule, or whose rule declines, takes
+the engine's interval arithmetic and the ball around its box. Add one with `register_rule`.
+"""
+
+from . import elementwise, linear, structure  # noqa: F401  (they fill the table)
+from .base import RULES, Context, Rule, State, adjoint_and_bias, propagate_node, register_rule
+
+__all__ = ["RULES", "Context", "Rule", "State", "adjoint_and_bias", "propagate_node", "register_rule"]

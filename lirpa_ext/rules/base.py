@@ -1,0 +1,173 @@
+"""What a rule is, and the table of rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import engine
+from ..errors import RegistrationError, UnsupportedNodeError
+from ..linear_maps import Conv, ConvTranspose, Dense, LinearMap
+from ..norms import NormCache, PowerIteration
+from ..sets import BallBox
+
+State = BallBox | Tensor  # the set of a perturbed node, or the value of a constant one
+
+
+@dataclass
+class Context:
+    """What a propagation shares among its rules.
+
+    Attributes:
+        cache: Upper bounds on spectral norms, by the weight's name.
+        power_iterations: Persistent power iterations, by the weight's name; new ones are added.
+        estimate: Use the power iteration (training) in place of the bound. The result is then no certificate.
+        power_steps: Power steps a call, in training mode.
+        training: Whether the power iterations may move.
+        ball_only: Propagate no boxes (the Lipschitz-margin baseline).
+        tighten: Use row norms that know the zero padding, and rho <- min(rho, radius of the box).
+        fallbacks: Names and classes of the nodes that no rule knew; filled by the propagation.
+        norms: The norm that each linear node was propagated with, by name; filled by the propagation.
+    """
+
+    cache: NormCache
+    power_iterations: dict[str, PowerIteration]
+    estimate: bool = False
+    power_steps: int = 1
+    training: bool = False
+    ball_only: bool = False
+    tighten: bool = True
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+
+    def norm(self, node: Any, linear_map: LinearMap) -> Tensor:
+        """Spectral norm of a node's linear part: an upper bound, or in training the estimate."""
+        name = weight_name(node)
+        if self.estimate and isinstance(linear_map, (Dense, Conv, ConvTranspose)):
+            iteration = self.power_iterations.get(name)
+            if iteration is None or iteration.u.shape[1:] != linear_map.input_shape:
+                iteration = self.power_iterations[name] = PowerIteration(linear_map)
+            iteration.train(self.training)
+            value = iteration(linear_map, self.power_steps).value
+        else:
+            value = self.cache.bound(name, linear_map).value
+        self.norms[name] = value
+        return value
+
+
+class Rule:
+    """How the set of a node follows from the sets of its inputs. Subclasses write `propagate`.
+
+    `propagate` must keep the invariant of `BallBox`: if every input's value lies in its set, the node's value
+    lies in the returned one.
+    """
+
+    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox:
+        """Set of a node.
+
+        Args:
+            node: The engine's node.
+            inputs: A `BallBox` for each perturbed input, the value for each constant one.
+            center: The node's own clean value, (B, ...).
+            context: Norms and switches of this propagation.
+        """
+        raise NotImplementedError
+
+    homogeneous = False  # whether the node maps 0 to 0 wherever `adjoint` applies
+
+    def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None] | None:
+        """Coefficient rows of the inputs, if the node is affine in its perturbed inputs; else None.
+
+        Args:
+            node: The engine's node.
+            inputs: As in `propagate`; only the shapes of the sets are read.
+            rows: Rows of the node's output, (S, B, ...).
+
+        Returns:
+            Rows (S, B, ...) of each perturbed input, None at the constant ones.
+        """
+        return None
+
+
+RULES: dict[str, Rule] = {}
+
+
+def register_rule(node_class: str, rule: Rule, overwrite: bool = False) -> None:
+    """Add a rule for a class of the engine's nodes, by its exact name (inheritance there lies).
+
+    Args:
+        node_class: Class name of the node, e.g. ``"BoundRelu"``.
+        rule: The rule.
+        overwrite: Replace a rule that exists.
+
+    Raises:
+        RegistrationError: There is a rule for that class already.
+    """
+    if not isinstance(rule, Rule):
+        raise RegistrationError(f"rule for {node_class} is {rule!r}, not an instance of lirpa_ext.rules.Rule")
+    if node_class in RULES and not overwrite:
+        raise RegistrationError(f"{node_class} has a rule already ({RULES[node_class]!r}); pass overwrite=True")
+    RULES[node_class] = rule
+
+
+def propagate_node(node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox:
+    """Set of one node: by its rule, or by the engine's interval arithmetic where there is none or it declines."""
+    rule = RULES.get(type(node).__name__)
+    state = None
+    if rule is not None:
+        state = rule.propagate(node, inputs, center, context)
+    if state is None:
+        context.fallbacks[node.name] = type(node).__name__
+        state = propagate_interval(node, inputs, center)
+    if context.ball_only:
+        return BallBox(state.center, state.radius)
+    return state
+
+
+def propagate_interval(node: Any, inputs: Sequence[State], center: Tensor) -> BallBox:
+    """The engine's own interval rule, and the ball that circumscribes its box. Sound for every op it knows."""
+    intervals = [state.box() if isinstance(state, BallBox) else (state, state) for state in inputs]
+    try:
+        lower, upper = node.interval_propagate(*intervals)
+    except Exception as error:  # the engine raises whatever comes: asserts, NotImplementedError, KeyError
+        raise UnsupportedNodeError(
+            f"node {node.name!r} ({type(node).__name__}) has no rule in lirpa_ext and the engine's interval "
+            f"arithmetic fails on it: {type(error).__name__}: {error}. Rewrite the op with ones that the engine "
+            "knows, or add a rule with lirpa_ext.rules.register_rule."
+        ) from error
+    return BallBox.from_box(center, torch.minimum(lower, center), torch.maximum(upper, center))
+
+
+def adjoint_and_bias(node: Any, inputs: Sequence[State], rows: Tensor) -> tuple[list[Tensor | None], Tensor] | None:
+    """Rows of an affine node's inputs, and rows times its value at 0, (S, B); None where the node is not affine."""
+    rule = RULES.get(type(node).__name__)
+    passed = None if rule is None else rule.adjoint(node, inputs, rows)
+    if passed is None:
+        return None
+    if rule.homogeneous or all(isinstance(state, BallBox) for state in inputs):  # type: ignore[union-attr]
+        return passed, rows.new_zeros(rows.shape[:2])
+    value = apply(node, inputs, lambda state: rows.new_zeros(state.center.shape))
+    return passed, (rows * value).reshape(*rows.shape[:2], -1).sum(2)
+
+
+def weight_name(node: Any) -> str:
+    """Name under which a node's norm is kept: its weight's name in the user's model, else its own."""
+    for parent in node.inputs[1:]:
+        if isinstance(parent, engine.BoundParams | engine.BoundBuffers):
+            return parent.ori_name
+    return node.name
+
+
+def only_perturbed(inputs: Sequence[State]) -> int | None:
+    """Index of the perturbed input if there is exactly one, else None."""
+    perturbed = [index for index, state in enumerate(inputs) if isinstance(state, BallBox)]
+    return perturbed[0] if len(perturbed) == 1 else None
+
+
+def apply(node: Any, inputs: Sequence[State], pick: Callable[[BallBox], Tensor]) -> Tensor:
+    """The node's function on one tensor picked from each perturbed input, constants as they are."""
+    return node.forward(*[pick(state) if isinstance(state, BallBox) else state for state in inputs])

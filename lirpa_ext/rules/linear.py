@@ -1,0 +1,192 @@
+"""Linear maps: dense, convolutions, batch norm, scaling by a constant, average pools and reductions.
+
+rho' = ||W||_2 rho; the box is interval arithmetic on the box, cut with (W z + b) -+ ||W_i||_2 rho
+((3.2.6)-(3.2.8) of the source, erratum 1: intersected).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import engine
+from ..linear_maps import Conv, ConvTranspose, Dense, LinearMap, NonNegative, Scale
+from ..sets import BallBox, per_sample
+from .base import Context, Rule, State, apply, only_perturbed, register_rule, weight_name
+
+
+class Affine(Rule):
+    """Rule of a node that is affine in its one perturbed input.
+
+    Args:
+        linear_map: Builds the linear part from (node, inputs, index of the perturbed input); None where the
+            node is not affine in that input, which then takes the engine's interval rule.
+    """
+
+    def __init__(self, linear_map: Callable[[Any, Sequence[State], int], LinearMap | None]) -> None:
+        self.linear_map = linear_map
+
+    def propagate(  # type: ignore[override]
+        self, node: Any, inputs: Sequence[State], center: Tensor, context: Context
+    ) -> BallBox | None:
+        index = only_perturbed(inputs)
+        linear_map = None if index is None else self.linear_map(node, inputs, index)
+        if index is None or linear_map is None:
+            return None
+        state = inputs[index]
+        assert isinstance(state, BallBox)
+        if len(center) != len(state.center) or linear_map.output_shape != center.shape[1:]:
+            return None  # it mixes samples
+        radius = context.norm(node, linear_map) * state.radius
+        if context.ball_only:
+            return BallBox(center, radius)
+        reach = linear_map.row_norms(exact=context.tighten) * per_sample(state.radius, center)
+        if state.lower is None or state.upper is None:
+            # Interval arithmetic on z -+ rho reaches ||W_i||_1 rho >= ||W_i||_2 rho: nothing to gain.
+            image = BallBox(center, radius, center - reach, center + reach)
+        else:
+            middle = apply(node, inputs, lambda s: (s.lower + s.upper) / 2)  # type: ignore[operator]
+            spread = linear_map.abs()((state.upper - state.lower) / 2)
+            lower = torch.maximum(middle - spread, center - reach)
+            upper = torch.minimum(middle + spread, center + reach)
+            # Rounding can push an end of a box of no width past the center.
+            image = BallBox(center, radius, torch.minimum(lower, center), torch.maximum(upper, center))
+        return image.tightened() if context.tighten else image
+
+    def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None] | None:
+        index = only_perturbed(inputs)
+        linear_map = None if index is None else self.linear_map(node, inputs, index)
+        if linear_map is None or linear_map.output_shape != rows.shape[2:]:
+            return None
+        passed = linear_map.adjoint(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
+        return [passed if i == index else None for i in range(len(inputs))]
+
+
+def _shape(state: State) -> torch.Size:
+    return state.center.shape[1:] if isinstance(state, BallBox) else state.shape
+
+
+def _dense(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
+    weight = inputs[1]
+    if index != 0 or not isinstance(weight, Tensor) or getattr(node, "transA", 0):
+        return None
+    alpha = getattr(node, "alpha_linear", getattr(node, "alpha", 1.0))
+    weight = weight if node.transB else weight.t()
+    return Dense(weight if alpha == 1.0 else weight * alpha, _shape(inputs[0])[:-1])
+
+
+def _matmul(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
+    weight = inputs[1 - index]
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or index != 0:
+        return None
+    return Dense(weight.t(), _shape(inputs[0])[:-1])
+
+
+def _conv(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
+    weight = inputs[1]
+    if index != 0 or not isinstance(weight, Tensor):
+        return None
+    return Conv(weight, _shape(inputs[0]), tuple(node.stride), tuple(node.padding), tuple(node.dilation), node.groups)
+
+
+def _conv_transpose(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
+    weight = inputs[1]
+    if index != 0 or not isinstance(weight, Tensor):
+        return None
+    return ConvTranspose(
+        weight,
+        _shape(inputs[0]),
+        tuple(node.stride),
+        tuple(node.padding),
+        tuple(node.output_padding),
+        tuple(node.dilation),
+        node.groups,
+    )
+
+
+def _batch_norm(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
+    if index != 0 or node.training or not (node.use_mean and node.use_var and node.use_affine):
+        return None
+    _, weight, _, _, variance = inputs
+    assert isinstance(weight, Tensor) and isinstance(variance, Tensor)
+    shape = _shape(inputs[0])
+    factor = (weight / torch.sqrt(variance + node.eps)).view(-1, *[1] * (len(shape) - 1))
+    return Scale(factor, shape)
+
+
+def _scaling(inverse: bool) -> Callable[[Any, Sequence[State], int], LinearMap | None]:
+    def scale(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
+        factor, shape = inputs[1 - index], _shape(inputs[index])
+        if inverse and index != 0:
+            return None  # a constant divided by the input is not linear
+        assert isinstance(factor, Tensor)
+        factor = factor if factor.is_floating_point() else factor.to(torch.get_default_dtype())
+        if factor.dim() > len(shape):
+            if factor.shape[0] != 1:
+                return None  # one factor for each sample
+            factor = factor[0]
+        return Scale(1 / factor if inverse else factor, shape)
+
+    return scale
+
+
+def _nonnegative(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
+    """The node itself, where its linear part has no negative entry and it maps 0 to 0."""
+    if index != 0:
+        return None
+    center = _center(inputs[0])
+
+    def function(x: Tensor) -> Tensor:
+        return node.forward(x, *inputs[1:])
+
+    return NonNegative(function, center.shape[1:], center.dtype, center.device)
+
+
+def _center(state: State) -> Tensor:
+    return state.center if isinstance(state, BallBox) else state
+
+
+def power_iterable(node: Any) -> tuple[str, Any, Callable[[Tensor], LinearMap]] | None:
+    """(name, weight node, weight -> linear map) of a dense or convolutional node with a weight of the model."""
+    build = {
+        "BoundLinear": _dense,
+        "BoundBallBoxLinear": _dense,
+        "BoundConv": _conv,
+        "BoundConvTranspose": _conv_transpose,
+        "BoundConv1d": _conv,
+        "BoundAnyConvTranspose": _conv_transpose,
+    }.get(type(node).__name__)
+    if build is None or not isinstance(node.inputs[1], engine.BoundParams | engine.BoundBuffers):
+        return None
+    shape = node.inputs[0].output_shape
+    state = BallBox(torch.empty(shape, device="meta"), torch.empty(shape[:1], device="meta"))
+
+    def linear_map(weight: Tensor) -> LinearMap:
+        made = build(node, [state, weight], 0)
+        assert made is not None
+        return made
+
+    return weight_name(node), node.inputs[1], linear_map
+
+
+register_rule("BoundLinear", Affine(_dense))
+register_rule("BoundBallBoxLinear", Affine(_dense))
+register_rule("BoundMatMul", Affine(_matmul))
+register_rule("BoundConv", Affine(_conv))
+register_rule("BoundConvTranspose", Affine(_conv_transpose))
+register_rule("BoundBatchNormalization", Affine(_batch_norm))
+register_rule("BoundMul", Affine(_scaling(inverse=False)))
+register_rule("BoundDiv", Affine(_scaling(inverse=True)))
+for name in (
+    "BoundAveragePool",
+    "BoundGlobalAveragePool",
+    "BoundReduceMean",
+    "BoundReduceSum",
+    "BoundCumSum",
+    "BoundGather",
+    "BoundTile",
+):
+    register_rule(name, Affine(_nonnegative))

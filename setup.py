@@ -1,0 +1,5 @@
+"""Metadata is in setup.cfg."""
+
+from setuptools import setup
+
+setup()
