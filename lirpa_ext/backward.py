@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from . import engine
 from .operators import flat_rows, flat_set
 from .perturbation import PerturbationLpNorm
-from .rules import State, adjoint_and_bias
-from .sets import BallBox
+from .rounding import row_slack
+from .rules import State, adjoint_and_bias, frobenius
+from .sets import BallBox, flat
 from .support import ball_box_min, relu_ball_box_min
 
 
@@ -70,14 +71,16 @@ class BackwardPass:
 
     At a ReLU, a.relu(v) >= lam.v + min over its input's set of (a.relu(v) - lam.v), for whatever rows lam the
     caller chooses; linear nodes carry rows exactly; other activations take the engine's linear relaxation on
-    the box, and where it has none the rows end there, at the minimum over the node's own set; at the input the exact minimum of the rows over the perturbation set ends the chain. Each step is
-    an inequality that holds on the whole set, so the sum is a lower bound.
+    the box, and where it has none the rows end there, at the minimum over the node's own set; at the input the
+    exact minimum of the rows over the perturbation set ends the chain. Each step is an inequality that holds on
+    the whole set, so the sum is a lower bound.
 
     Args:
         module: The graph, with the input set on it.
         states: Sets of all nodes (`propagate(..., keep=True)`).
         perturbations: Perturbation of each input node, default what the graph holds.
         all_coordinates: Let rows be chosen at every coordinate of a ReLU, not at the open ones alone.
+        outward: Subtract what the sums with rows may lose in floating-point arithmetic.
     """
 
     def __init__(
@@ -86,10 +89,12 @@ class BackwardPass:
         states: dict[str, State],
         perturbations: dict[str, PerturbationLpNorm] | None = None,
         all_coordinates: bool = False,
+        outward: bool = False,
     ) -> None:
         self.module = module
         self.states = states
         self.all_coordinates = all_coordinates
+        self.outward = outward
         self.final = module.final_node()  # type: ignore[operator]
         self.order = engine.ancestors_in_order(self.final)
         self._parts: dict[str, Part] = {}
@@ -105,7 +110,7 @@ class BackwardPass:
             name: state.take(index) if isinstance(state, BallBox) else state for name, state in self.states.items()
         }
         perturbations = {name: perturbation.take(index) for name, perturbation in self.perturbations.items()}
-        return BackwardPass(self.module, states, perturbations, all_coordinates)
+        return BackwardPass(self.module, states, perturbations, all_coordinates, self.outward)
 
     def bound(self, C: Tensor, relax: Relax | None) -> Tensor:
         """Lower bound of C f.
@@ -127,6 +132,8 @@ class BackwardPass:
             a = rows.pop(node.name, None)
             if a is None:
                 continue
+            if self.outward:
+                total = total - self._slack(node, a)
             if not node.perturbed:
                 total = total + node.get_bias(a, self.states[node.name])
             elif isinstance(node, engine.BoundInput):
@@ -163,6 +170,20 @@ class BackwardPass:
             output = self.states[node.name]
             assert isinstance(output, BallBox)
             return [], ball_box_min(flat_rows(a), *flat_set(output)).t()
+
+    def _slack(self, node: Any, a: Tensor) -> Tensor:
+        """What the products with rows a (S, B, ...) at this node may lose, (S, B).
+
+        The rows passed on err by e with |e| <= gamma |a| |W|, and |e.v| <= gamma ||a|| ||W||_F ||v||.
+        """
+        inputs = [self.states[parent.name] for parent in node.inputs]
+        sets = [state for state in [*inputs, self.states[node.name]] if isinstance(state, BallBox)]
+        if not sets:
+            return a.new_zeros(a.shape[:2])
+        rows, size = flat_rows(a), frobenius(node, inputs)
+        terms = max(flat(state.center).shape[1] for state in sets)
+        slack = torch.stack([row_slack(rows, state, terms) for state in sets]).sum(0)
+        return slack.t() * (1 + size)
 
     def _relu(self, node: Any, a: Tensor, relax: Relax | None) -> tuple[list[Tensor | None], Tensor]:
         state = self.states[node.inputs[0].name]

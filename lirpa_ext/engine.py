@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import logging
 import sys
 import types
 import warnings
@@ -51,7 +52,7 @@ def _bridge_torch_and_numpy() -> None:
 def _import_engine() -> Any:
     _bridge_torch_and_numpy()
     try:
-        with warnings.catch_warnings():  # the engine sets a global filter on import
+        with warnings.catch_warnings(record=True):  # the engine sets a global filter, and warns, on import
             return importlib.import_module("auto_LiRPA")
     except ImportError as error:
         raise EngineError(
@@ -70,21 +71,20 @@ _linear_bound = importlib.import_module("auto_LiRPA.linear_bound")
 _patches = importlib.import_module("auto_LiRPA.patches")
 _utils = importlib.import_module("auto_LiRPA.utils")
 
-EngineBoundedModule = auto_LiRPA.BoundedModule
-BoundedTensor = auto_LiRPA.BoundedTensor
-EnginePerturbationLpNorm = auto_LiRPA.PerturbationLpNorm
-Bound = bound_ops.Bound
-BoundInput = bound_ops.BoundInput
-BoundParams = bound_ops.BoundParams
-BoundBuffers = bound_ops.BoundBuffers
-BoundRelu = bound_ops.BoundRelu
-BoundLinear = bound_ops.BoundLinear
-BoundConv = bound_ops.BoundConv
-Interval = bound_ops.Interval
-LinearBound = _linear_bound.LinearBound
-Patches = _patches.Patches
-eyeC = _utils.eyeC
-OneHotC = getattr(_utils, "OneHotC", ())
+EngineBoundedModule: Any = auto_LiRPA.BoundedModule
+BoundedTensor: Any = auto_LiRPA.BoundedTensor
+EnginePerturbationLpNorm: Any = auto_LiRPA.PerturbationLpNorm
+Bound: Any = bound_ops.Bound
+BoundInput: Any = bound_ops.BoundInput
+BoundParams: Any = bound_ops.BoundParams
+BoundBuffers: Any = bound_ops.BoundBuffers
+BoundRelu: Any = bound_ops.BoundRelu
+BoundLinear: Any = bound_ops.BoundLinear
+BoundConv: Any = bound_ops.BoundConv
+Interval: Any = bound_ops.Interval
+LinearBound: Any = _linear_bound.LinearBound
+Patches: Any = _patches.Patches
+eyeC: Any = _utils.eyeC
 register_custom_op = importlib.import_module("auto_LiRPA.bound_op_map").register_custom_op
 unregister_custom_op = importlib.import_module("auto_LiRPA.bound_op_map").unregister_custom_op
 
@@ -137,6 +137,19 @@ def ancestors_in_order(node: Any) -> list[Any]:
             stack.append((current, True))
             stack.extend((parent, False) for parent in current.inputs)
     return order
+
+
+def negative_slope(node: Any) -> float:
+    """Slope of a ReLU or LeakyReLU node below 0; 0 for other nodes."""
+    alpha = getattr(node, "alpha", 0.0)
+    return getattr(node, "leaky_alpha", 0.0) or (alpha if isinstance(alpha, float) else 0.0)
+
+
+def reads_old_values(order: list[Any]) -> bool:
+    """Whether a node's forward reads values other than its inputs': 0.3's layer normalization does."""
+    return IS_LEGACY and any(
+        isinstance(node, bound_ops.BoundDiv) and isinstance(node.inputs[1], bound_ops.BoundSqrt) for node in order
+    )
 
 
 def constant(node: Any) -> Tensor:
@@ -261,6 +274,27 @@ def refresh(readers: list[tuple[Any, Callable[[], Tensor]]], detach: bool = Fals
         object.__setattr__(
             node, "live", value if not detach or value.is_leaf else value.detach()
         )  # not nn.Module's, which would register a parameter
+
+
+# --- what the engine logs ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def captured_errors() -> Iterator[list[str]]:
+    """Collect the engine's error messages in place of printing them: they name the ops that it does not know."""
+    messages: list[str] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            messages.append(record.getMessage())
+            return False
+        return True
+
+    _utils.logger.addFilter(collect)
+    try:
+        yield messages
+    finally:
+        _utils.logger.removeFilter(collect)
 
 
 # --- what the engine must not change -------------------------------------------------------------------------

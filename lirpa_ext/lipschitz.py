@@ -91,7 +91,7 @@ def lipschitz(
             if found is None:
                 continue
             name, weight, linear_map = found
-            full = linear_map(weight.live.double())
+            full = linear_map(engine.constant(weight).double())
             iteration = PowerIteration(full)
             estimate = iteration.converge(full, tolerance, max_steps).value
             layers.append(Layer(name, float(estimate), float(spectral_norm_bound(full).value)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,17 +88,24 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         options = copy.deepcopy(self._build_options["bound_opts"])
         rest = {key: value for key, value in self._build_options.items() if key != "bound_opts"}
         with self._engine_inside(), engine.untouched(model), engine.default_dtype(example[0].dtype), torch.no_grad():
+            complaints: list[str] = []
             try:
                 expected = shadow(*example)
-                super().__init__(
-                    shadow, example if len(example) > 1 else example[0], options, custom_ops=self._custom_ops, **rest
-                )
+                with engine.captured_errors() as complaints:
+                    graph_input = example if len(example) > 1 else example[0]
+                    super().__init__(shadow, graph_input, options, custom_ops=self._custom_ops, **rest)
             except Exception as error:  # the engine raises whatever comes
+                ops = sorted({op for line in complaints for op in re.findall(r"op='([^']+)'", line)})
+                unknown = f" (unknown to it: {', '.join(ops)})" if ops else ""
                 raise TraceError(
                     f"the engine (auto_LiRPA {engine.engine_version()}) cannot build a graph of "
-                    f"{type(model).__name__}: {type(error).__name__}: {error}. The forward must be traceable by "
+                    f"{type(model).__name__}{unknown}: {type(error).__name__}: {error}. The forward must be traceable by "
                     "torch.jit.trace, return one tensor and use ops that the engine knows."
                 ) from error
+            if any(engine.negative_slope(node) < 0 for node in self._modules.values()):
+                raise TraceError(
+                    "a LeakyReLU has a negative slope: it is not monotone, and the engine takes it to be so"
+                )
             object.__setattr__(self, "_readers", engine.make_live(self, model))
             for node in list(self._modules.values()):
                 object.__setattr__(node, "users", [self._modules[name] for name in node.output_name])
@@ -137,7 +145,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
                 continue
             name, weight, linear_map = found
             if name not in self.power_iterations:
-                self.power_iterations[name] = PowerIteration(linear_map(weight.live))
+                self.power_iterations[name] = PowerIteration(linear_map(engine.constant(weight)))
             hung = BoundPowerIteration(weight, self.power_iterations[name], linear_map)
             hung.name = f"power_iteration/{name}"
             self._modules[hung.name] = hung

@@ -11,6 +11,7 @@ from torch import nn
 from . import engine
 from .errors import InvalidInputError
 from .perturbation import PerturbationLpNorm
+from .rounding import widened
 from .rules import Context, State, propagate_node
 from .sets import BallBox
 
@@ -33,6 +34,7 @@ def propagate(module: nn.Module, context: Context, keep: bool = False) -> dict[s
     """
     final = module.final_node()  # type: ignore[operator]
     order = engine.ancestors_in_order(final)
+    keep_values = keep or engine.reads_old_values(order)
     uses = Counter(parent.name for node in order for parent in node.inputs)
     kept = {node.name for node in order} if keep else {final.name, *(parent.name for parent in final.inputs)}
     states: dict[str, State] = {}
@@ -48,7 +50,9 @@ def propagate(module: nn.Module, context: Context, keep: bool = False) -> dict[s
         for parent in node.inputs:
             uses[parent.name] -= 1
             if not uses[parent.name] and parent.name not in kept:
-                _forget(parent, states)
+                del states[parent.name]
+                if parent.perturbed and not keep_values:
+                    parent.forward_value = None
     return states
 
 
@@ -56,10 +60,6 @@ def _input_set(node: Any, context: Context) -> BallBox:
     if isinstance(node, (engine.BoundParams, engine.BoundBuffers)):
         raise InvalidInputError(f"{node.ori_name!r} is perturbed; the ball-box methods take perturbed inputs only")
     perturbation = PerturbationLpNorm.of(node.perturbation)
-    return BallBox.from_input(node.value.as_subclass(torch.Tensor), perturbation, context.ball_only)
-
-
-def _forget(node: Any, states: dict[str, State]) -> None:
-    del states[node.name]
-    if node.perturbed:
-        node.forward_value = None
+    state = BallBox.from_input(node.value.as_subclass(torch.Tensor), perturbation, context.ball_only)
+    plain_ball = state.lower is None and perturbation.norm == 2
+    return widened(state) if context.outward and not plain_ball else state

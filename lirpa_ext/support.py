@@ -113,9 +113,7 @@ def merged_min(
     tensor([[-5.]])
     """
     if weight.dim() != 2 or C.shape[-1] != weight.shape[0]:
-        raise InvalidInputError(
-            f"C {tuple(C.shape)} @ weight {tuple(weight.shape)}: expected (B, S, m) and (m, n)."
-        )
+        raise InvalidInputError(f"C {tuple(C.shape)} @ weight {tuple(weight.shape)}: expected (B, S, m) and (m, n).")
     return _minimum(C, weight, _region(center, radius, lower, upper), solver, max_steps, chunk)
 
 
@@ -201,9 +199,7 @@ def _region(center: Tensor, radius: Tensor, lower: Tensor | None, upper: Tensor 
     """Bring the set to unit length; an undefined one (NaN, radius < 0, unbounded) becomes NaN."""
     shapes = [tuple(x.shape) for x in (center, lower, upper) if x is not None]
     if center.dim() != 2 or 0 in center.shape or len(set(shapes)) > 1 or radius.shape != center.shape[:1]:
-        raise InvalidInputError(
-            f"Center and sides {shapes}: expected (B, n); radius {tuple(radius.shape)}: (B,)."
-        )
+        raise InvalidInputError(f"Center and sides {shapes}: expected (B, n); radius {tuple(radius.shape)}: (B,).")
     unbounded = torch.full_like(center, math.inf)
     down = unbounded if lower is None else (center - lower).clamp(min=0)
     up = unbounded if upper is None else (upper - center).clamp(min=0)
@@ -225,9 +221,7 @@ def _minimum(
     if rows.dim() != 3 or rows.shape[0] not in (1, batch) or width != n:
         raise InvalidInputError(f"Rows {tuple(rows.shape)} of width {width} do not fit a center {batch, n}.")
     if solver not in ("exact", "iterative") or chunk < 1 or (max_steps or 0) < 0:
-        raise InvalidInputError(
-            f"{solver=}, {chunk=}, {max_steps=}: give 'exact' or 'iterative', >= 1, >= 0."
-        )
+        raise InvalidInputError(f"{solver=}, {chunk=}, {max_steps=}: give 'exact' or 'iterative', >= 1, >= 0.")
 
     def bound(part: Tensor, multipliers: _Multipliers | None = None) -> tuple[Tensor, _Multipliers]:
         c = part if weight is None else part @ weight
@@ -275,9 +269,7 @@ def _indicator(compare: Callable[..., Tensor], x: Tensor, y: Tensor | float) -> 
         return compare(x, y, out=torch.empty_like(x))
 
 
-def _newton(
-    size: Tensor, room: Tensor, radius: Tensor, iterative: bool, max_steps: int | None
-) -> _Multipliers:
+def _newton(size: Tensor, room: Tensor, radius: Tensor, iterative: bool, max_steps: int | None) -> _Multipliers:
     """mu = s^(-1/2) at the root of sum_i min(s size_i^2, room_i^2) = radius^2, or 0; and one step before."""
     slope, cap, limit = size.square(), room.square(), radius.square()
 
@@ -359,9 +351,7 @@ def _relu_minimizer(
     return on.mul_(chosen).add_(off.mul_(1 - chosen)), torch.maximum(gain_on, gain_off, out=gain_on)
 
 
-def _search(
-    a: Tensor, lam: Tensor, region: _Region, start: Tensor | None, steps: int
-) -> tuple[Tensor, Tensor]:
+def _search(a: Tensor, lam: Tensor, region: _Region, start: Tensor | None, steps: int) -> tuple[Tensor, Tensor]:
     """The best scaled mu (B, S, 1), 0 included, and the log of the best mu > 0 (B, S)."""
     slope_on, kinked = lam - a, a * _kink(region)
     limit, tiny = region.radius.square(), torch.finfo(a.dtype).tiny

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lirpa_ext import norms
+from lirpa_ext import norm_certificates, norms
 from lirpa_ext.errors import InvalidInputError
 from lirpa_ext.linear_maps import Conv, ConvTranspose, Dense, LinearMap, NonNegative, Scale, WeightedMap
 from lirpa_ext.norms import NormBound, NormCache, NormEstimate, PowerIteration, spectral_norm_bound
@@ -62,16 +62,31 @@ def random_conv(seed: int, transposed: bool = False) -> Conv | ConvTranspose:
             continue
 
 
+# Ways to a norm, by what is switched off: small maps then take the way of larger ones.
+WAYS = {"matrix": (), "factorization": ("_DENSE_SIDE",), "ring": ("_DENSE_SIDE", "_GRAM_OPERATIONS")}
+
+
+def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in WAYS[way]:
+        monkeypatch.setattr(norm_certificates, limit, 0)
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    take(request.param, monkeypatch)
+    return str(request.param)
+
+
 @pytest.fixture
-def no_dense_shortcut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small maps take the way of the large ones."""
-    monkeypatch.setattr(norms, "_DENSE_SIDE", 0)
+def ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps of any size take the way of the largest."""
+    take("ring", monkeypatch)
 
 
 # Bounds
 
 
-def test_random_convolutions_without_the_dense_shortcut(no_dense_shortcut: None) -> None:
+def test_random_convolutions_on_the_ring(ring: None) -> None:
     ratios = []
     for seed in range(250):
         conv = random_conv(seed)
@@ -84,7 +99,7 @@ def test_random_convolutions_without_the_dense_shortcut(no_dense_shortcut: None)
     assert max(ratios) <= 2.5
 
 
-def test_random_transposed_convolutions_without_the_dense_shortcut(no_dense_shortcut: None) -> None:
+def test_random_transposed_convolutions_on_the_ring(ring: None) -> None:
     ratios = []
     for seed in range(80):
         conv = random_conv(seed, transposed=True)
@@ -102,42 +117,134 @@ def test_small_convolutions_are_exact() -> None:
             assert bound_of(conv) == pytest.approx(true_norm(conv), rel=1e-9)
 
 
-def test_3d_convolution(no_dense_shortcut: None) -> None:
+def test_3d_convolution(ring: None) -> None:
     conv = Conv(randn(2, 2, 2, 3, 2), (2, 4, 5, 4), (1, 2, 1), 1)
     assert true_norm(conv) <= bound_of(conv) <= 1.2 * true_norm(conv)
 
 
-def test_chunks_of_frequencies_change_nothing(monkeypatch: pytest.MonkeyPatch, no_dense_shortcut: None) -> None:
+def test_chunks_of_frequencies_change_nothing(monkeypatch: pytest.MonkeyPatch, ring: None) -> None:
     conv = Conv(randn(4, 2, 3, 3), (4, 9, 8), 2, 1, groups=2)
     whole = bound_of(conv)
-    monkeypatch.setattr(norms, "_CHUNK", 50)
+    monkeypatch.setattr(norm_certificates, "_CHUNK", 50)
     assert bound_of(conv) == pytest.approx(whole, rel=1e-13)
 
 
-@pytest.mark.parametrize("shortcut", [True, False])
-def test_groups_count_once_by_the_largest(shortcut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_count_once_by_the_largest(way: str) -> None:
     """Norms 2 and 1/4: the map is block-diagonal, so its norm is 2, not their product, nor their sum."""
-    if not shortcut:
-        monkeypatch.setattr(norms, "_DENSE_SIDE", 0)
     weight = torch.tensor([2.0, 0.25], dtype=torch.float64).view(2, 1, 1, 1)
     for flipped in (weight, weight.flip(0)):
         assert bound_of(Conv(flipped, (2, 6, 6), groups=2)) == pytest.approx(2.0, rel=1e-9)
         assert bound_of(ConvTranspose(flipped, (2, 6, 6), groups=2)) == pytest.approx(2.0, rel=1e-9)
 
 
+# Factorized Gram matrices
+
+
+def exact_or_refused(linear_map: Conv | ConvTranspose, truth: float) -> bool:
+    """Whether a factorization gave the bound, which is never below the norm, and not far above it then."""
+    conv = linear_map.adjoint_conv() if isinstance(linear_map, ConvTranspose) else linear_map
+    certificates = norm_certificates._factorized(conv, math.inf)
+    for certificate in certificates:
+        assert truth < certificate.value <= truth * (1 + 2e-6)
+    return bool(certificates)
+
+
+def test_random_convolutions_by_factorization(monkeypatch: pytest.MonkeyPatch) -> None:
+    take("factorization", monkeypatch)
+    for seed in range(150):
+        conv = random_conv(seed)
+        truth = true_norm(conv)
+        assert exact_or_refused(conv, truth) == (truth > 0)
+        assert truth * (1 - 1e-14) <= bound_of(conv) <= truth * (1 + 2e-6)
+
+
+def test_transposed_and_3d_convolutions_by_factorization(monkeypatch: pytest.MonkeyPatch) -> None:
+    take("factorization", monkeypatch)
+    for seed in range(60):
+        transpose = random_conv(seed, transposed=True)
+        assert isinstance(transpose, ConvTranspose)
+        truth = true_norm(transpose)
+        assert bound_of(transpose) >= truth * (1 - 1e-14)
+        if all(extra < step for extra, step in zip(transpose.output_padding, transpose.stride, strict=True)):
+            assert bound_of(transpose) <= truth * (1 + 2e-6)
+    conv = Conv(randn(2, 2, 2, 3, 2), (2, 4, 5, 4), (1, 2, 1), 1)
+    assert exact_or_refused(conv, true_norm(conv))
+
+
+MODERATE = {
+    "first-layer": Conv(randn(8, 1, 3, 3), (1, 24, 24), 1, 1),
+    "halving": Conv(randn(8, 6, 4, 4), (6, 18, 14), 2, 1),
+    "dilated": Conv(randn(5, 5, 3, 2), (5, 13, 15), 1, 2, 2),
+    "grouped": Conv(randn(12, 3, 3, 3), (6, 12, 12), 1, 1, groups=2),
+    "long": Conv(randn(4, 3, 9), (3, 150), 2, 4),
+    "skipping": Conv(randn(12, 5, 2, 2), (5, 24, 24), 3),
+}
+
+
+@pytest.mark.parametrize("name", MODERATE)
+def test_moderate_convolutions_by_factorization(name: str) -> None:
+    """Larger than what is materialized: no switch is needed, and the ring alone would be less tight."""
+    conv = MODERATE[name]
+    assert min(math.prod(conv.input_shape), math.prod(conv.output_shape)) > norm_certificates._DENSE_SIDE
+    truth = true_norm(conv)
+    assert exact_or_refused(conv, truth)
+    assert truth < bound_of(conv) <= truth * (1 + 2e-6)
+
+
+@pytest.mark.parametrize("of_outputs", [True, False])
+@pytest.mark.parametrize("name", MODERATE)
+def test_factorization_refuses_what_is_below_the_norm(name: str, of_outputs: bool) -> None:
+    truth, gram = true_norm(MODERATE[name]), norm_certificates._Gram(MODERATE[name], of_outputs)
+    for excess in (-0.5, -1e-2, -1e-4, -1e-6, -1e-9, -1e-12, 0.0):
+        assert not gram.at_most(truth * (1 + excess)), excess
+    for excess in (1e-6, 1e-3, 1.0):
+        assert gram.at_most(truth * (1 + excess)), excess
+
+
+@pytest.mark.parametrize("name", MODERATE)
+def test_a_wrong_estimate_costs_tightness_only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, top = true_norm(MODERATE[name]), norm_certificates._Gram.top
+
+    def off_by(factor: float) -> float:
+        def wrong(gram: norm_certificates._Gram) -> tuple[float, Tensor]:
+            square, vector = top(gram)
+            return square * factor**2, vector
+
+        monkeypatch.setattr(norm_certificates._Gram, "top", wrong)
+        return bound_of(MODERATE[name])
+
+    assert truth < off_by(1 - 3e-5) <= truth * (1 + 1e-4)
+    take("ring", monkeypatch)
+    on_the_ring = bound_of(MODERATE[name])
+    monkeypatch.undo()
+    assert off_by(0.9) == off_by(2.5) == on_the_ring
+
+
+def test_the_largest_convolutions_are_left_to_the_ring() -> None:
+    conv = Conv(randn(64, 32, 3, 3), (32, 32, 32), 1, 1)
+    assert norm_certificates._factorized(conv, math.inf) == []
+
+
 @pytest.mark.skipif(not REFERENCE.exists(), reason=f"no reference weights at {REFERENCE.parent}")
 @pytest.mark.parametrize(
     ("key", "shape", "truth", "figure"),
-    [("0.weight", (1, 28, 28), 0.4875182, 0.4883423), ("2.weight", (16, 14, 14), 1.4841377, 1.4916883)],
+    [
+        ("0.weight", (1, 28, 28), 0.4875182139459902, 0.4883423),
+        ("2.weight", (16, 14, 14), 1.4841377045421638, 1.4916883),
+    ],
 )
-def test_convolutions_of_the_reference_net(key: str, shape: tuple[int, ...], truth: float, figure: float) -> None:
+def test_convolutions_of_the_reference_net(
+    key: str, shape: tuple[int, ...], truth: float, figure: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact by a factorization; the ring alone reproduces the figures published for it."""
     with np.load(REFERENCE) as state:
         conv = Conv(torch.from_numpy(state[key]), shape, 2, 1)
-    bound = bound_of(conv)
-    assert truth <= bound <= figure * (1 + 1e-6)
+    assert truth <= bound_of(conv) <= truth * (1 + 2e-6)
+    take("ring", monkeypatch)
+    assert truth <= bound_of(conv) <= figure * (1 + 1e-6)
     iteration = PowerIteration(conv.double())
     estimate = float(iteration.converge(conv.double(), 1e-12, 3000).value)
-    assert estimate <= truth + 1e-7  # the figure has seven digits
+    assert estimate <= truth * (1 + 1e-12)
     # The top singular values are close: thousands of steps are not enough for more digits.
     assert estimate == pytest.approx(truth, rel=1e-5)
 
@@ -188,7 +295,7 @@ def test_nonnegative(fn: Callable[[Tensor], Tensor], exact: bool) -> None:
     assert truth * (1 - 1e-12) <= bound <= truth * (1 + 1e-6 if exact else 1.5)
 
 
-def test_schur_bound_wins_where_it_is_smaller(no_dense_shortcut: None) -> None:
+def test_schur_bound_wins_where_it_is_smaller(ring: None) -> None:
     """A kernel of 5 on a single pixel: the ring sees more of it than the map does."""
     conv = Conv(torch.ones(1, 1, 5, dtype=torch.float64), (1, 1), padding=2)
     assert bound_of(conv) == pytest.approx(1.0)
@@ -196,10 +303,7 @@ def test_schur_bound_wins_where_it_is_smaller(no_dense_shortcut: None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
-@pytest.mark.parametrize("shortcut", [True, False])
-def test_extreme_sizes(dtype: torch.dtype, size: float, shortcut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not shortcut:
-        monkeypatch.setattr(norms, "_DENSE_SIDE", 0)
+def test_extreme_sizes(dtype: torch.dtype, size: float, way: str) -> None:
     maps: list[WeightedMap] = [
         Dense(randn(4, 5)),
         Conv(randn(2, 2, 3, 3), (2, 6, 6), 2, 1),
@@ -264,22 +368,19 @@ GRADIENT_MAPS: dict[str, WeightedMap] = {
 
 
 @pytest.mark.parametrize("name", GRADIENT_MAPS)
-@pytest.mark.parametrize("shortcut", [True, False])
-def test_gradient_of_the_bound(name: str, shortcut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not shortcut:
-        monkeypatch.setattr(norms, "_DENSE_SIDE", 0)
+def test_gradient_of_the_bound(name: str, way: str) -> None:
     linear_map = GRADIENT_MAPS[name]
     weight = linear_map.weight.clone().requires_grad_()
     assert torch.autograd.gradcheck(
         lambda w: spectral_norm_bound(linear_map.with_weight(w)).value, weight, atol=1e-5, rtol=1e-5
     )
-    if shortcut:  # exact bounds: their gradient is that of the dense singular value
+    if way != "ring":  # exact bounds: their gradient is that of the dense singular value
         (ours,) = torch.autograd.grad(spectral_norm_bound(linear_map.with_weight(weight)).value, weight)
         truth = torch.linalg.svdvals(dense_matrix(linear_map.with_weight(weight)))[0]
         torch.testing.assert_close(ours, torch.autograd.grad(truth, weight)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_gradient_where_schur_wins(no_dense_shortcut: None) -> None:
+def test_gradient_where_schur_wins(ring: None) -> None:
     weight = torch.tensor([[[0.1, 0.2, 1.0, 0.3, 0.4]]], dtype=torch.float64, requires_grad=True)
     bound = spectral_norm_bound(Conv(weight, (1, 1), padding=2)).value
     (gradient,) = torch.autograd.grad(bound, weight)
@@ -303,13 +404,13 @@ def test_estimate_and_bound_are_unrelated_types() -> None:
 
 def count_certificates(monkeypatch: pytest.MonkeyPatch) -> list[LinearMap]:
     made: list[LinearMap] = []
-    original = norms._certify
+    original = norms.certify
 
     def counted(linear_map: LinearMap) -> object:
         made.append(linear_map)
         return original(linear_map)
 
-    monkeypatch.setattr(norms, "_certify", counted)
+    monkeypatch.setattr(norms, "certify", counted)
     return made
 
 
@@ -358,7 +459,7 @@ def test_cache_hit_carries_the_gradient(name: str, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", GRADIENT_MAPS)
-def test_cache_filled_in_inference_mode_serves_later_graphs(name: str, no_dense_shortcut: None) -> None:
+def test_cache_filled_in_inference_mode_serves_later_graphs(name: str, way: str) -> None:
     cache, linear_map = NormCache(), GRADIENT_MAPS[name]
     with torch.inference_mode():
         cache.bound(name, linear_map)

@@ -48,12 +48,26 @@ class Problem:
         """The graph's output node."""
         return self.module.final_node()  # type: ignore[operator]
 
-    def context(self, norms: str = "bound", **switches: Any) -> Context:
-        """Context of a propagation; `norms` is "bound" (sound) or "estimate" (training)."""
+    def context(self, norms: str = "bound", outward: bool | None = None, **switches: Any) -> Context:
+        """Context of a propagation.
+
+        Args:
+            norms: "bound" (sound) or "estimate" (training).
+            outward: Outward rounding; None for float64 bounds only.
+            **switches: Further switches of `Context`.
+        """
         if norms not in ("bound", "estimate"):
             raise OptionError(f'norms must be "bound" (sound) or "estimate" (power iteration), got {norms!r}')
+        estimate = norms == "estimate"
+        if outward is None:
+            outward = not estimate and torch.get_default_dtype() == torch.float64
         return Context(
-            self.cache, self.power_iterations, estimate=norms == "estimate", training=self.training, **switches
+            self.cache,
+            self.power_iterations,
+            estimate=estimate,
+            training=self.training,
+            outward=outward,
+            **switches,
         )
 
     def propagate(self, context: Context, keep: bool = False) -> dict[str, State]:
@@ -119,8 +133,11 @@ def check_options(name: str, method: Method, options: dict[str, Any]) -> None:
         raise OptionError(f"method {name!r} has no option {unknown[0]!r}; its options are {', '.join(known) or 'none'}")
 
 
-def check_specification(C: Tensor, batch: int, outputs: int) -> None:
-    """Raise InvalidInputError unless C has shape (B or 1, S, outputs) and no NaN."""
+def check_specification(C: Tensor, x: Tensor, outputs: int) -> None:
+    """Raise InvalidInputError unless C has shape (B or 1, S, outputs), x's dtype and device, and no NaN."""
+    batch = len(x)
+    if C.dtype != x.dtype or C.device != x.device:
+        raise InvalidInputError(f"C is {C.dtype} on {C.device}, the input {x.dtype} on {x.device}")
     if C.dim() != 3 or C.shape[0] not in (1, batch) or C.shape[2] != outputs:
         raise InvalidInputError(
             f"C has shape {tuple(C.shape)}; it must be ({batch}, rows, {outputs}): one row of coefficients of the "

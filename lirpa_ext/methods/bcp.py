@@ -10,6 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..linear_maps import Dense
+from ..rounding import gamma, row_slack
+from ..rules import RULES
+from ..rules.linear import Affine
 from ..sets import BallBox, flat
 from ..support import ball_box_min, merged_min
 from .base import Bounds, Problem, register_method, set_of
@@ -23,6 +27,7 @@ def bcp(
     *,
     norms: str = "bound",
     tighten: bool = True,
+    outward: bool | None = None,
     solver: str = "exact",
     max_steps: int | None = None,
 ) -> Bounds:
@@ -34,29 +39,39 @@ def bcp(
             power iteration, cheap and differentiable, for training; the result is then no certificate.
         tighten: Use what the source does not: row norms that know the zero padding, and balls no larger than
             their box. False reproduces the source's bound.
-        solver: Of the last step, "exact" or "iterative" (Algorithm 1 of the source; no bound if stopped early).
+        outward: Outward rounding of what floating-point arithmetic may lose. Default: in float64, with "bound".
+        solver: Of the last step, "exact" or "iterative" (Algorithm 1 of the source; looser if stopped early).
         max_steps: Steps of the solver, default until it has converged.
 
     Returns:
         Lower and upper bounds, (B, S), or of the output's shape without C.
     """
-    context = problem.context(norms, tighten=tighten)
+    context = problem.context(norms, outward, tighten=tighten)
     states = problem.propagate(context)
-    return problem.both_sides(lambda C, sign: last_step(problem, states, C, sign, solver=solver, max_steps=max_steps))
+    if tighten:
+        states = tightened(states)
+    return problem.both_sides(lambda C, sign: last_step(problem, states, C, sign, solver, max_steps, context.outward))
 
 
-def lipschitz(problem: Problem, *, norms: str = "bound") -> Bounds:
+def lipschitz(problem: Problem, *, norms: str = "bound", outward: bool | None = None) -> Bounds:
     """Bounds from the ball alone: a product of the layers' Lipschitz constants (LMT).
 
     Args:
         problem: What to bound.
         norms: As in `bcp`.
+        outward: As in `bcp`.
 
     Returns:
         As `bcp`.
     """
-    states = problem.propagate(problem.context(norms, ball_only=True, tighten=False))
-    return problem.both_sides(lambda C, sign: last_step(problem, states, C, sign))
+    context = problem.context(norms, outward, ball_only=True, tighten=False)
+    states = problem.propagate(context)
+    return problem.both_sides(lambda C, sign: last_step(problem, states, C, sign, outward=context.outward))
+
+
+def tightened(states: dict[str, BallBox | Tensor]) -> dict[str, BallBox | Tensor]:
+    """The same sets, with balls no larger than their boxes."""
+    return {name: state.tightened() if isinstance(state, BallBox) else state for name, state in states.items()}
 
 
 def last_step(
@@ -66,6 +81,7 @@ def last_step(
     sign: int,
     solver: str = "exact",
     max_steps: int | None = None,
+    outward: bool = False,
 ) -> Tensor:
     """min of the rows of C (of sign * identity without C) over the outer bound (3.2.11), C merged with W.
 
@@ -85,11 +101,18 @@ def last_step(
     merged = _dense_last_layer(problem, states)
     if merged is None:
         bound = ball_box_min(C, *_flat(output), **options)
+        slack = row_slack(C, output, C.shape[2]) if outward else 0.0
     else:
         state, weight, bias = merged
         bound = merged_min(C, weight, *_flat(state), **options)
         if bias is not None:
             bound = bound + C @ bias
+        # ||C W|| <= sum_j |C_j| ||W_j||; the bias and the sums of C W itself err within the same margin
+        sizes = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+        slack = 4 * row_slack(C.abs() @ sizes, state, weight.numel()) if outward else 0.0
+        if bias is not None and outward:
+            slack = slack + gamma(C.dtype, weight.shape[0]) * (C.abs() @ bias.abs())
+    bound = bound - slack
     return bound.reshape(shape)
 
 
@@ -104,17 +127,15 @@ def _dense_last_layer(
 ) -> tuple[BallBox, Tensor, Tensor | None] | None:
     """(set of the input, W, b) if the output is a dense layer of one perturbed vector."""
     final = problem.final
-    if type(final).__name__ not in ("BoundLinear", "BoundBallBoxLinear") or getattr(final, "transA", 0):
+    inputs = [states[parent.name] for parent in final.inputs]
+    rule = RULES.get(type(final).__name__)
+    if not isinstance(rule, Affine) or not isinstance(inputs[0], BallBox):
         return None
-    state, weight, *rest = (states[parent.name] for parent in final.inputs)
-    if not isinstance(state, BallBox) or state.center.dim() != 2 or not isinstance(weight, Tensor):
+    linear_map = rule.linear_map(final, inputs, 0) if all(isinstance(i, Tensor) for i in inputs[1:]) else None
+    if not isinstance(linear_map, Dense) or inputs[0].center.dim() != 2:
         return None
-    if any(isinstance(bias, BallBox) for bias in rest):
-        return None
-    alpha = getattr(final, "alpha_linear", getattr(final, "alpha", 1.0))
-    beta = getattr(final, "beta_linear", getattr(final, "beta", 1.0))
-    weight = (weight if final.transB else weight.t()) * alpha
-    return state, weight, rest[0] * beta if rest else None  # type: ignore[operator]
+    bias = inputs[2] * getattr(final, "beta_linear", getattr(final, "beta", 1.0)) if len(inputs) > 2 else None
+    return inputs[0], linear_map.weight, bias
 
 
 register_method("bcp", bcp)

@@ -16,12 +16,12 @@ from ..errors import OptionError
 from ..sets import BallBox, flat
 from ..support import relu_ball_box_min, relu_ball_box_value
 from .base import Bounds, Problem, register_method, set_of
-from .bcp import last_step
+from .bcp import last_step, tightened
 
 _MOST_ELEMENTS = 2**20  # of one coefficient tensor: rows beyond it go in turns, which also keeps to the caches
 
 
-def bcp_crown(problem: Problem, *, norms: str = "bound", tighten: bool = True) -> Bounds:
+def bcp_crown(problem: Problem, *, norms: str = "bound", tighten: bool = True, outward: bool | None = None) -> Bounds:
     """Best of BCP, of CROWN's slopes over ball and box, and of stopping at the last ReLU; per row.
 
     Never looser than `bcp`, nor than CROWN on the same boxes.
@@ -30,12 +30,18 @@ def bcp_crown(problem: Problem, *, norms: str = "bound", tighten: bool = True) -
         problem: What to bound.
         norms: As in `bcp`.
         tighten: As in `bcp`.
+        outward: As in `bcp`.
 
     Returns:
         As `bcp`.
     """
-    states = problem.propagate(problem.context(norms, tighten=tighten), keep=True)
-    return problem.both_sides(lambda C, sign: _best_of_fixed(problem, BackwardPass(problem.module, states), C, sign))
+    context = problem.context(norms, outward, tighten=tighten)
+    states = problem.propagate(context, keep=True)
+    if tighten:
+        states = tightened(states)
+    return problem.both_sides(
+        lambda C, sign: _best_of_fixed(problem, BackwardPass(problem.module, states, outward=context.outward), C, sign)
+    )
 
 
 def bcp_alpha_crown(
@@ -43,6 +49,7 @@ def bcp_alpha_crown(
     *,
     norms: str = "bound",
     tighten: bool = True,
+    outward: bool | None = None,
     steps: int = 40,
     step_size: float = 0.2,
     early_stop: bool = True,
@@ -53,6 +60,7 @@ def bcp_alpha_crown(
         problem: What to bound.
         norms: As in `bcp`.
         tighten: As in `bcp`.
+        outward: As in `bcp`.
         steps: Ascent steps (Adam), at least 0.
         step_size: Step of lam, relative to the mean size of its coefficients; of log mu, absolute.
         early_stop: Leave rows alone that are positive already, or whose clean value is not (they cannot become
@@ -63,10 +71,13 @@ def bcp_alpha_crown(
     """
     if steps < 0 or not step_size > 0:
         raise OptionError(f"steps must be at least 0 and step_size positive, got {steps} and {step_size}")
-    states = problem.propagate(problem.context(norms, tighten=tighten), keep=True)
+    context = problem.context(norms, outward, tighten=tighten)
+    states = problem.propagate(context, keep=True)
+    if tighten:
+        states = tightened(states)
 
     def minimum(C: Tensor | None, sign: int) -> Tensor:
-        backward = BackwardPass(problem.module, states)
+        backward = BackwardPass(problem.module, states, outward=context.outward)
         bound = _best_of_fixed(problem, backward, C, sign)
         rows = _rows(problem, states, C, sign)
         best = flat(bound.detach()).clone()
@@ -103,7 +114,7 @@ def _width(states: dict[str, BallBox | Tensor]) -> int:
 
 def _best_of_fixed(problem: Problem, backward: BackwardPass, C: Tensor | None, sign: int) -> Tensor:
     """Elementwise best of the bounds that need no optimization."""
-    bcp = last_step(problem, backward.states, C, sign)
+    bcp = last_step(problem, backward.states, C, sign, outward=backward.outward)
     rows = _rows(problem, backward.states, C, sign)
     chunk = max(1, _MOST_ELEMENTS // (_width(backward.states) * len(rows)))
     bounds = [torch.maximum(backward.bound(some, _crown), backward.bound(some, None)) for some in rows.split(chunk, 1)]

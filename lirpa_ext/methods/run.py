@@ -51,7 +51,7 @@ def run_method(
         engine.set_input(module, *inputs)
         if C is not None:
             outputs = module.final_node().output_shape[1:].numel()  # type: ignore[operator]
-            check_specification(C, len(inputs[0]), outputs)
+            check_specification(C, inputs[0], outputs)
         problem = Problem(module, C, bound_lower, bound_upper, cache, power_iterations, training)
         return function(problem, **options)
     finally:

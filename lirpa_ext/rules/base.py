@@ -13,6 +13,7 @@ from .. import engine
 from ..errors import RegistrationError, UnsupportedNodeError
 from ..linear_maps import Conv, ConvTranspose, Dense, LinearMap
 from ..norms import NormCache, PowerIteration
+from ..rounding import widened
 from ..sets import BallBox
 
 State = BallBox | Tensor  # the set of a perturbed node, or the value of a constant one
@@ -29,7 +30,9 @@ class Context:
         power_steps: Power steps a call, in training mode.
         training: Whether the power iterations may move.
         ball_only: Propagate no boxes (the Lipschitz-margin baseline).
-        tighten: Use row norms that know the zero padding, and rho <- min(rho, radius of the box).
+        tighten: Use row norms that know the zero padding, and rho <- min(rho, radius of the box) wherever the ball is
+            about to be used.
+        outward: Add what floating-point arithmetic may have lost (`lirpa_ext.rounding`).
         fallbacks: Names and classes of the nodes that no rule knew; filled by the propagation.
         norms: The norm that each linear node was propagated with, by name; filled by the propagation.
     """
@@ -41,6 +44,7 @@ class Context:
     training: bool = False
     ball_only: bool = False
     tighten: bool = True
+    outward: bool = False
     fallbacks: dict[str, str] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
 
@@ -66,8 +70,8 @@ class Rule:
     lies in the returned one.
     """
 
-    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox:
-        """Set of a node.
+    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+        """Set of a node, or None to leave it to the engine's interval rule.
 
         Args:
             node: The engine's node.
@@ -77,6 +81,7 @@ class Rule:
         """
         raise NotImplementedError
 
+    exact = False  # whether values and box are computed without rounding
     homogeneous = False  # whether the node maps 0 to 0 wherever `adjoint` applies
 
     def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None] | None:
@@ -116,6 +121,11 @@ def register_rule(node_class: str, rule: Rule, overwrite: bool = False) -> None:
 
 def propagate_node(node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox:
     """Set of one node: by its rule, or by the engine's interval arithmetic where there is none or it declines."""
+    if not center.is_floating_point():
+        raise UnsupportedNodeError(
+            f"node {node.name!r} ({type(node).__name__}) turns the perturbed input into {center.dtype}; a ball needs "
+            "real values. Remove the cast or comparison from the model."
+        )
     rule = RULES.get(type(node).__name__)
     state = None
     if rule is not None:
@@ -124,7 +134,9 @@ def propagate_node(node: Any, inputs: Sequence[State], center: Tensor, context: 
         context.fallbacks[node.name] = type(node).__name__
         state = propagate_interval(node, inputs, center)
     if context.ball_only:
-        return BallBox(state.center, state.radius)
+        state = BallBox(state.center, state.radius)
+    if context.outward and (rule is None or not rule.exact):
+        state = widened(state)
     return state
 
 
@@ -154,11 +166,22 @@ def adjoint_and_bias(node: Any, inputs: Sequence[State], rows: Tensor) -> tuple[
     return passed, (rows * value).reshape(*rows.shape[:2], -1).sum(2)
 
 
+def frobenius(node: Any, inputs: Sequence[State]) -> Tensor | float:
+    """Frobenius norm of an affine node's linear part; 1 for nodes that only move values."""
+    linear_map = getattr(RULES.get(type(node).__name__), "linear_map", None)
+    index = only_perturbed(inputs)
+    found = None if linear_map is None or index is None else linear_map(node, inputs, index)
+    return 1.0 if found is None else torch.linalg.vector_norm(found.row_norms().expand(found.output_shape)).detach()
+
+
 def weight_name(node: Any) -> str:
     """Name under which a node's norm is kept: its weight's name in the user's model, else its own."""
-    for parent in node.inputs[1:]:
-        if isinstance(parent, engine.BoundParams | engine.BoundBuffers):
+    weights = [parent for parent in node.inputs if not parent.perturbed]
+    while weights:  # a weight may come through a transpose
+        parent = weights.pop(0)
+        if isinstance(parent, (engine.BoundParams, engine.BoundBuffers)):
             return parent.ori_name
+        weights += parent.inputs
     return node.name
 
 

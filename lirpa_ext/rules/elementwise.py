@@ -25,15 +25,17 @@ class Elementwise(Rule):
     Args:
         slope: Bound on |f'| over [l, u], elementwise: (node, l, u) -> tensor of that shape.
         monotone: f does not decrease, so the box is (f(l), f(u)); else the engine's interval rule gives it.
+        exact: f is computed without rounding, and its slopes are 0 or 1.
     """
 
-    def __init__(self, slope: Callable[[Any, Tensor, Tensor], Tensor], monotone: bool = True) -> None:
+    def __init__(
+        self, slope: Callable[[Any, Tensor, Tensor], Tensor], monotone: bool = True, exact: bool = False
+    ) -> None:
         self.slope = slope
         self.monotone = monotone
+        self.exact = exact
 
-    def propagate(  # type: ignore[override]
-        self, node: Any, inputs: Sequence[State], center: Tensor, context: Context
-    ) -> BallBox | None:
+    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         if only_perturbed(inputs) != 0 or center.shape != inputs[0].center.shape:  # type: ignore[union-attr]
             return None
         state = inputs[0]
@@ -44,11 +46,9 @@ class Elementwise(Rule):
             return BallBox(center, radius)
         if self.monotone:
             constants = inputs[1:]
-            image = BallBox(center, radius, node.forward(lower, *constants), node.forward(upper, *constants))
-        else:
-            box = propagate_interval(node, inputs, center)
-            image = BallBox(center, radius, box.lower, box.upper)
-        return image.tightened() if context.tighten else image
+            return BallBox(center, radius, node.forward(lower, *constants), node.forward(upper, *constants))
+        box = propagate_interval(node, inputs, center)
+        return BallBox(center, radius, box.lower, box.upper)
 
 
 def _nearest_to_zero(lower: Tensor, upper: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _nearest_to_zero(lower: Tensor, upper: Tensor) -> Tensor:
 
 def _relu(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
     """1 where the box reaches above 0, else the slope below 0 (0 for a plain ReLU)."""
-    leak = getattr(node, "leaky_alpha", 0) or (node.alpha if isinstance(node.alpha, float) else 0.0)
+    leak = engine.negative_slope(node)
     return torch.where(upper > 0, max(1.0, leak), leak).to(upper)
 
 
@@ -89,16 +89,16 @@ def _gelu(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
     return torch.full_like(upper, GELU_SLOPE)
 
 
-register_rule("BoundRelu", Elementwise(_relu))
-register_rule("BoundBallBoxRelu", Elementwise(_relu))
+register_rule("BoundRelu", Elementwise(_relu, exact=True))
+register_rule("BoundBallBoxRelu", Elementwise(_relu, exact=True))
 register_rule("BoundLeakyRelu", Elementwise(_relu))
 register_rule("BoundSigmoid", Elementwise(_sigmoid))
 register_rule("BoundTanh", Elementwise(_tanh))
 register_rule("BoundAtan", Elementwise(_atan))
 register_rule("BoundSoftplus", Elementwise(lambda node, lower, upper: torch.sigmoid(upper)))
 register_rule("BoundExp", Elementwise(lambda node, lower, upper: torch.exp(upper)))
-register_rule("BoundHardTanh", Elementwise(_clip))
-register_rule("BoundClip", Elementwise(_clip))
+register_rule("BoundHardTanh", Elementwise(_clip, exact=True))
+register_rule("BoundClip", Elementwise(_clip, exact=True))
 register_rule("BoundAbs", Elementwise(_ones, monotone=False))
 register_rule("BoundSin", Elementwise(_ones, monotone=False))
 register_rule("BoundCos", Elementwise(_ones, monotone=False))

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from .. import engine
 from ..linear_maps import Conv, ConvTranspose, Dense, LinearMap, NonNegative, Scale
+from ..rounding import gamma, input_of_affine, output_of_affine, summands
 from ..sets import BallBox, per_sample
 from .base import Context, Rule, State, apply, only_perturbed, register_rule, weight_name
+from .cut import Cut
 
 
 class Affine(Rule):
@@ -29,9 +31,7 @@ class Affine(Rule):
     def __init__(self, linear_map: Callable[[Any, Sequence[State], int], LinearMap | None]) -> None:
         self.linear_map = linear_map
 
-    def propagate(  # type: ignore[override]
-        self, node: Any, inputs: Sequence[State], center: Tensor, context: Context
-    ) -> BallBox | None:
+    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         index = only_perturbed(inputs)
         linear_map = None if index is None else self.linear_map(node, inputs, index)
         if index is None or linear_map is None:
@@ -40,21 +40,39 @@ class Affine(Rule):
         assert isinstance(state, BallBox)
         if len(center) != len(state.center) or linear_map.output_shape != center.shape[1:]:
             return None  # it mixes samples
-        radius = context.norm(node, linear_map) * state.radius
-        if context.ball_only:
+        if context.tighten:
+            state = state.tightened()
+        norm, rows = context.norm(node, linear_map), linear_map.row_norms(exact=context.tighten)
+        if not context.outward:
+            return self._image(node, inputs, state, center, linear_map, norm, rows, context.ball_only)
+        loss = gamma(center.dtype, summands(linear_map))
+        wider = input_of_affine(state, loss)
+        image = self._image(node, inputs, wider, center, linear_map, norm, rows, context.ball_only)
+        return output_of_affine(image, state, rows, loss)
+
+    @staticmethod
+    def _image(
+        node: Any,
+        inputs: Sequence[State],
+        state: BallBox,
+        center: Tensor,
+        linear_map: LinearMap,
+        norm: Tensor,
+        rows: Tensor,
+        ball_only: bool,
+    ) -> BallBox:
+        """Set of W v + b for v in `state`."""
+        radius = norm * state.radius
+        if ball_only:
             return BallBox(center, radius)
-        reach = linear_map.row_norms(exact=context.tighten) * per_sample(state.radius, center)
         if state.lower is None or state.upper is None:
             # Interval arithmetic on z -+ rho reaches ||W_i||_1 rho >= ||W_i||_2 rho: nothing to gain.
-            image = BallBox(center, radius, center - reach, center + reach)
-        else:
-            middle = apply(node, inputs, lambda s: (s.lower + s.upper) / 2)  # type: ignore[operator]
-            spread = linear_map.abs()((state.upper - state.lower) / 2)
-            lower = torch.maximum(middle - spread, center - reach)
-            upper = torch.minimum(middle + spread, center + reach)
-            # Rounding can push an end of a box of no width past the center.
-            image = BallBox(center, radius, torch.minimum(lower, center), torch.maximum(upper, center))
-        return image.tightened() if context.tighten else image
+            reach = rows * per_sample(state.radius, center)
+            return BallBox(center, radius, center - reach, center + reach)
+        middle_of = 0.5 * (state.lower + state.upper)
+        middle = apply(node, inputs, lambda _: middle_of)
+        spread = linear_map.abs()(0.5 * (state.upper - state.lower))
+        return BallBox(center, radius, *Cut.apply(middle, spread, center, rows, state.radius))
 
     def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None] | None:
         index = only_perturbed(inputs)
@@ -154,15 +172,18 @@ def power_iterable(node: Any) -> tuple[str, Any, Callable[[Tensor], LinearMap]] 
     build = {
         "BoundLinear": _dense,
         "BoundBallBoxLinear": _dense,
+        "BoundMatMul": _matmul,
         "BoundConv": _conv,
-        "BoundConvTranspose": _conv_transpose,
         "BoundConv1d": _conv,
+        "BoundConvTranspose": _conv_transpose,
         "BoundAnyConvTranspose": _conv_transpose,
     }.get(type(node).__name__)
-    if build is None or not isinstance(node.inputs[1], engine.BoundParams | engine.BoundBuffers):
+    if build is None or node.inputs[1].perturbed or weight_name(node) == node.name:
         return None
     shape = node.inputs[0].output_shape
     state = BallBox(torch.empty(shape, device="meta"), torch.empty(shape[:1], device="meta"))
+    if build(node, [state, engine.constant(node.inputs[1])], 0) is None:
+        return None
 
     def linear_map(weight: Tensor) -> LinearMap:
         made = build(node, [state, weight], 0)

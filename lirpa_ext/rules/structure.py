@@ -26,6 +26,8 @@ class Monotone(Rule):
         homogeneous: The node maps 0 to 0.
     """
 
+    exact = True
+
     def __init__(
         self,
         factor: Callable[[Any, BallBox, Tensor], float | None],
@@ -36,9 +38,7 @@ class Monotone(Rule):
         self.back = back
         self.homogeneous = homogeneous
 
-    def propagate(  # type: ignore[override]
-        self, node: Any, inputs: Sequence[State], center: Tensor, context: Context
-    ) -> BallBox | None:
+    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         index = only_perturbed(inputs)
         if index is None:
             return None
@@ -84,8 +84,7 @@ class Sum(Rule):
         )
         if self.sign < 0:
             low_b, high_b = -high_b, -low_b
-        image = BallBox(center, radius, low_a + low_b, high_a + high_b)
-        return image.tightened() if context.tighten else image
+        return BallBox(center, radius, low_a + low_b, high_a + high_b)
 
     def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None]:
         signs = (1, self.sign)
@@ -97,6 +96,8 @@ class Sum(Rule):
 
 class Negation(Rule):
     """-a."""
+
+    exact = True
 
     def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox:
         (state,) = inputs
@@ -112,9 +113,7 @@ class Negation(Rule):
 class Concat(Rule):
     """Concatenation: rho^2 is the sum of the squares; the box is the concatenation of the boxes."""
 
-    def propagate(  # type: ignore[override]
-        self, node: Any, inputs: Sequence[State], center: Tensor, context: Context
-    ) -> BallBox | None:
+    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         states = [state for state in inputs if isinstance(state, BallBox)]
         if len(center) != len(states[0].center):
             return None  # along the batch

@@ -1,0 +1,25 @@
+"""Fixtures that the test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+_SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test draws the same numbers, whichever ran before it."""
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of reference networks and data beside the repository; tests that need it skip without it."""
+    if not _SHARED.is_dir():
+        pytest.skip(f"the reference material is not there ({_SHARED})")
+    return _SHARED
