@@ -106,10 +106,20 @@ class BackwardPass:
 
     def take(self, index: Tensor, all_coordinates: bool = False) -> BackwardPass:
         """The same pass for some samples of the batch (an index may repeat)."""
-        states = {
-            name: state.take(index) if isinstance(state, BallBox) else state for name, state in self.states.items()
+
+        batched = engine.of_each_sample(self.order)
+
+        def some(node: Any) -> State:
+            state = self.states[node.name]
+            if isinstance(state, BallBox):
+                return state.take(index)
+            return state[index] if node.name in batched else state
+
+        states = {node.name: some(node) for node in self.order}
+        perturbations = {
+            name: perturbation.take(index, self.states[name].center)  # type: ignore[union-attr]
+            for name, perturbation in self.perturbations.items()
         }
-        perturbations = {name: perturbation.take(index) for name, perturbation in self.perturbations.items()}
         return BackwardPass(self.module, states, perturbations, all_coordinates, self.outward)
 
     def bound(self, C: Tensor, relax: Relax | None) -> Tensor:

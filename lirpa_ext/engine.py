@@ -139,6 +139,16 @@ def ancestors_in_order(node: Any) -> list[Any]:
     return order
 
 
+def weight_scale(node: Any) -> float:
+    """Factor alpha of a Gemm node's product."""
+    return node.alpha if IS_LEGACY else node.alpha_linear
+
+
+def bias_scale(node: Any) -> float:
+    """Factor beta of a Gemm or matmul node's bias."""
+    return node.beta if IS_LEGACY else node.beta_linear
+
+
 def negative_slope(node: Any) -> float:
     """Slope of a ReLU or LeakyReLU node below 0; 0 for other nodes."""
     alpha = getattr(node, "alpha", 0.0)
@@ -150,6 +160,17 @@ def reads_old_values(order: list[Any]) -> bool:
     return IS_LEGACY and any(
         isinstance(node, bound_ops.BoundDiv) and isinstance(node.inputs[1], bound_ops.BoundSqrt) for node in order
     )
+
+
+def of_each_sample(order: list[Any]) -> set[str]:
+    """Names of the nodes whose value has the batch axis: those that depend on an input, other than by its shape."""
+    names: set[str] = set()
+    for node in order:
+        is_input = isinstance(node, BoundInput) and not isinstance(node, (BoundParams, BoundBuffers))
+        shape_only = isinstance(node, bound_ops.BoundShape)
+        if is_input or (not shape_only and any(parent.name in names for parent in node.inputs)):
+            names.add(node.name)
+    return names
 
 
 def constant(node: Any) -> Tensor:
@@ -167,8 +188,9 @@ def free_graphs(module: nn.Module, keep_bounds: bool = False) -> None:
         module: The graph.
         keep_bounds: Keep the nodes' bounds, detached, for those who read them after a call.
     """
+    node: Any
     for node in module._modules.values():
-        for name in ("interval", "forward_value", "lA", "uA", "linear", "lower_d", "d", "upper_k", "x", "y", "ball"):
+        for name in ("interval", "forward_value", "lA", "uA", "linear", "ball"):
             if name in node.__dict__ or name in node._parameters:
                 delattr(node, name)
         for name in ("lower", "upper"):
@@ -181,6 +203,21 @@ def free_graphs(module: nn.Module, keep_bounds: bool = False) -> None:
                 delattr(node, name)
             else:
                 setattr(node, name, None)
+        _detach_attributes(node)
+    _detach_attributes(module)
+
+
+def _detach_attributes(holder: Any) -> None:
+    """Cut the graphs of whatever else was left: slopes, intercepts, the last IBP bounds, ..."""
+    for name, value in list(holder.__dict__.items()):
+        if isinstance(value, Tensor) and value.grad_fn is not None and name != "live":
+            object.__setattr__(holder, name, value.detach())
+
+
+def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """All parameters; 0.3's own `parameters()` fails on today's torch."""
+    for part in module.modules():
+        yield from (parameter for parameter in part._parameters.values() if parameter is not None)
 
 
 def bound_backward(node: Any, rows: Tensor, start: Any) -> Any:
@@ -214,8 +251,9 @@ def set_bounds(node: Any, lower: Tensor, upper: Tensor) -> None:
 
 def learn_relu(module: nn.Module, relu: type) -> None:
     """0.3 keeps an exact-type list of nodes whose intermediate bounds come from IBP."""
-    if IS_LEGACY and relu not in module.ibp_intermediate:
-        module.ibp_intermediate.append(relu)  # type: ignore[union-attr, operator]
+    known: Any = module.ibp_intermediate if IS_LEGACY else [relu]
+    if relu not in known:
+        known.append(relu)
 
 
 # --- live parameters -----------------------------------------------------------------------------------------
@@ -303,7 +341,7 @@ def captured_errors() -> Iterator[list[str]]:
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Restore `requires_grad` of every parameter and train/eval mode of every submodule on exit."""
-    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    grads = [(parameter, parameter.requires_grad) for parameter in parameters(model)]
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield

@@ -90,27 +90,25 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         with self._engine_inside(), engine.untouched(model), engine.default_dtype(example[0].dtype), torch.no_grad():
             complaints: list[str] = []
             try:
-                expected = shadow(*example)
                 with engine.captured_errors() as complaints:
                     graph_input = example if len(example) > 1 else example[0]
                     super().__init__(shadow, graph_input, options, custom_ops=self._custom_ops, **rest)
             except Exception as error:  # the engine raises whatever comes
                 ops = sorted({op for line in complaints for op in re.findall(r"op='([^']+)'", line)})
-                unknown = f" (unknown to it: {', '.join(ops)})" if ops else ""
+                unknown = f" (it does not know {', '.join(ops)})" if ops else ""
                 raise TraceError(
                     f"the engine (auto_LiRPA {engine.engine_version()}) cannot build a graph of "
-                    f"{type(model).__name__}{unknown}: {type(error).__name__}: {error}. The forward must be traceable by "
-                    "torch.jit.trace, return one tensor and use ops that the engine knows."
+                    f"{type(model).__name__}: {type(error).__name__}: {error}{unknown}. The forward must be traceable "
+                    "by torch.jit.trace, return one tensor and use ops that the engine knows."
                 ) from error
-            if any(engine.negative_slope(node) < 0 for node in self._modules.values()):
-                raise TraceError(
-                    "a LeakyReLU has a negative slope: it is not monotone, and the engine takes it to be so"
-                )
+            slopes = [engine.slope_below_zero(node) for node in self._modules.values()]
+            if not all(0 <= slope <= 1 for slope in slopes):
+                raise TraceError("a LeakyReLU has a slope outside of [0, 1], for which the engine's bounds do not hold")
             object.__setattr__(self, "_readers", engine.make_live(self, model))
             for node in list(self._modules.values()):
                 object.__setattr__(node, "users", [self._modules[name] for name in node.output_name])
             engine.learn_relu(self, BoundBallBoxRelu)
-            self._check_same_function(example, expected)
+            self._check_same_function(shadow, example)
             self._add_power_iterations()
             engine.free_graphs(self)
 
@@ -123,19 +121,26 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         finally:
             object.__setattr__(self, "_inside", before)
 
-    def _check_same_function(self, example: tuple[Tensor, ...], expected: Tensor) -> None:
-        """The engine drops some attributes (ceil_mode, dilation of pools, count_include_pad): find out here."""
-        actual = super().forward(*example)
-        if not torch.isfinite(expected).all():
-            return  # nothing to compare; the bounds will be NaN, which certifies nothing
-        scale = expected.abs().max().clamp(min=1e-6) if expected.numel() else torch.ones(())
-        error = (actual - expected).abs().max() / scale if actual.shape == expected.shape else torch.inf
-        if not error <= 1e-3 if expected.dtype == torch.float32 else not error <= 1e-8:
-            raise TraceError(
-                f"the engine's graph of {type(self.source).__name__} computes something else than the model "
-                f"(relative difference {float(error):.2g}): it drops some attributes, such as ceil_mode, dilation "
-                "or count_include_pad of pools. Rewrite that layer."
-            )
+    def _check_same_function(self, shadow: nn.Module, example: tuple[Tensor, ...]) -> None:
+        """Compare graph and model on a few inputs.
+
+        The engine drops some attributes (ceil_mode, dilation of pools, count_include_pad), and a trace follows the
+        branch that the example took through control flow on data.
+        """
+        generator = torch.Generator().manual_seed(0)
+        noise = [torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x for x in example]
+        for inputs in (example, tuple(-x if x.is_floating_point() else x for x in example), tuple(noise)):
+            expected, actual = shadow(*inputs), super().forward(*inputs)
+            if not torch.isfinite(expected).all():
+                continue  # nothing to compare; such a bound will be NaN, which certifies nothing
+            scale = expected.abs().max().clamp(min=1e-6)
+            error = (actual - expected).abs().max() / scale if actual.shape == expected.shape else torch.inf
+            if not error <= (1e-8 if expected.dtype == torch.float64 else 1e-3):
+                raise TraceError(
+                    f"the engine's graph of {type(self.source).__name__} computes something else than the model "
+                    f"(relative difference {float(error):.2g}). Either its forward branches on the data, or it has "
+                    "a pool with ceil_mode, dilation or count_include_pad=False, which the engine drops: rewrite it."
+                )
 
     def _add_power_iterations(self) -> None:
         """Hang a power-iteration node on the weight of every linear node; keep those of an earlier build."""
@@ -193,7 +198,9 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         self._set_inputs(x)
         if not ours:
             if str(method).lower() in engine.OPTIMIZED_METHODS:
-                engine.refresh(self._readers, detach=True)  # the engine's ascent goes backward more than once
+                engine.refresh(
+                    self.source, self._readers, detach=True
+                )  # the engine's ascent goes backward more than once
             return self._engine_bounds(aux, C, method, args, bound_lower, bound_upper, options)
         if args or aux is not None:
             raise OptionError(f"method {method!r} takes its options by name")
@@ -208,7 +215,10 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         if self._inside:
             return super().forward(*x, **kwargs)
         self._set_inputs(x)
-        return super().forward(*self._inputs, **kwargs)
+        try:
+            return super().forward(*self._inputs, **kwargs)
+        finally:
+            engine.free_graphs(self)
 
     def _set_inputs(self, x: Tensor | tuple[Tensor, ...] | None) -> None:
         """Check the inputs, give their perturbations our class, and retrace if the batch size changed."""
@@ -219,7 +229,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
             check_mode(self.source)
             check_inputs(self.source, inputs)
         object.__setattr__(self, "_inputs", inputs)
-        engine.refresh(self._readers)
+        engine.refresh(self.source, self._readers)
 
     def _engine_bounds(
         self, aux: Any, C: Any, method: str | None, args: Any, lower: bool, upper: bool, options: dict[str, Any]

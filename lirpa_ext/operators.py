@@ -50,7 +50,7 @@ class BoundPerturbedInput(engine.Bound):  # type: ignore[misc]
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return x
+        return x.as_subclass(torch.Tensor)  # not a BoundedTensor, whose max() is a plain tuple
 
     def interval_propagate(self, *v: Any) -> Any:
         root = self.inputs[0]
@@ -101,11 +101,11 @@ class BoundBallBoxRelu(engine.BoundRelu):  # type: ignore[misc]
     def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> Any:
         if self.ball is None:
             return super().bound_backward(last_lA, last_uA, *x, **kwargs)
-        lower = (None, 0) if last_lA is None else relu_backward(last_lA, self.ball, self.slope)
-        # max of a.relu(v) is -min of (-a).relu(v)
-        upper = (None, 0) if last_uA is None else relu_backward(-last_uA, self.ball, self.slope)
-        if last_uA is not None:
-            upper = (-upper[0], -upper[1])
+        lower: Any = (None, 0) if last_lA is None else relu_backward(last_lA, self.ball, self.slope)
+        upper: Any = (None, 0)
+        if last_uA is not None:  # max of a.relu(v) is -min of (-a).relu(v)
+            lam, bias = relu_backward(-last_uA, self.ball, self.slope)
+            upper = -lam, -bias
         return [(lower[0], upper[0])], lower[1], upper[1]
 
     def _backward_relaxation(self, *args: Any, **kwargs: Any) -> Any:

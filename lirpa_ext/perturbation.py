@@ -87,14 +87,19 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
                 f"x_L={self.range_lower}, x_U={self.range_upper}. Normalize inside of the model, not in the data."
             )
 
-    def take(self, index: Tensor) -> PerturbationLpNorm:
-        """The sets of some samples of the batch."""
+    def take(self, index: Tensor, x: Tensor) -> PerturbationLpNorm:
+        """The sets of some samples of the batch `x`; an index may repeat."""
 
-        def some(value: Any, own_dims: int) -> Any:
-            per_sample = isinstance(value, Tensor) and value.dim() > own_dims and len(value) > 1
-            return value[index] if per_sample else value
+        def some(value: Any, batched: bool) -> Any:
+            return value[index] if batched and len(value) == len(x) else value
 
-        return PerturbationLpNorm(some(self.radius, 0), self.norm, some(self.range_lower, 3), some(self.range_upper, 3))
+        radius = self.radius
+        ends = (self.range_lower, self.range_upper)
+        return PerturbationLpNorm(
+            some(radius, isinstance(radius, Tensor) and radius.dim() == 1 and len(x) > 1),
+            self.norm,
+            *(some(end, isinstance(end, Tensor) and end.dim() == x.dim()) for end in ends),
+        )
 
     def eps_of(self, x: Tensor) -> Tensor:
         """Radius of each sample, (B,); for a bare box the largest distance of a face from `x`."""

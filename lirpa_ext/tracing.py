@@ -88,7 +88,7 @@ def with_our_perturbation(x: Tensor) -> Tensor:
 
 def check_inputs(model: nn.Module, inputs: Inputs) -> None:
     """Raise InvalidInputError for NaN entries, another dtype than the model's, or a point outside of its set."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    parameter = next((p for p in engine.parameters(model) if p.is_floating_point()), None)
     for x in inputs:
         if not x.is_floating_point():
             continue

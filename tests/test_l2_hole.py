@@ -276,9 +276,9 @@ def _tensors(value, depth=0):
     elif depth < 5 and isinstance(value, list | tuple | set):
         for item in value:
             yield from _tensors(item, depth + 1)
-    elif depth < 5 and hasattr(value, "__dict__") and type(value).__module__.startswith(("auto_LiRPA", "lirpa_ext")):
-        if not isinstance(value, nn.Module):  # another node: walked by itself
-            yield from _tensors(vars(value), depth + 1)
+    elif depth < 5 and type(value).__module__.startswith(("auto_LiRPA", "lirpa_ext")) and hasattr(value, "__dict__"):
+        # another node is walked by itself
+        yield from () if isinstance(value, nn.Module) else _tensors(vars(value), depth + 1)
 
 
 def _held_graphs(graph):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -179,7 +180,7 @@ def test_rows_that_are_not_finite(model, x, bad):
 
 
 def test_rows_of_another_dtype(model, x):
-    with pytest.raises(InvalidInputError, match="C is torch.float32"):
+    with pytest.raises(InvalidInputError, match=r"C is torch\.float32"):
         BoundedModule(model, x).compute_bounds(x=(ball(x),), C=torch.ones(4, 2, 3), method="bcp")
 
 
@@ -322,7 +323,8 @@ def test_every_parameter_gets_its_gradient(make, method, norms):
             values.append(total())
             for parameter, direction in zip(parameters, directions, strict=True):
                 parameter.sub_(direction, alpha=sign * step)
-    torch.testing.assert_close(slope, (values[0] - values[1]) / (2 * step), rtol=2e-2 if "crown" in method else 2e-4, atol=1e-4)
+    rtol = 2e-2 if "crown" in method else 2e-4
+    torch.testing.assert_close(slope, (values[0] - values[1]) / (2 * step), rtol=rtol, atol=1e-4)
 
 
 # --- how the methods compare -------------------------------------------------------------------------------------
@@ -340,7 +342,7 @@ def test_order_of_the_methods(make, norm):
     for method in OURS:
         results[method] = graph.compute_bounds(x=(ball(x, eps, norm),), C=rows, method=method)
         assert_sound(model, x, PerturbationLpNorm(eps, norm), results[method], rows)
-    for looser, tighter in zip(OURS, OURS[1:], strict=False):
+    for looser, tighter in itertools.pairwise(OURS):
         assert (results[tighter][0] >= results[looser][0] - 1e-9).all(), (looser, tighter)
         assert (results[tighter][1] <= results[looser][1] + 1e-9).all(), (looser, tighter)
     assert (results["bcp-crown"][0] > results["bcp"][0] + 1e-6).any()
@@ -641,7 +643,7 @@ class Raises(nn.Module):
 
 @pytest.mark.parametrize("broken", [Unsupported, TwoOutputs, Raises])
 def test_what_the_engine_cannot_trace(broken, x):
-    with pytest.raises(TraceError, match=rf"cannot build a graph of {broken.__name__}: .*traceable"):
+    with pytest.raises(TraceError, match=rf"cannot build a graph of {broken.__name__}.*: .*traceable"):
         BoundedModule(broken(), x)
 
 

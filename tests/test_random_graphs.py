@@ -19,7 +19,6 @@ BATCH = 2
 ACTIVATIONS = {
     "relu": nn.ReLU,
     "leaky": lambda: nn.LeakyReLU(0.1),
-    "sigmoid": nn.Sigmoid,
     "tanh": nn.Tanh,
     "softplus": nn.Softplus,
     "hardtanh": lambda: nn.Hardtanh(-0.5, 0.5),
@@ -89,7 +88,7 @@ class Move(nn.Module):
             return x[:, -2:] if x.shape[1] > 1 else x
         if self.which == 2:
             return x.transpose(2, 3)
-        return x.flatten(2).unsqueeze(3)
+        return x.reshape(x.size(0), x.shape[1], -1, 1)
 
 
 def step(block: Block, shape: tuple[int, ...]) -> nn.Module:
@@ -173,7 +172,7 @@ def test_random_network(blocks, shape, head, norm, eps, ranged, dtype, seed):
     x = torch.rand(BATCH, *shape, generator=generator(seed), dtype=dtype)
     ends = {"x_L": 0.0, "x_U": 1.0} if ranged else {}
     perturbation = PerturbationLpNorm(norm=norm, eps=eps * torch.tensor([1.0, 0.5], dtype=dtype), **ends)
-    found = extremes(model, x, perturbation, count=25, steps=3, seed=seed)
+    found = extremes(model, x, perturbation, count=20, steps=2, seed=seed)
     slack = TOLERANCE[dtype] * found.scale
     graph, bounded = BoundedModule(model, x), BoundedTensor(x, perturbation)
     ball = check(graph, "lipschitz", bounded, found)
@@ -191,7 +190,7 @@ ENGINE_RUNS: dict[str, list[str]] = {"IBP": [], "CROWN-IBP": [], "CROWN": []}
 def test_engine_on_random_networks_in_l2(method):
     """The engine's own methods through our class, where they do not raise: the hole for l2 is closed."""
 
-    @settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
     @given(networks, st.sampled_from([(4,), (5,), (1, 4, 4), (2, 5, 3)]), st.booleans(), st.integers(0, 1000))
     def run(blocks, shape, ranged, seed):
         model = build(blocks, shape, True, seed).double()
@@ -199,7 +198,7 @@ def test_engine_on_random_networks_in_l2(method):
         x = torch.rand(BATCH, *shape, generator=generator(seed), dtype=torch.float64)
         ends = {"x_L": 0.0, "x_U": 1.0} if ranged else {}
         perturbation = PerturbationLpNorm(norm=2, eps=0.3 if seed % 2 else torch.tensor([0.3, 0.1]), **ends)
-        found = extremes(model, x, perturbation, count=25, steps=3, seed=seed)
+        found = extremes(model, x, perturbation, count=20, steps=2, seed=seed)
         graph = BoundedModule(model, x)
         try:
             bounds = graph.compute_bounds(x=(BoundedTensor(x, perturbation),), method=method)

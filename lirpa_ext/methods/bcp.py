@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import engine
 from ..linear_maps import Dense
 from ..rounding import gamma, row_slack
 from ..rules import RULES
@@ -90,7 +91,6 @@ def last_step(
     """
     final = problem.final
     output = set_of(states[final.name])
-    options = {"solver": solver, "max_steps": max_steps}
     shape = output.center.shape if C is None else (len(output.center), C.shape[1])
     if C is None:
         outputs = output.center[0].numel()
@@ -100,11 +100,11 @@ def last_step(
         C = sign * torch.eye(outputs, dtype=output.center.dtype, device=output.center.device).unsqueeze(0)
     merged = _dense_last_layer(problem, states)
     if merged is None:
-        bound = ball_box_min(C, *_flat(output), **options)
+        bound = ball_box_min(C, *_flat(output), solver=solver, max_steps=max_steps)
         slack = row_slack(C, output, C.shape[2]) if outward else 0.0
     else:
         state, weight, bias = merged
-        bound = merged_min(C, weight, *_flat(state), **options)
+        bound = merged_min(C, weight, *_flat(state), solver=solver, max_steps=max_steps)
         if bias is not None:
             bound = bound + C @ bias
         # ||C W|| <= sum_j |C_j| ||W_j||; the bias and the sums of C W itself err within the same margin
@@ -127,15 +127,15 @@ def _dense_last_layer(
 ) -> tuple[BallBox, Tensor, Tensor | None] | None:
     """(set of the input, W, b) if the output is a dense layer of one perturbed vector."""
     final = problem.final
-    inputs = [states[parent.name] for parent in final.inputs]
+    state, *constants = (states[parent.name] for parent in final.inputs)
     rule = RULES.get(type(final).__name__)
-    if not isinstance(rule, Affine) or not isinstance(inputs[0], BallBox):
+    if not isinstance(rule, Affine) or not isinstance(state, BallBox) or state.center.dim() != 2:
         return None
-    linear_map = rule.linear_map(final, inputs, 0) if all(isinstance(i, Tensor) for i in inputs[1:]) else None
-    if not isinstance(linear_map, Dense) or inputs[0].center.dim() != 2:
+    tensors = [value for value in constants if isinstance(value, Tensor)]
+    linear_map = rule.linear_map(final, [state, *tensors], 0) if len(tensors) == len(constants) else None
+    if not isinstance(linear_map, Dense):
         return None
-    bias = inputs[2] * getattr(final, "beta_linear", getattr(final, "beta", 1.0)) if len(inputs) > 2 else None
-    return inputs[0], linear_map.weight, bias
+    return state, linear_map.weight, tensors[1] * engine.bias_scale(final) if len(tensors) > 1 else None
 
 
 register_method("bcp", bcp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def run_method(
     try:
         engine.set_input(module, *inputs)
         if C is not None:
-            outputs = module.final_node().output_shape[1:].numel()  # type: ignore[operator]
+            outputs = math.prod(module.final_node().output_shape[1:])  # type: ignore[operator]
             check_specification(C, inputs[0], outputs)
         problem = Problem(module, C, bound_lower, bound_upper, cache, power_iterations, training)
         return function(problem, **options)

@@ -59,7 +59,7 @@ class Context:
             value = iteration(linear_map, self.power_steps).value
         else:
             value = self.cache.bound(name, linear_map).value
-        self.norms[name] = value
+        self.norms[name] = value.detach()
         return value
 
 

@@ -83,15 +83,29 @@ class Affine(Rule):
         return [passed if i == index else None for i in range(len(inputs))]
 
 
+class Quotient(Affine):
+    """x / y: scaling where y is constant, else interval division, unbounded where y may be 0 (0.3 asserts there)."""
+
+    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+        scaled = super().propagate(node, inputs, center, context)
+        if scaled is not None:
+            return scaled
+        (low_x, high_x), (low_y, high_y) = (s.box() if isinstance(s, BallBox) else (s, s) for s in inputs)
+        corners = torch.stack(torch.broadcast_tensors(*(x / y for x in (low_x, high_x) for y in (low_y, high_y))))
+        signed = ((low_y > 0) | (high_y < 0)).expand_as(center)
+        lower, upper = corners.amin(0).where(signed, -torch.inf), corners.amax(0).where(signed, torch.inf)
+        return BallBox.from_box(center, torch.minimum(lower, center), torch.maximum(upper, center))
+
+
 def _shape(state: State) -> torch.Size:
     return state.center.shape[1:] if isinstance(state, BallBox) else state.shape
 
 
 def _dense(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
     weight = inputs[1]
-    if index != 0 or not isinstance(weight, Tensor) or getattr(node, "transA", 0):
+    if index != 0 or not isinstance(weight, Tensor) or node.transA:
         return None
-    alpha = getattr(node, "alpha_linear", getattr(node, "alpha", 1.0))
+    alpha = engine.weight_scale(node)
     weight = weight if node.transB else weight.t()
     return Dense(weight if alpha == 1.0 else weight * alpha, _shape(inputs[0])[:-1])
 
@@ -200,7 +214,7 @@ register_rule("BoundConv", Affine(_conv))
 register_rule("BoundConvTranspose", Affine(_conv_transpose))
 register_rule("BoundBatchNormalization", Affine(_batch_norm))
 register_rule("BoundMul", Affine(_scaling(inverse=False)))
-register_rule("BoundDiv", Affine(_scaling(inverse=True)))
+register_rule("BoundDiv", Quotient(_scaling(inverse=True)))
 for name in (
     "BoundAveragePool",
     "BoundGlobalAveragePool",
