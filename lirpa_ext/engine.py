@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.onnx.symbolic_helper
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .errors import EngineError
 
@@ -149,7 +150,7 @@ def bias_scale(node: Any) -> float:
     return node.beta if IS_LEGACY else node.beta_linear
 
 
-def negative_slope(node: Any) -> float:
+def slope_below_zero(node: Any) -> float:
     """Slope of a ReLU or LeakyReLU node below 0; 0 for other nodes."""
     alpha = getattr(node, "alpha", 0.0)
     return getattr(node, "leaky_alpha", 0.0) or (alpha if isinstance(alpha, float) else 0.0)
@@ -210,7 +211,7 @@ def free_graphs(module: nn.Module, keep_bounds: bool = False) -> None:
 def _detach_attributes(holder: Any) -> None:
     """Cut the graphs of whatever else was left: slopes, intercepts, the last IBP bounds, ..."""
     for name, value in list(holder.__dict__.items()):
-        if isinstance(value, Tensor) and value.grad_fn is not None and name != "live":
+        if isinstance(value, Tensor) and value.grad_fn is not None:
             object.__setattr__(holder, name, value.detach())
 
 
@@ -301,17 +302,41 @@ def make_live(module: nn.Module, model: nn.Module) -> list[tuple[Any, Callable[[
             return get(model)
 
         readers.append((node, read))
-    refresh(readers)
+    refresh(model, readers)
     return readers
 
 
-def refresh(readers: list[tuple[Any, Callable[[], Tensor]]], detach: bool = False) -> None:
-    """Read the user's tensors once, so that one computation sees one value of each."""
-    for node, read in readers:
-        value = read()
-        object.__setattr__(
-            node, "live", value if not detach or value.is_leaf else value.detach()
-        )  # not nn.Module's, which would register a parameter
+@contextlib.contextmanager
+def parametrizations_at_rest(model: nn.Module) -> Iterator[None]:
+    """Reading a spectral_norm weight in training mode runs a power step; here it does not."""
+    modes = [
+        (part, part.training)
+        for module in model.modules()
+        if isinstance(module, parametrize.ParametrizationList)
+        for part in module.modules()
+    ]
+    try:
+        for part, _ in modes:
+            part.training = False
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def refresh(model: nn.Module, readers: list[tuple[Any, Callable[[], Tensor]]], detach: bool = False) -> None:
+    """Read the user's tensors once, so that one computation sees one value of each.
+
+    Args:
+        model: The user's model.
+        readers: What `make_live` returned.
+        detach: Cut the graphs of computed weights.
+    """
+    with parametrizations_at_rest(model):
+        values = [read() for _, read in readers]
+    for (node, _), value in zip(readers, values, strict=True):
+        live = value.detach() if detach and not value.is_leaf else value
+        object.__setattr__(node, "live", live)  # not nn.Module's, which would register a parameter
 
 
 # --- what the engine logs ------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def traceable_copy(model: nn.Module) -> nn.Module:
         TraceError: The model cannot be copied.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    with torch.no_grad(), parametrize.cached():
+    with torch.no_grad(), engine.parametrizations_at_rest(model):
         values = {
             name: {weight: getattr(module, weight).detach().clone() for weight in module.parametrizations}
             for name, module in model.named_modules()

@@ -58,7 +58,7 @@ def _nearest_to_zero(lower: Tensor, upper: Tensor) -> Tensor:
 
 def _relu(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
     """1 where the box reaches above 0, else the slope below 0 (0 for a plain ReLU)."""
-    leak = engine.negative_slope(node)
+    leak = engine.slope_below_zero(node)
     return torch.where(upper > 0, max(1.0, leak), leak).to(upper)
 
 
