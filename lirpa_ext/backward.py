@@ -183,7 +183,11 @@ class BackwardPass:
             passed = [None if pair[0] is None else pair[0].to(a.dtype) for pair in pairs]
             bias = torch.as_tensor(bias, dtype=a.dtype, device=a.device).expand(a.shape[:2])
             for coefficients, state in zip(passed, inputs, strict=False):
-                if isinstance(state, BallBox) and coefficients.shape != (*a.shape[:2], *state.center.shape[1:]):
+                if (
+                    isinstance(state, BallBox)
+                    and coefficients is not None
+                    and coefficients.shape != (*a.shape[:2], *state.center.shape[1:])
+                ):
                     raise ValueError(f"rows of shape {tuple(coefficients.shape)}")
             return passed, bias
         except Exception as error:  # the engine raises whatever comes, and some of its shapes are wrong

@@ -365,14 +365,17 @@ def captured_errors() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Restore `requires_grad` of every parameter and train/eval mode of every submodule on exit."""
-    grads = [(parameter, parameter.requires_grad) for parameter in parameters(model)]
+    """Restore `requires_grad` and `grad` of every parameter and train/eval mode of every submodule on exit."""
+    kept = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters(model)]
     modes = [(module, module.training) for module in model.modules()]
     try:
+        for parameter, _, _ in kept:
+            parameter.grad = None  # alpha-CROWN's ascent goes backward into the weights as well
         yield
     finally:
-        for parameter, requires_grad in grads:
+        for parameter, requires_grad, grad in kept:
             parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
         for module, mode in modes:
             module.training = mode
 

@@ -505,13 +505,7 @@ class Joined(nn.Module):
         return self.model(x, self.b.repeat(len(x) // len(self.b), 1))
 
 
-_OTHER_SAMPLES = pytest.param(
-    "bcp-alpha-crown",
-    marks=pytest.mark.xfail(strict=True, reason="BackwardPass.take leaves constants of a batch axis as they are"),
-)
-
-
-@pytest.mark.parametrize("method", [_OTHER_SAMPLES if method == "bcp-alpha-crown" else method for method in LISTED])
+@pytest.mark.parametrize("method", LISTED)
 def test_two_inputs_one_perturbed(method):
     torch.manual_seed(0)
     model = TwoInputs().double()
@@ -647,7 +641,6 @@ def test_what_the_engine_cannot_trace(broken, x):
         BoundedModule(broken(), x)
 
 
-@pytest.mark.xfail(strict=True, reason="the branch taken at the example input is bounded, without a word")
 def test_control_flow_on_the_data_is_refused(x):
     """A trace keeps the branch of the example input: what it bounds is another function."""
     with pytest.raises(TraceError):

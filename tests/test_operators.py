@@ -197,6 +197,19 @@ def test_linear_with_a_ball_is_tighter_and_sound():
     torch.testing.assert_close(graph.compute_bounds(x=(ball(x),), method="IBP"), without)
 
 
+def test_linear_with_a_ball_is_exact_at_a_ball(x):
+    """W x' + b over the ball around x reaches +- eps ||W_i||_2, from a box around the ball that is much larger."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Tanh(), nn.Linear(6, 3)).double()
+    graph = BoundedModule(model, x)
+    last = graph.final_node()
+    last.ball = BallBox(torch.tanh(x), torch.full((2,), 0.1, dtype=x.dtype))
+    lower, upper = graph.compute_bounds(x=(ball(x, 5.0),), method="IBP")
+    reach = 0.1 * model[1].weight.norm(dim=1)
+    torch.testing.assert_close(lower, model(x) - reach)
+    torch.testing.assert_close(upper, model(x) + reach)
+
+
 # --- power iteration node ----------------------------------------------------------------------------------------
 
 
@@ -223,10 +236,6 @@ def test_power_iteration_node_gives_the_estimate(x):
 
 
 # --- parametrized layers -----------------------------------------------------------------------------------------
-
-
-_IN_TRAINING = "in training mode every read of a spectral_norm weight moves its buffers, so the build fails"
-_moves = pytest.mark.xfail(strict=True, reason=_IN_TRAINING)
 
 
 def spectral():
@@ -266,7 +275,7 @@ def test_parametrized_layers_are_bounded_soundly(make, method):
     torch.testing.assert_close(bounds, fresh)
 
 
-@pytest.mark.parametrize("make", [pytest.param(spectral, marks=_moves), weighted])
+@PARAMETRIZED
 @pytest.mark.parametrize(("method", "norms"), [("bcp", "estimate"), ("bcp", "bound"), ("bcp-crown", "estimate")])
 def test_parametrized_layers_are_trained(make, method, norms):
     """Every original parameter gets a gradient, and a few steps reduce the loss."""
@@ -292,10 +301,8 @@ def test_parametrized_layers_are_trained(make, method, norms):
     assert_sound(model, x, PerturbationLpNorm(0.1, 2), bounds)
 
 
-@pytest.mark.parametrize(
-    ("make", "training"),
-    [(spectral, False), pytest.param(spectral, True, marks=_moves), (weighted, False), (weighted, True)],
-)
+@PARAMETRIZED
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_building_leaves_buffers_of_parametrizations(make, training):
     """spectral_norm's own power iteration moves whenever its weight is read in training mode; not by us."""
     model, x = make().train(training), torch.rand(2, 1, 6, 6, dtype=torch.float64)

@@ -13,9 +13,6 @@ from lirpa_ext.errors import InvalidInputError, OptionError
 from lirpa_ext.methods import METHODS, register_method
 
 Engine = engine.EngineBoundedModule
-fails_on_legacy = pytest.mark.xfail(
-    engine.IS_LEGACY, strict=True, reason="check_inputs reads parameters() of the engine's module, which fails on 0.3"
-)
 
 
 @pytest.fixture
@@ -67,7 +64,6 @@ def test_unknown_to_the_engine_without_it(plain, model, x):
         graph.compute_bounds(x=(ball(x),), method="bcp")
 
 
-@fails_on_legacy
 @pytest.mark.parametrize("method", METHODS)
 def test_same_bounds_as_our_class(plain, model, x, method):
     lirpa_ext.register()
@@ -84,7 +80,6 @@ def test_same_bounds_as_our_class(plain, model, x, method):
     torch.testing.assert_close(positional, bounds)
 
 
-@fails_on_legacy
 def test_options_and_their_errors(plain, model, x):
     lirpa_ext.register()
     graph = Engine(model, x, device="cpu")
@@ -99,7 +94,6 @@ def test_options_and_their_errors(plain, model, x):
         graph.compute_bounds(x=(ball(x * torch.nan),), method="bcp")
 
 
-@fails_on_legacy
 def test_per_sample_eps_and_range(plain, model, x):
     lirpa_ext.register()
     graph, eps = Engine(model, x, device="cpu"), torch.tensor([0.1, 0.6])
@@ -128,7 +122,6 @@ def test_our_class_is_not_changed_by_it(plain, model, x):
     torch.testing.assert_close(graph.compute_bounds(x=(bounded,), method="bcp"), expected)
 
 
-@fails_on_legacy
 def test_a_users_method_works_there_too(plain, model, x):
     register_method("register-test", lambda problem: (problem.C, None))
     try:
@@ -141,7 +134,6 @@ def test_a_users_method_works_there_too(plain, model, x):
         del METHODS["register-test"]
 
 
-@fails_on_legacy
 def test_graph_built_before_registering(plain, model, x):
     graph = Engine(model, x, device="cpu")
     graph.compute_bounds(x=(ball(x),), method="IBP")
@@ -152,7 +144,6 @@ def test_graph_built_before_registering(plain, model, x):
     assert_sound(model, x, PerturbationLpNorm(0.3, 2), again)
 
 
-@fails_on_legacy
 def test_normalization_first_is_sound_there_for_our_methods(plain):
     """The engine's hole is in its intervals; the ball-box methods do not use those of the input."""
 

@@ -83,7 +83,29 @@ class Affine(Rule):
         return [passed if i == index else None for i in range(len(inputs))]
 
 
-class Quotient(Affine):
+class Scaling(Affine):
+    """x times a constant, or divided by one; the constant may differ by sample.
+
+    Args:
+        inverse: Divide.
+    """
+
+    def __init__(self, inverse: bool) -> None:
+        super().__init__(_scaling(inverse))
+        self.inverse = inverse
+
+    def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None] | None:
+        index = only_perturbed(inputs)
+        if index is None or (self.inverse and index != 0):
+            return None
+        factor = inputs[1 - index]
+        assert isinstance(factor, Tensor)
+        scaled = rows / factor if self.inverse else rows * factor
+        passed = sum_to(scaled, _shape(inputs[index]))
+        return [passed if i == index else None for i in range(2)]
+
+
+class Quotient(Scaling):
     """x / y: scaling where y is constant, else interval division, unbounded where y may be 0 (0.3 asserts there)."""
 
     def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
@@ -177,6 +199,17 @@ def _nonnegative(node: Any, inputs: Sequence[State], index: int) -> LinearMap | 
     return NonNegative(function, center.shape[1:], center.dtype, center.device)
 
 
+def sum_to(rows: Tensor, shape: torch.Size) -> Tensor:
+    """Undo broadcasting: sum rows (S, B, ...) over what was repeated."""
+    extra = rows.dim() - 2 - len(shape)
+    if extra:
+        rows = rows.flatten(2, 1 + extra).sum(2)
+    for dim, size in enumerate(shape):
+        if size == 1 and rows.shape[dim + 2] != 1:
+            rows = rows.sum(dim + 2, keepdim=True)
+    return rows
+
+
 def _center(state: State) -> Tensor:
     return state.center if isinstance(state, BallBox) else state
 
@@ -213,8 +246,8 @@ register_rule("BoundMatMul", Affine(_matmul))
 register_rule("BoundConv", Affine(_conv))
 register_rule("BoundConvTranspose", Affine(_conv_transpose))
 register_rule("BoundBatchNormalization", Affine(_batch_norm))
-register_rule("BoundMul", Affine(_scaling(inverse=False)))
-register_rule("BoundDiv", Quotient(_scaling(inverse=True)))
+register_rule("BoundMul", Scaling(inverse=False))
+register_rule("BoundDiv", Quotient(inverse=True))
 for name in (
     "BoundAveragePool",
     "BoundGlobalAveragePool",

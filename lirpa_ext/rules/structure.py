@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import engine
 from ..sets import BallBox
 from .base import Context, Rule, State, apply, only_perturbed, register_rule
+from .linear import sum_to
 
 
 class Monotone(Rule):
@@ -89,7 +90,7 @@ class Sum(Rule):
     def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None]:
         signs = (1, self.sign)
         return [
-            sign * _sum_to(rows, state.center.shape[1:]) if isinstance(state, BallBox) else None
+            sign * sum_to(rows, state.center.shape[1:]) if isinstance(state, BallBox) else None
             for sign, state in zip(signs, inputs, strict=True)
         ]
 
@@ -167,17 +168,6 @@ def _max_pool(node: Any, state: BallBox, center: Tensor) -> float:
     return math.sqrt(math.prod(math.ceil(k / s) for k, s in zip(node.kernel_size, node.stride, strict=True)))
 
 
-def _sum_to(rows: Tensor, shape: torch.Size) -> Tensor:
-    """Undo broadcasting: sum rows (S, B, ...) over what was repeated."""
-    extra = rows.dim() - 2 - len(shape)
-    if extra:
-        rows = rows.flatten(2, 1 + extra).sum(2)
-    for dim, size in enumerate(shape):
-        if size == 1 and rows.shape[dim + 2] != 1:
-            rows = rows.sum(dim + 2, keepdim=True)
-    return rows
-
-
 def _reshape_back(node: Any, shape: torch.Size, rows: Tensor) -> Tensor:
     return rows.reshape(*rows.shape[:2], *shape)
 
@@ -190,7 +180,7 @@ def _transpose_back(node: Any, shape: torch.Size, rows: Tensor) -> Tensor | None
 
 
 def _expand_back(node: Any, shape: torch.Size, rows: Tensor) -> Tensor:
-    return _sum_to(rows, shape)
+    return sum_to(rows, shape)
 
 
 def _same(node: Any, shape: torch.Size, rows: Tensor) -> Tensor:
