@@ -77,11 +77,6 @@ MUST_RUN = ("IBP", "CROWN-IBP", "CROWN", "alpha-CROWN", *METHODS)
 MAY_RUN = ("forward", "forward+backward", "IBP+backward", "dynamic-forward", "dynamic-forward+backward")
 
 
-def _not_yet(case, reason):
-    """A defect of the core that is known: the test fails as soon as it is gone."""
-    return pytest.param(case, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
 @contextlib.contextmanager
 def quiet():
     """The engine prints as it optimizes."""
@@ -213,7 +208,7 @@ def test_model_is_as_before_after_build_and_call(method):
     _assert_same(before, _snapshot(model))
 
 
-@pytest.mark.parametrize("method", ["CROWN", "bcp-alpha-crown", _not_yet("alpha-CROWN", "adds to .grad")])
+@pytest.mark.parametrize("method", ["CROWN", "bcp-alpha-crown", "alpha-CROWN"])
 def test_no_gradient_is_left_on_the_parameters(method):
     """An ascent on slopes must not add to the gradients that the user's training step collects."""
     model, x = _awkward_model(), torch.rand(2, 3, 6, 6, dtype=torch.float64)
