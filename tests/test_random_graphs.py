@@ -80,15 +80,16 @@ class Move(nn.Module):
         self.which = which
 
     def forward(self, x: Tensor) -> Tensor:
+        width = int(x.shape[1])  # a number, not a node of the graph
         if self.which == 0:
-            return x[:, : max(1, x.shape[1] - 1)]
+            return x[:, : max(1, width - 1)]
         if self.which == 1:
             return nn.functional.pad(x, (1, 0), value=0.3)
         if x.dim() == 2:
-            return x[:, -2:] if x.shape[1] > 1 else x
+            return x[:, max(0, width - 2) :]
         if self.which == 2:
             return x.transpose(2, 3)
-        return x.reshape(x.size(0), x.shape[1], -1, 1)
+        return x.reshape(x.size(0), width, -1, 1)
 
 
 def step(block: Block, shape: tuple[int, ...]) -> nn.Module:

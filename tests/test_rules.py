@@ -220,6 +220,8 @@ CASES: dict[str, Case] = {
     "stack": Case(_op(lambda x: torch.stack([x, 2 * x], 1)), V),
     # moving
     "flatten": Case(nn.Flatten, IMAGE),
+    "flatten-inner": Case(_op(lambda x: x.flatten(2)), (2, 3, 2)),
+    "size-arithmetic": Case(_op(lambda x: x[:, x.shape[1] - 2 :]), V),
     "reshape": Case(_op(lambda x: x.reshape(-1, 2, 3)), V),
     "view": Case(_op(lambda x: x.view(x.size(0), -1)), IMAGE),
     "transpose": Case(_op(lambda x: x.transpose(1, 2)), M),
@@ -388,6 +390,8 @@ def assert_no_looser(bounds: Any, others: Any, slack: float, what: str) -> None:
 
 
 IN_BATCH = "bcp-alpha-crown picks samples of the sets, but not of every constant that has a batch axis"
+
+SHAPE = "0.3 takes the shape of a perturbed input for perturbed"
 
 # What is known to fail, until it is mended: (test, model) -> why.
 KNOWN: dict[tuple[str, str], str] = {
