@@ -116,7 +116,13 @@ class BackwardPass:
     def take(self, index: Tensor, all_coordinates: bool = False) -> BackwardPass:
         """The same pass for some samples of the batch (an index may repeat)."""
 
-        batched = engine.of_each_sample(self.order)
+        batched = set()
+        for node in self.order:
+            own = self.states[node.name]
+            for parent in engine.aligned_constants(node) if isinstance(own, BallBox) else []:
+                shape = self.states[parent.name].shape  # type: ignore[union-attr]
+                if len(shape) == own.center.dim() and shape[0] == len(own.center):  # type: ignore[union-attr]
+                    batched.add(parent.name)
 
         def some(node: Any) -> State:
             state = self.states[node.name]

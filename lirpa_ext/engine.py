@@ -163,15 +163,15 @@ def reads_old_values(order: list[Any]) -> bool:
     )
 
 
-def of_each_sample(order: list[Any]) -> set[str]:
-    """Names of the nodes whose value has the batch axis: those that depend on an input, other than by its shape."""
-    names: set[str] = set()
-    for node in order:
-        is_input = isinstance(node, BoundInput) and not isinstance(node, (BoundParams, BoundBuffers))
-        shape_only = isinstance(node, bound_ops.BoundShape)
-        if is_input or (not shape_only and any(parent.name in names for parent in node.inputs)):
-            names.add(node.name)
-    return names
+def is_shape(node: Any) -> bool:
+    """Whether a node is the shape of another, which 0.3 takes for perturbed where that one is."""
+    return isinstance(node, bound_ops.BoundShape)
+
+
+def aligned_constants(node: Any) -> list[Any]:
+    """Constant inputs of a node whose first axis is the batch's wherever they have as many axes as the output."""
+    joins = tuple(getattr(bound_ops, f"Bound{name}") for name in ("Add", "Sub", "Mul", "Div", "Concat"))
+    return [parent for parent in node.inputs if not parent.perturbed] if isinstance(node, joins) else []
 
 
 def constant(node: Any) -> Tensor:

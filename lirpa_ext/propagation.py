@@ -40,7 +40,7 @@ def propagate(module: nn.Module, context: Context, keep: bool = False) -> dict[s
     states: dict[str, State] = {}
     for node in order:
         center = module.get_forward_value(node)  # type: ignore[operator]
-        if not node.perturbed:
+        if not node.perturbed or engine.is_shape(node):
             states[node.name] = center
         elif isinstance(node, engine.BoundInput):
             states[node.name] = _input_set(node, context)

@@ -132,10 +132,7 @@ def bound(name: str, method: str, norm: float, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("norm", EPS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("method", OURS)
-def test_our_bounds_hold(name, norm, dtype, method, request):
-    if (name, dtype, method) == ("lsnc_state", torch.float32, "bcp-crown"):
-        reason = "the engine's backward rows of sin and cos are float64"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_our_bounds_hold(name, norm, dtype, method):
     bound(name, method, norm, dtype)
 
 

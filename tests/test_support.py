@@ -28,9 +28,7 @@ def oracle(c, center, radius, lower, upper):
     size, room = size[order], room[order]
     pinned = np.concatenate([[0], np.cumsum(room**2)[:-1]])
     free = np.cumsum((size**2)[::-1])[::-1]
-    index = np.argmax(
-        pinned + (room / size) ** 2 * free >= radius**2
-    )  # the first breakpoint outside of the ball
+    index = np.argmax(pinned + (room / size) ** 2 * free >= radius**2)  # the first breakpoint outside of the ball
     t = np.sqrt((radius**2 - pinned[index]) / free[index])
     return float(base - (size * np.minimum(t * size, room)).sum())
 
@@ -169,9 +167,7 @@ def test_iterative_is_algorithm_1_step_by_step():
     low, high = (lower - z)[0], (upper - z)[0]
     for steps in range(5):
         want = c[0, 0] @ (z[0] + p)
-        assert ball_box_min(c, z, rho, lower, upper, "iterative", max_steps=steps).item() == pytest.approx(
-            want.item()
-        )
+        assert ball_box_min(c, z, rho, lower, upper, "iterative", max_steps=steps).item() == pytest.approx(want.item())
         bound = (p <= low) | (p >= high)
         kept = p.clamp(low, high)[bound]
         eta = ((rho**2 - kept.square().sum()) / p[~bound].square().sum()).sqrt()  # (3.2.12)
@@ -200,18 +196,14 @@ def test_gradient_is_that_of_the_minimum(solver, radius):
     assert torch.autograd.gradcheck(lambda *x: ball_box_min(*x, solver=solver), args, atol=1e-6)
     stopped = args if solver == "iterative" else ()
     if stopped:
-        assert torch.autograd.gradcheck(
-            lambda *x: ball_box_min(*x, solver=solver, max_steps=1), stopped, atol=1e-6
-        )
+        assert torch.autograd.gradcheck(lambda *x: ball_box_min(*x, solver=solver, max_steps=1), stopped, atol=1e-6)
 
 
 @pytest.mark.parametrize("solver", ["exact", "iterative"])
 @pytest.mark.parametrize("steps", [0, 1, None])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("radius", [0.0, 1e-30, 1.0, 1e20])
-@pytest.mark.parametrize(
-    "case", ["plain", "zero rows", "zero width", "corner", "one", "zeros in row", "dead"]
-)
+@pytest.mark.parametrize("case", ["plain", "zero rows", "zero width", "corner", "one", "zeros in row", "dead"])
 def test_degenerate_sets_have_finite_values_and_gradients(case, radius, dtype, steps, solver):
     c, z, rho, lower, upper = problem(2, 3, 1 if case == "one" else 7, radius, dtype=dtype)
     if case == "zero rows":
@@ -394,9 +386,7 @@ def test_relu_value_without_multiplier_is_the_bias_of_crown():
     bias = (a.clamp(max=0) * torch.where((lower < 0).unsqueeze(1), -line * low, 0.0)).sum(-1)
     value = relu_ball_box_value(a, slope * a, z, rho, lower, upper, torch.zeros(3, 4, dtype=F64))
     assert torch.allclose(value, bias, rtol=1e-9, atol=1e-9)
-    assert torch.allclose(
-        relu_ball_box_min(a, slope * a, z, rho, lower, upper)[0], bias, rtol=1e-9, atol=1e-9
-    )
+    assert torch.allclose(relu_ball_box_min(a, slope * a, z, rho, lower, upper)[0], bias, rtol=1e-9, atol=1e-9)
     assert (relu_ball_box_min(a, slope * a, z, rho * 1e-4, lower, upper)[0] > bias).all()
 
 
