@@ -238,12 +238,6 @@ def bound_backward(node: Any, rows: Tensor, start: Any) -> Any:
     return node.bound_backward(rows, None, *node.inputs)
 
 
-def get_bounds(node: Any) -> tuple[Tensor, Tensor] | None:
-    """Bounds that the engine last stored on a node, or None."""
-    lower, upper = getattr(node, "lower", None), getattr(node, "upper", None)
-    return None if lower is None or upper is None else (lower, upper)
-
-
 def set_bounds(node: Any, lower: Tensor, upper: Tensor) -> None:
     """Hand bounds to the engine's relaxations, differentiably (its own argument for them detaches)."""
     node.lower, node.upper = lower, upper
