@@ -5,22 +5,28 @@ from __future__ import annotations
 from ._version import __version__
 from .certify import certify
 from .engine import BoundedTensor
+from .importer import ImportedModel, load_onnx
 from .lipschitz import lipschitz
 from .losses import certified_loss, worst_translated_logits
 from .module import BoundedModule
 from .patch import register, unregister
 from .perturbation import PerturbationLpNorm
 from .report import Report
+from .torchvision_repair import repair_torchvision
+
+repair_torchvision()
 
 __all__ = [
     "BoundedModule",
     "BoundedTensor",
+    "ImportedModel",
     "PerturbationLpNorm",
     "Report",
     "__version__",
     "certified_loss",
     "certify",
     "lipschitz",
+    "load_onnx",
     "register",
     "unregister",
     "worst_translated_logits",

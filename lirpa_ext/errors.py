@@ -8,6 +8,7 @@ __all__ = [
     "EstimateError",
     "InvalidInputError",
     "LirpaExtError",
+    "OnnxError",
     "OptionError",
     "RegistrationError",
     "ResultsError",
@@ -60,6 +61,20 @@ class EstimateError(LirpaExtError, TypeError):
 
 class DataError(LirpaExtError, ValueError):
     """A data set, checkpoint or ONNX file cannot be read, is empty or does not fit the model."""
+
+
+class OnnxError(DataError):
+    """A network that is well formed, but cannot be imported.
+
+    Attributes:
+        op: Type of the operation that stands in the way, or "".
+        node: Its name, or "".
+        opset: Version of the standard operations that the file uses, or 0.
+    """
+
+    def __init__(self, message: str, op: str = "", node: str = "", opset: int = 0) -> None:
+        super().__init__(message)
+        self.op, self.node, self.opset = op, node, opset
 
 
 class ResultsError(LirpaExtError, ValueError):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import pickle
-import sys
-import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +65,7 @@ def load_model(path: str | Path, architecture: str | None = None, trust: bool = 
     """Load a model, in eval mode.
 
     Args:
-        path: A ``.onnx`` file that onnx2torch converts as it is, a checkpoint of `save_model`, or a state
+        path: A ``.onnx`` or ``.onnx.gz`` file (`lirpa_ext.load_onnx`), a checkpoint of `save_model`, or a state
             dict.
         architecture: ``package.module:callable`` that builds the model of a state dict; it takes precedence
             over the one that a checkpoint names.
@@ -84,8 +81,10 @@ def load_model(path: str | Path, architecture: str | None = None, trust: bool = 
     path = Path(path)
     if not path.is_file():
         raise DataError(f"there is no file {path}")
-    if path.suffix == ".onnx":
-        return _load_onnx(path)
+    if path.suffixes[-1:] == [".onnx"] or path.suffixes[-2:] == [".onnx", ".gz"]:
+        from .importer import load_onnx
+
+        return load_onnx(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
@@ -149,64 +148,3 @@ def _corrupt(path: Path, error: Exception) -> DataError:
 
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-# --- ONNX ---
-
-
-def _load_onnx(path: Path) -> nn.Module:
-    try:
-        import onnx
-
-        with _torchvision():
-            from onnx2torch import convert
-    except ImportError as error:
-        raise DataError(
-            f"ONNX files need two packages ({error}): pip install onnx && pip install --no-deps onnx2torch"
-        ) from error
-    try:
-        proto = onnx.load(path)
-        if not (proto.graph.node and proto.opset_import):
-            raise ValueError("it has no graph, or no opset")
-    except Exception as error:  # protobuf and onnx raise whatever comes on a truncated file
-        raise DataError(f"{path} is truncated, or no valid ONNX file: {_describe(error)}") from error
-    try:
-        return convert(proto).eval()
-    except Exception as error:  # onnx2torch has no exception of its own
-        opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), "unknown")
-        raise DataError(
-            f"onnx2torch does not convert {path} (opset {opset}): {_describe(error)}. Exporting "
-            "with opset 17 or lower often helps."
-        ) from error
-
-
-@contextlib.contextmanager
-def _torchvision() -> Iterator[None]:
-    """Let onnx2torch be imported where torchvision cannot, being absent or built for another torch.
-
-    onnx2torch needs it for two operators of object detectors alone. A placeholder stands in during that import
-    and is gone after it; a network that has one of those operators gets the cause as its error.
-    """
-    try:
-        importlib.import_module("torchvision")
-    except (ImportError, RuntimeError, OSError) as error:
-        cause = f"torchvision cannot be imported ({error}); install the build that goes with your torch"
-    else:
-        yield
-        return
-
-    def missing(*_: Any, **__: Any) -> Any:
-        raise ImportError(cause)
-
-    package, ops = types.ModuleType("torchvision"), types.ModuleType("torchvision.ops")
-    package.ops = ops  # type: ignore[attr-defined]
-    for name in ("box_convert", "nms", "roi_align"):
-        setattr(ops, name, missing)
-    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "torchvision"}
-    sys.modules |= {"torchvision": package, "torchvision.ops": ops}
-    try:
-        yield
-    finally:
-        for name in ("torchvision", "torchvision.ops"):
-            del sys.modules[name]
-        sys.modules |= before

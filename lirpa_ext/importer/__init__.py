@@ -1,0 +1,155 @@
+"""ONNX networks as torch modules, checked: read, put in normal form, converted, compared with onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidInputError
+from .batching import add_batch_axis, fold_shapes, free_batch, lacks_batch_axis
+from .checking import Check, check
+from .converters import convert, fuse_gelu
+from .graph import Graph
+from .lowering import lower
+from .opsets import downgrade, upgrade
+from .reading import opset_of, read_onnx
+from .reference import Reference
+from .selection import select, single_precision
+
+__all__ = ["Check", "ImportedModel", "load_onnx"]
+
+_ROUNDS = 8  # of rewriting; each needs the shapes that the one before it made
+
+
+class ImportedModel(nn.Module):
+    """A network from an ONNX file, (B, *input_shape) -> (B, *output_shape), in float32 and eval mode.
+
+    Attributes:
+        network: The torch module.
+        input_name: Name of the input in the file.
+        output_name: Name of the output in the file.
+        input_shape: Shape of one sample.
+        output_shape: Shape of its output.
+        layout: "NCHW", "NHWC" or "flat": where the channels of an image are.
+        opset: Version of the standard operations in the file.
+        producer: The exporter, as the file tells.
+        batch_size: 1 if the network takes one sample at a time; None if any number.
+        rewrites: What was rewritten.
+        check: How far onnxruntime, torch and the engine agree.
+        reference: The original in onnxruntime, arrays in and out.
+    """
+
+    def __init__(
+        self, network: nn.Module, reference: Reference, output_shape: tuple[int, ...], layout: str, opset: int,
+        producer: str, batch_size: int | None, rewrites: tuple[str, ...], check: Check,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.network, self.reference = network, reference
+        self.input_name, self.output_name = reference.input, reference.output
+        self.input_shape, self.output_shape = reference.sample_shape, output_shape
+        self.layout, self.opset, self.producer = layout, opset, producer
+        self.batch_size, self.rewrites, self.check = batch_size, rewrites, check
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs of a batch; one by one where the network takes single samples."""
+        if x.shape[1:] != self.input_shape:
+            raise InvalidInputError(f"the network takes (B, {', '.join(map(str, self.input_shape))}), got {x.shape}")
+        if self.batch_size is None or len(x) == self.batch_size:
+            return self.network(x)
+        if torch.jit.is_tracing():
+            raise InvalidInputError(f"the network takes single samples; it cannot be bounded on a batch of {len(x)}")
+        return torch.cat([self.network(sample) for sample in x.split(1)])
+
+    def extra_repr(self) -> str:
+        """What the file is."""
+        return f"{self.input_shape} -> {self.output_shape}, opset {self.opset}, {self.producer or 'unknown exporter'}"
+
+
+def load_onnx(
+    source: str | Path | bytes,
+    batch_size: int | None = None,
+    *,
+    input: str | None = None,
+    output: str | None = None,
+    fixed: dict[str, Any] | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    logits: bool = False,
+    max_bytes: int = 2**29,
+) -> ImportedModel:
+    """Import a network from an ONNX file, and check that it is the same.
+
+    Args:
+        source: Path of a ``.onnx`` or ``.onnx.gz`` file, or its bytes.
+        batch_size: Batch size to check beside 1, default 3.
+        input: The input that varies, where there are several; default the only one that `fixed` leaves.
+        output: The output to import, where there are several.
+        fixed: Values of the other inputs, by name, with the axes that the file gives them.
+        input_shape: Shape of one sample, where the file leaves sizes beside the batch open.
+        logits: Cut a Softmax or LogSoftmax at the end off: the same classes are first, and bounds are tighter.
+        max_bytes: Cap on the size of the file, unpacked, default 512 MiB.
+
+    Returns:
+        The network, in eval mode.
+
+    Raises:
+        DataError: There is no such file, or it is truncated, corrupt or too large.
+        OnnxError: The network cannot be imported; says which op and node, and the way out.
+
+    Example:
+        >>> from lirpa_ext import BoundedModule, load_onnx
+        >>> model = load_onnx("network.onnx")  # doctest: +SKIP
+        >>> BoundedModule(model, torch.zeros(1, *model.input_shape))  # doctest: +SKIP
+    """
+    if batch_size is not None and batch_size < 1:
+        raise InvalidInputError(f"batch_size must be positive, got {batch_size}")
+    original, selection = select(read_onnx(source, max_bytes), input, output, fixed, input_shape, logits)
+    opset = opset_of(original)
+    graph = Graph.of(upgrade(selection.model))
+    rewrites = [f"opset {opset} -> {graph.opset}"] if graph.opset != opset else []
+    graph.input_shape = selection.input_shape
+    rewrites += [*selection.notes, *single_precision(graph)]
+    batched = not lacks_batch_axis(graph.input_shape)
+    sample_shape = tuple(size or 1 for size in graph.input_shape[batched:])
+    reference = Reference(original, selection.input, selection.output, selection.fixed, sample_shape, batched)
+    any_batch = True
+    if batched:
+        any_batch = free_batch(graph)
+    else:
+        add_batch_axis(graph)
+        rewrites.append("batch axis added")
+    rewrites += normalize(graph)
+    network = convert(graph)
+    sizes = (1, batch_size or 3) if any_batch and batch_size != 1 else (1,)
+    result = check(network, graph, reference, sizes, opset)
+    output_shape = tuple(network(torch.zeros(1, *sample_shape)).shape[1:])
+    return ImportedModel(
+        network, reference, output_shape, _layout(graph), opset, _producer(original), None if any_batch else 1,
+        tuple(rewrites), result,
+    ).eval()  # fmt: skip
+
+
+def normalize(graph: Graph) -> list[str]:
+    """Bring a graph into the form that is converted; notes of what was done."""
+    notes: list[str] = []
+    for _ in range(_ROUNDS):
+        done = fold_shapes(graph) + lower(graph)
+        notes += done
+        if not done:
+            break
+    return notes + downgrade(graph) + fuse_gelu(graph)
+
+
+def _layout(graph: Graph) -> str:
+    rank = len(graph.input_shape)
+    if rank != 4:
+        return "flat" if rank == 2 else "other"
+    first = graph.users(graph.input)
+    moved = [list(node.get("perm", [])) for node in first if node.op == "Transpose"]
+    return "NHWC" if moved and moved == [[0, 3, 1, 2]] * len(first) else "NCHW"
+
+
+def _producer(model: Any) -> str:
+    return f"{model.producer_name} {model.producer_version}".strip()

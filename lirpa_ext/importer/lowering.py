@@ -1,0 +1,359 @@
+"""Rewrites of single nodes into ones that torch and the engine treat rightly. Each is exact, or leaves the node.
+
+A rule takes the graph and a node and returns the nodes to put in its place, or None to leave it; the new nodes
+compute the same output names. `RULES` is the table; rules that concern windows are in `windows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..errors import OnnxError
+from . import windows
+from .graph import Graph, Node
+
+Rule = Callable[[Graph, Node], "list[Node] | None"]
+_FLOATS = (np.float32, np.float64)
+
+
+def lower(graph: Graph) -> list[str]:
+    """Apply every rule once to every node, then merge neighbours; notes of what was done."""
+    done: dict[str, int] = {}
+    for node in list(graph.nodes):
+        if not any(other is node for other in graph.nodes):
+            continue  # merged into an earlier one
+        rule = RULES.get(node.op)
+        nodes = rule(graph, node) if rule else None
+        if nodes is not None:
+            graph.replace(node, nodes)
+            made = ", ".join(dict.fromkeys(new.op for new in nodes)) or "nothing"
+            done[f"{node.op} -> {made}"] = done.get(f"{node.op} -> {made}", 0) + 1
+    graph.prune()
+    return [f"{note} ({count} times)" if count > 1 else note for note, count in done.items()]
+
+
+def _drop(graph: Graph, node: Node) -> list[Node]:
+    """A node that hands on its first input."""
+    graph.redirect(node.output, node.inputs[0])
+    return []
+
+
+def _dropout(graph: Graph, node: Node) -> list[Node]:
+    """Identity in inference; its mask, if anything reads it, is all true."""
+    training = graph.optional(node, 2)
+    if graph.has(node, 2) and (training is None or training.any()):
+        raise OnnxError(f"{node} is in training mode: export the model in eval mode", node.op, node.name, graph.opset)
+    if len(node.outputs) > 1 and graph.users(node.outputs[1]):
+        return None  # type: ignore[return-value]
+    return _drop(graph, node)
+
+
+def _cast(graph: Graph, node: Node) -> list[Node] | None:
+    """Casts between floats, and from the integers of an input, keep the value up to rounding."""
+    source, target = graph.types.get(node.inputs[0]), graph.types.get(node.output)
+    from_input = node.inputs[0] == graph.input and source is not None and source.kind in "ui"
+    if target in _FLOATS and (source in _FLOATS or from_input):
+        return _drop(graph, node)
+    return None
+
+
+def _transpose(graph: Graph, node: Node) -> list[Node] | None:
+    perm = node.get("perm", [])
+    if list(perm) == sorted(perm) and perm:
+        return _drop(graph, node)
+    before = graph.producer(node.inputs[0])
+    if before is not None and before.op == "Transpose" and perm and before.get("perm"):
+        return [Node("Transpose", before.inputs, node.outputs, {"perm": [before.get("perm")[p] for p in perm]})]
+    return None
+
+
+def reshape(graph: Graph, x: str, sample: tuple[int, ...], outputs: list[str]) -> Node:
+    """Reshape to (batch, *sample)."""
+    return Node("Reshape", [x, graph.add_constant([0, *sample], f"{outputs[0]}/shape", np.int64)], outputs)
+
+
+def _flatten(graph: Graph, node: Node) -> list[Node] | None:
+    """Of any axis but 1 the engine computes something else; the size before the axis goes with the batch."""
+    shape = graph.shapes.get(node.inputs[0])
+    if shape is None:
+        return None
+    axis = node.get("axis", 1) % (len(shape) + 1) if shape else 0
+    rest = int(np.prod(shape[axis:]))
+    if axis == 1:
+        return [reshape(graph, node.inputs[0], (rest,), node.outputs)]
+    target = [-1, rest] if axis else [1, -1]
+    shape_name = graph.add_constant(target, f"{node.output}/shape", np.int64)
+    return [Node("Reshape", [node.inputs[0], shape_name], node.outputs)]
+
+
+def _reshape(graph: Graph, node: Node) -> list[Node] | None:
+    """A reshape to the shape that is there; two in a row; a flattening softmax of old opsets."""
+    x, shape = node.inputs[0], graph.shapes.get(node.output)
+    target = graph.optional(node, 1)
+    if shape is None or target is None:
+        return None
+    if graph.shapes.get(x) == shape and (graph.input_shape[0] is not None or shape[:1] == (1,)):
+        return _drop(graph, node)
+    softmax = graph.producer(x)
+    if softmax is not None and softmax.op in ("Softmax", "LogSoftmax"):
+        flat = graph.producer(softmax.inputs[0])
+        if flat is not None and flat.op in ("Flatten", "Reshape") and graph.only_user(x) is node:
+            source = graph.shapes.get(flat.inputs[0])
+            if source == shape and graph.shapes[x] == (int(np.prod(shape[:-1])), shape[-1]):
+                return [Node(softmax.op, flat.inputs[:1], node.outputs, {"axis": -1}, softmax.name)]
+    return None
+
+
+def _gemm(graph: Graph, node: Node) -> list[Node] | None:
+    """Into x W^T + b with alpha, beta and transB in the weights."""
+    x, weight = node.inputs[0], graph.optional(node, 1)
+    if weight is None or node.get("transA", 0):
+        return None
+    bias = graph.optional(node, 2)
+    if graph.has(node, 2) and (bias is None or bias.ndim > 2 or (bias.ndim == 2 and bias.shape[0] != 1)):
+        return None
+    kind = weight.dtype.type
+    plain = node.get("transB", 0) and node.get("alpha", 1.0) == 1 and node.get("beta", 1.0) == 1
+    if plain and bias is not None and bias.shape == weight.shape[:1]:
+        return None
+    weight = (weight if node.get("transB", 0) else weight.T) * kind(node.get("alpha", 1.0))
+    offset = np.zeros((), weight.dtype) if bias is None else bias.reshape(-1) * kind(node.get("beta", 1.0))
+    return [dense(graph, node, x, weight, np.broadcast_to(offset, weight.shape[:1]))]
+
+
+def dense(graph: Graph, node: Node, x: str, weight: np.ndarray, bias: np.ndarray) -> Node:
+    """x W^T + b with the outputs of `node`."""
+    weight_name = graph.add_constant(np.ascontiguousarray(weight), f"{node.output}/weight")
+    bias_name = graph.add_constant(np.ascontiguousarray(bias), f"{node.output}/bias")
+    return Node("Gemm", [x, weight_name, bias_name], node.outputs, {"transB": 1}, node.name)
+
+
+def _matmul(graph: Graph, node: Node) -> list[Node] | None:
+    """x W of a matrix x and the Add after it become one dense layer; so does a weight on the left of a column."""
+    x, weight = node.inputs[0], graph.optional(node, 1)
+    if weight is None or weight.ndim != 2 or len(graph.shapes.get(x, ())) != 2:
+        return None
+    add = graph.only_user(node.output)
+    bias = next((graph.constants[name] for name in add.inputs if name in graph.constants), None) if add else None
+    if add is not None and add.op == "Add" and bias is not None:
+        squeezed = bias.reshape(bias.shape[-1:]) if bias.size == bias.shape[-1:].count(bias.size) * bias.size else bias
+        if squeezed.ndim <= 1 and squeezed.size in (1, weight.shape[1]) and bias.ndim <= 2:
+            graph.replace(add, [])
+            outputs, node.outputs = add.outputs, [*add.outputs]
+            return [
+                dense(graph, Node("Gemm", [], outputs, name=node.name), x, weight.T,
+                      np.broadcast_to(squeezed.reshape(-1), weight.shape[1:]))
+            ]  # fmt: skip
+    return [dense(graph, node, x, weight.T, np.zeros(weight.shape[1], weight.dtype))]
+
+
+def _batch_norm(graph: Graph, node: Node) -> list[Node] | None:
+    """Into the convolution or dense layer before it, else into a product and a sum."""
+    scale, offset, mean, variance = (graph.optional(node, i) for i in (1, 2, 3, 4))
+    if scale is None or offset is None or mean is None or variance is None:
+        return None
+    if node.get("training_mode", 0):
+        raise OnnxError(f"{node} is in training mode: export the model in eval mode", node.op, node.name, graph.opset)
+    x = node.inputs[0]
+    factor = scale.astype(np.float64) / np.sqrt(variance.astype(np.float64) + node.get("epsilon", 1e-5))
+    shift = offset - mean * factor
+    before = graph.producer(x)
+    weight = graph.optional(before, 1) if before and before.op in ("Conv", "Gemm") else None
+    if before is not None and weight is not None and graph.only_user(x) is node:
+        bias = graph.optional(before, 2)
+        plain = before.op == "Conv" or (before.get("transB", 0) and before.get("alpha", 1.0) == 1)
+        if plain and (bias is not None or not graph.has(before, 2)):
+            folded = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
+            moved = shift + (0 if bias is None else bias * factor * before.get("beta", 1.0))
+            names = [graph.add_constant(value.astype(weight.dtype), f"{node.output}/{stem}")
+                     for value, stem in ((folded, "weight"), (moved, "bias"))]  # fmt: skip
+            attributes = {key: value for key, value in before.attributes.items() if key != "beta"}
+            graph.replace(before, [])
+            return [Node(before.op, [before.inputs[0], *names], node.outputs[:1], attributes, before.name)]
+    shape = (1, -1, *[1] * (len(graph.shapes[x]) - 2))
+    scaled = graph.fresh(f"{node.output}/scaled")
+    names = [graph.add_constant(value.reshape(shape).astype(scale.dtype), f"{node.output}/{stem}")
+             for value, stem in ((factor, "factor"), (shift, "shift"))]  # fmt: skip
+    return [Node("Mul", [x, names[0]], [scaled]), Node("Add", [scaled, names[1]], node.outputs[:1], name=node.name)]
+
+
+def _prelu(graph: Graph, node: Node) -> list[Node] | None:
+    """LeakyRelu where one slope in [0, 1] serves all; else relu(x) - slope relu(-x)."""
+    x, slope = node.inputs[0], graph.optional(node, 1)
+    if slope is None:
+        return None
+    if slope.size and (slope == slope.flat[0]).all() and 0 <= slope.flat[0] <= 1:
+        return [Node("LeakyRelu", [x], node.outputs, {"alpha": float(slope.flat[0])}, node.name)]
+    names = [graph.fresh(f"{node.output}/{stem}") for stem in ("positive", "minus", "negative", "scaled")]
+    positive, minus, negative, scaled = names
+    return [
+        Node("Relu", [x], [positive]), Node("Neg", [x], [minus]), Node("Relu", [minus], [negative]),
+        Node("Mul", [negative, node.inputs[1]], [scaled]), Node("Sub", [positive, scaled], node.outputs),
+    ]  # fmt: skip
+
+
+def _affine(graph: Graph, x: str, factor: float, shift: float, output: str) -> list[Node]:
+    kind = graph.types.get(x, np.dtype(np.float32))
+    scaled = graph.fresh(f"{output}/scaled")
+    return [
+        Node("Mul", [x, graph.add_constant(factor, f"{output}/factor", kind)], [scaled]),
+        Node("Add", [scaled, graph.add_constant(shift, f"{output}/shift", kind)], [output]),
+    ]
+
+
+def _clip(graph: Graph, x: str, low: float, high: float, outputs: list[str]) -> Node:
+    kind = graph.types.get(x, np.dtype(np.float32))
+    ends = [graph.add_constant(value, f"{outputs[0]}/{stem}", kind) for value, stem in ((low, "low"), (high, "high"))]
+    return Node("Clip", [x, *ends], outputs)
+
+
+def _hard_sigmoid(graph: Graph, node: Node, outputs: list[str] | None = None) -> list[Node]:
+    """clip(alpha x + beta, 0, 1)."""
+    line = graph.fresh(f"{node.output}/line")
+    nodes = _affine(graph, node.inputs[0], node.get("alpha", 0.2), node.get("beta", 0.5), line)
+    graph.types[line] = graph.types.get(node.inputs[0], np.dtype(np.float32))
+    return [*nodes, _clip(graph, line, 0.0, 1.0, outputs or node.outputs)]
+
+
+def _hard_swish(graph: Graph, node: Node) -> list[Node]:
+    """x hard_sigmoid(x) with alpha = 1/6."""
+    gate = graph.fresh(f"{node.output}/gate")
+    inner = Node("HardSigmoid", node.inputs, [gate], {"alpha": 1 / 6, "beta": 0.5})
+    return [*_hard_sigmoid(graph, inner), Node("Mul", [node.inputs[0], gate], node.outputs)]
+
+
+def _softsign(graph: Graph, node: Node) -> list[Node]:
+    """x / (1 + |x|)."""
+    x = node.inputs[0]
+    size, more = graph.fresh(f"{node.output}/size"), graph.fresh(f"{node.output}/more")
+    one = graph.add_constant(1, "one", graph.types.get(x, np.float32))
+    return [Node("Abs", [x], [size]), Node("Add", [size, one], [more]), Node("Div", [x, more], node.outputs)]
+
+
+def _thresholded_relu(graph: Graph, node: Node) -> list[Node] | None:
+    return [Node("Relu", node.inputs, node.outputs)] if node.get("alpha", 1.0) == 0 else None
+
+
+def _variadic(pair: str) -> Rule:
+    """Of many inputs into pairs."""
+
+    def rule(graph: Graph, node: Node) -> list[Node] | None:
+        if len(node.inputs) == 1:
+            return _drop(graph, node)
+        if len(node.inputs) == 2 and pair == node.op:
+            return None
+        nodes, left = [], node.inputs[0]
+        for index, right in enumerate(node.inputs[1:], 1):
+            output = node.output if index == len(node.inputs) - 1 else graph.fresh(f"{node.output}/{index}")
+            nodes.append(Node(pair, [left, right], [output]))
+            left = output
+        return nodes
+
+    return rule
+
+
+def _mean(graph: Graph, node: Node) -> list[Node]:
+    total = graph.fresh(f"{node.output}/sum")
+    share = graph.add_constant(1 / len(node.inputs), "share", graph.types.get(node.inputs[0], np.float32))
+    return [Node("Sum", node.inputs, [total]), Node("Mul", [total, share], node.outputs)]
+
+
+def _split(graph: Graph, node: Node) -> list[Node] | None:
+    """Into slices, so that each node has one output."""
+    axis, size = node.get("axis", 0), [graph.shapes.get(name, ()) for name in node.outputs]
+    if not all(size):
+        return None
+    ends = np.cumsum([shape[axis] for shape in size]).tolist()
+    return [
+        windows.slice_node(graph, node.inputs[0], axis, start, end, output)
+        for start, end, output in zip([0, *ends], ends, node.outputs, strict=False)
+    ]
+
+
+def _log_softmax(graph: Graph, node: Node) -> list[Node] | None:
+    """x - log(sum(exp(x))), which backward bounds see through where a specification compares outputs."""
+    x, rank = node.inputs[0], len(graph.shapes.get(node.inputs[0], ()))
+    if not rank:
+        return None
+    axis = graph.add_constant([node.get("axis", -1) % rank], f"{node.output}/axis", np.int64)
+    exp, total, log = (graph.fresh(f"{node.output}/{stem}") for stem in ("exp", "sum", "log"))
+    return [
+        Node("Exp", [x], [exp]), Node("ReduceSum", [exp, axis], [total], {"keepdims": 1}), Node("Log", [total], [log]),
+        Node("Sub", [x, log], node.outputs, name=node.name),
+    ]  # fmt: skip
+
+
+def _depth_to_space(graph: Graph, node: Node) -> list[Node] | None:
+    """Reshape, transpose, reshape."""
+    shape = graph.shapes.get(node.inputs[0])
+    if shape is None or len(shape) != 4:
+        return None
+    s, (_, c, h, w) = node.get("blocksize"), shape
+    if node.op == "SpaceToDepth":
+        split, perm, last = (c, h // s, s, w // s, s), [0, 3, 5, 1, 2, 4], (c * s * s, h // s, w // s)
+    elif node.get("mode", "DCR") == "DCR":
+        split, perm, last = (s, s, c // s**2, h, w), [0, 3, 4, 1, 5, 2], (c // s**2, h * s, w * s)
+    else:
+        split, perm, last = (c // s**2, s, s, h, w), [0, 1, 4, 2, 5, 3], (c // s**2, h * s, w * s)
+    parts, turned = graph.fresh(f"{node.output}/parts"), graph.fresh(f"{node.output}/turned")
+    return [
+        reshape(graph, node.inputs[0], split, [parts]), Node("Transpose", [parts], [turned], {"perm": perm}),
+        reshape(graph, turned, last, node.outputs),
+    ]  # fmt: skip
+
+
+def _instance_norm(graph: Graph, node: Node) -> list[Node] | None:
+    """(x - mean) / sqrt(variance + eps) * scale + bias, over the axes after the channels."""
+    x, shape = node.inputs[0], graph.shapes.get(node.inputs[0], ())
+    scale, bias = graph.optional(node, 1), graph.optional(node, 2)
+    if scale is None or bias is None or len(shape) < 3 or graph.opset > 17:
+        return None
+    axes, last = list(range(2, len(shape))), (1, -1, *[1] * (len(shape) - 2))
+    stems = ("mean", "centred", "square", "variance", "more", "root", "unit", "scaled")
+    mean, centred, square, variance, more, root, unit, scaled = (graph.fresh(f"{node.output}/{s}") for s in stems)
+    eps, scale_name, bias_name = (
+        graph.add_constant(value, f"{node.output}/{stem}", scale.dtype)
+        for value, stem in ((node.get("epsilon", 1e-5), "eps"), (scale.reshape(last), "s"), (bias.reshape(last), "b"))
+    )
+    return [
+        Node("ReduceMean", [x], [mean], {"axes": axes, "keepdims": 1}), Node("Sub", [x, mean], [centred]),
+        Node("Mul", [centred, centred], [square]),
+        Node("ReduceMean", [square], [variance], {"axes": axes, "keepdims": 1}),
+        Node("Add", [variance, eps], [more]), Node("Sqrt", [more], [root]), Node("Div", [centred, root], [unit]),
+        Node("Mul", [unit, scale_name], [scaled]), Node("Add", [scaled, bias_name], node.outputs, name=node.name),
+    ]  # fmt: skip
+
+
+RULES: dict[str, Rule] = {
+    "AveragePool": windows.average_pool,
+    "BatchNormalization": _batch_norm,
+    "Cast": _cast,
+    "Conv": windows.convolution,
+    "DepthToSpace": _depth_to_space,
+    "Dropout": _dropout,
+    "Flatten": _flatten,
+    "Gemm": _gemm,
+    "GlobalMaxPool": windows.global_max_pool,
+    "HardSigmoid": _hard_sigmoid,
+    "HardSwish": _hard_swish,
+    "Identity": _drop,
+    "InstanceNormalization": _instance_norm,
+    "LogSoftmax": _log_softmax,
+    "MatMul": _matmul,
+    "Max": _variadic("Max"),
+    "MaxPool": windows.max_pool,
+    "Mean": _mean,
+    "Min": _variadic("Min"),
+    "PRelu": _prelu,
+    "Reshape": _reshape,
+    "Resize": windows.resize,
+    "Softsign": _softsign,
+    "SpaceToDepth": _depth_to_space,
+    "Split": _split,
+    "Sum": _variadic("Add"),
+    "ThresholdedRelu": _thresholded_relu,
+    "Transpose": _transpose,
+    "Upsample": windows.resize,
+}

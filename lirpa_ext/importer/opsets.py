@@ -1,0 +1,128 @@
+"""One version of every op: a graph of any opset from 7 on becomes one of opset 17, with the same meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+from onnx import version_converter
+
+from ..errors import OnnxError
+from .graph import IR_VERSION, OPSET, Graph, Node
+from .reading import opset_of
+
+# Ops whose later versions differ in data types only, or in options whose default is the old meaning.
+_NAMES = (
+    "Acos Acosh Asin Asinh Atan Atanh AveragePool Cast Constant ConstantOfShape Conv ConvTranspose Cos Cosh "
+    "DepthToSpace Dropout Einsum Elu Equal Flatten GlobalAveragePool GlobalMaxPool HardSigmoid HardSwish Identity "
+    "InstanceNormalization IsInf IsNaN LpNormalization MaxPool Mod Round ScatterElements ScatterND "
+    "Selu Shape Sin Sinh Size Softplus Softsign SpaceToDepth Squeeze Tan ThresholdedRelu TopK Transpose "
+    "Unsqueeze Celu Range OneHot Reshape Resize"
+)
+_SAME = frozenset(_NAMES.split())
+
+
+def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model in opset 17, if it is older.
+
+    Raises:
+        OnnxError: onnx's version converter cannot.
+    """
+    if opset_of(model) >= OPSET:
+        return model
+    model.ir_version = max(model.ir_version, IR_VERSION)  # before 4 every weight had to be listed as an input
+    try:
+        return version_converter.convert_version(model, OPSET)
+    except Exception as error:  # onnx raises RuntimeError and others
+        raise OnnxError(
+            f"onnx cannot lift the network from opset {opset_of(model)} to {OPSET}: {str(error).strip()[:300]}. "
+            "Export it with a newer exporter",
+            opset=opset_of(model),
+        ) from error
+
+
+def downgrade(graph: Graph) -> list[str]:
+    """Bring a graph of a later opset to opset 17; notes of what was done.
+
+    Raises:
+        OnnxError: An op that opset 17 cannot say.
+    """
+    opset = graph.opset
+    if opset <= OPSET:
+        return []
+    for node in list(graph.nodes):
+        since = onnx.defs.get_schema(node.op, max_inclusive_version=opset).since_version
+        if since <= OPSET:
+            continue
+        rule = _DOWN.get(node.op, _reduce if node.op.startswith("Reduce") else None)
+        nodes = [node] if node.op in _SAME and rule is None else rule(graph, node) if rule else None
+        if nodes is None:
+            raise OnnxError(
+                f"{node} of opset {opset} cannot be said in opset {OPSET}: export the model with opset {OPSET}",
+                node.op, node.name, opset,
+            )  # fmt: skip
+        graph.replace(node, nodes)
+    graph.opset = OPSET
+    return [f"opset {opset} -> {OPSET}"]
+
+
+def _reduce(graph: Graph, node: Node) -> list[Node] | None:
+    """Axes moved from an attribute to an input at opset 18; ReduceSum did at 13."""
+    axes = graph.optional(node, 1)
+    if graph.has(node, 1) and axes is None:
+        return None
+    if axes is None or not axes.size:
+        if node.attributes.pop("noop_with_empty_axes", 0):
+            return [Node("Identity", node.inputs[:1], node.outputs, name=node.name)]
+    else:
+        node.attributes["axes"] = axes.tolist()
+    node.attributes.pop("noop_with_empty_axes", None)
+    node.inputs = node.inputs[:1]
+    return [node]
+
+
+def _split(graph: Graph, node: Node) -> list[Node] | None:
+    """`num_outputs` came with opset 18; without sizes opset 17 splits evenly, as 18 does where it can."""
+    node.attributes.pop("num_outputs", None)
+    return [node]
+
+
+def _pad(graph: Graph, node: Node) -> list[Node] | None:
+    """`axes` came with opset 18, mode "wrap" with 19; other axes have no padding."""
+    if graph.has(node, 3):
+        axes, pads, rank = graph.optional(node, 3), graph.optional(node, 1), len(graph.shapes.get(node.inputs[0], ()))
+        if axes is None or pads is None or not rank:
+            return None
+        full = np.zeros((2, rank), np.int64)
+        full[:, axes] = pads.reshape(2, -1)
+        node.inputs = [node.inputs[0], graph.add_constant(full.reshape(-1), "pads"), *node.inputs[2:3]]
+    return [node]
+
+
+def _gelu(graph: Graph, node: Node) -> list[Node] | None:
+    """Op of opset 20; kept under our own domain, where `converters` finds it."""
+    return [Node("Gelu", node.inputs, node.outputs, node.attributes, node.name, domain="lirpa_ext")]
+
+
+def _mish(graph: Graph, node: Node) -> list[Node] | None:
+    """x tanh(softplus(x)), op of opset 18."""
+    soft, tanh = graph.fresh(f"{node.output}/softplus"), graph.fresh(f"{node.output}/tanh")
+    x = node.inputs[0]
+    return [Node("Softplus", [x], [soft]), Node("Tanh", [soft], [tanh]), Node("Mul", [x, tanh], node.outputs)]
+
+
+def _swish(graph: Graph, node: Node) -> list[Node] | None:
+    """x sigmoid(alpha x), op of opset 24."""
+    x, scaled, gate = node.inputs[0], graph.fresh(f"{node.output}/scaled"), graph.fresh(f"{node.output}/gate")
+    alpha = graph.add_constant(node.get("alpha", 1.0), "alpha", graph.types.get(x, np.float32))
+    return [Node("Mul", [x, alpha], [scaled]), Node("Sigmoid", [scaled], [gate]), Node("Mul", [x, gate], node.outputs)]
+
+
+_DOWN: dict[str, Callable[[Graph, Node], list[Node] | None]] = {
+    "Split": _split,
+    "Pad": _pad,
+    "Gelu": _gelu,
+    "Mish": _mish,
+    "Swish": _swish,
+}

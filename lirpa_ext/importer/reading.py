@@ -1,0 +1,204 @@
+"""An ONNX file, from wherever, as a model that is safe to work on: parsed, bounded in size, sorted, complete."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import external_data_helper, inliner, numpy_helper
+
+from ..errors import DataError, OnnxError
+
+OLDEST_OPSET = 7
+_STANDARD = ("", "ai.onnx")
+_CHUNK = 1 << 20
+
+
+def read_onnx(source: str | Path | bytes, max_bytes: int) -> onnx.ModelProto:
+    """Read and examine an ONNX file.
+
+    Args:
+        source: Path of a ``.onnx`` or ``.onnx.gz`` file, or its bytes.
+        max_bytes: Cap on its size, unpacked, external data included.
+
+    Returns:
+        The model: weights inside, local functions inlined, nodes in topological order.
+
+    Raises:
+        DataError: No such file, truncated, not ONNX, too large, or its external data is missing.
+        OnnxError: An opset, a domain, an op or a weight that cannot be worked with.
+    """
+    folder = None
+    if not isinstance(source, bytes):
+        path = Path(source)
+        if not path.is_file():
+            raise DataError(f"there is no file {path}")
+        if path.stat().st_size > max_bytes:
+            raise DataError(f"{path} has {path.stat().st_size} bytes, over max_bytes={max_bytes}")
+        source, folder, where = path.read_bytes(), path.parent, str(path)
+    else:
+        where = "the model"
+    model = _parse(_unpack(source, max_bytes, where), where)
+    _load_external(model, folder, max_bytes, where)
+    _check_opset(model, where)
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    _sort(model.graph, where)
+    for node in model.graph.node:
+        _check_node(node, opset_of(model))
+    _check_tensors(model.graph, where)
+    return model
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """Version of the standard domain."""
+    return next((entry.version for entry in model.opset_import if entry.domain in _STANDARD), 0)
+
+
+def _unpack(data: bytes, max_bytes: int, where: str) -> bytes:
+    if data[:2] == b"\x1f\x8b":
+        unzip, parts, size = zlib.decompressobj(wbits=31), [], 0
+        try:
+            while data and not unzip.eof:
+                part = unzip.decompress(data, _CHUNK)
+                data, size = unzip.unconsumed_tail, size + len(part)
+                parts.append(part)
+                if size > max_bytes:
+                    raise DataError(f"{where} expands to more than max_bytes={max_bytes} bytes")
+        except zlib.error as error:
+            raise DataError(f"{where} is no valid gzip file: {error}") from error
+        if not unzip.eof:
+            raise DataError(f"{where} is a truncated gzip file")
+        data = b"".join(parts)
+    if len(data) > max_bytes:
+        raise DataError(f"{where} has {len(data)} bytes, over max_bytes={max_bytes}")
+    return data
+
+
+def _parse(data: bytes, where: str) -> onnx.ModelProto:
+    try:
+        model = onnx.ModelProto.FromString(data)
+    except DecodeError as error:
+        raise DataError(f"{where} is truncated, or no ONNX file: {error}") from error
+    if not (model.graph.node and model.graph.output and model.opset_import):
+        raise DataError(f"{where} is truncated, or no ONNX file: it has no graph, no output or no opset")
+    return model
+
+
+def _load_external(model: onnx.ModelProto, folder: Path | None, max_bytes: int, where: str) -> None:
+    external = [t for t in _all_tensors(model.graph) if t.data_location == onnx.TensorProto.EXTERNAL]
+    if not external:
+        return
+    if folder is None:
+        raise DataError(f"{where} keeps weights in other files, which bytes cannot name: pass the path of the file")
+    names = {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise DataError(f"{where} keeps weights in {', '.join(missing)}, which must lie beside it")
+    if sum((folder / name).stat().st_size for name in names) > max_bytes:
+        raise DataError(f"the weights beside {where} have more than max_bytes={max_bytes} bytes")
+    try:
+        external_data_helper.load_external_data_for_model(model, str(folder))
+    except Exception as error:  # onnx raises whatever comes
+        raise DataError(f"the external data of {where} cannot be read: {error}") from error
+
+
+def _check_opset(model: onnx.ModelProto, where: str) -> None:
+    opset, newest = opset_of(model), onnx.defs.onnx_opset_version()
+    if opset < OLDEST_OPSET:
+        raise OnnxError(
+            f"{where} is of opset {opset}; the oldest that can be read is {OLDEST_OPSET}: export it again", opset=opset
+        )
+    if opset > newest:
+        raise OnnxError(f"{where} is of opset {opset}, the installed onnx knows {newest}: update onnx", opset=opset)
+
+
+def _sort(graph: onnx.GraphProto, where: str) -> None:
+    """Put the nodes in topological order, or say what is missing or circular."""
+    known = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer} | {""}
+    made: dict[str, onnx.NodeProto] = {}
+    for node in graph.node:
+        for name in filter(None, node.output):
+            if name in made or name in known:
+                raise DataError(f"{where} is corrupt: {name!r} is computed twice")
+            made[name] = node
+    waiting, ordered = list(graph.node), []
+    while waiting:
+        later = []
+        for node in waiting:
+            if all(name in known for name in node.input):
+                ordered.append(node)
+                known.update(node.output)
+            else:
+                later.append(node)
+        if len(later) == len(waiting):
+            unknown = [name for node in later for name in node.input if name not in known and name not in made]
+            cause = f"nothing computes {unknown[0]!r}" if unknown else f"a cycle through {describe(later[0])}"
+            raise DataError(f"{where} is corrupt: {cause}")
+        waiting = later
+    unknown = [value.name for value in graph.output if value.name not in known]
+    if unknown:
+        raise DataError(f"{where} is corrupt: nothing computes its output {unknown[0]!r}")
+    if [id(node) for node in ordered] != [id(node) for node in graph.node]:
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered]
+        del graph.node[:]
+        graph.node.extend(copies)
+
+
+def describe(node: onnx.NodeProto) -> str:
+    """A node as error messages name it."""
+    return f"{node.op_type} node {node.name or (node.output[0] if node.output else '')!r}"
+
+
+def _check_node(node: onnx.NodeProto, opset: int) -> None:
+    if node.domain not in _STANDARD:
+        raise OnnxError(
+            f"{describe(node)} is of the custom domain {node.domain!r}, whose meaning the file does not tell: "
+            "export the model with standard ops",
+            node.op_type, node.name, opset,
+        )  # fmt: skip
+    for attribute in node.attribute:
+        if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
+            raise OnnxError(
+                f"{describe(node)} branches or loops (opset {opset}), which has no bounds: export a model without "
+                "control flow",
+                node.op_type, node.name, opset,
+            )  # fmt: skip
+    try:
+        onnx.defs.get_schema(node.op_type, max_inclusive_version=opset)
+    except onnx.defs.SchemaError as error:
+        raise OnnxError(
+            f"opset {opset} has no op {node.op_type} ({describe(node)}): the file is corrupt, or of another opset "
+            "than it says",
+            node.op_type, node.name, opset,
+        ) from error  # fmt: skip
+
+
+def _all_tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    attributes = [attribute.t for node in graph.node for attribute in node.attribute if attribute.HasField("t")]
+    return [*graph.initializer, *attributes]
+
+
+def _check_tensors(graph: onnx.GraphProto, where: str) -> None:
+    if graph.sparse_initializer:
+        raise OnnxError(f"{where} has sparse weights: export it with dense ones")
+    for tensor in _all_tensors(graph):
+        name = tensor.name or "a constant"
+        try:
+            if min(tensor.dims, default=1) < 0 or math.prod(tensor.dims) > 2**31:
+                raise ValueError(f"its shape is {list(tensor.dims)}")
+            value = numpy_helper.to_array(tensor)
+        except Exception as error:  # numpy and onnx raise whatever comes on truncated data
+            raise DataError(f"{where} is corrupt: weight {name!r} cannot be read: {error}") from error
+        if value.dtype.kind == "f" and np.isnan(value).any():
+            raise DataError(f"{where} has NaN entries in weight {name!r}: nothing can be said of such a network")
+    for value in graph.input:
+        if not value.type.HasField("tensor_type"):
+            raise OnnxError(f"input {value.name!r} of {where} is no tensor")
+        sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim if dim.HasField("dim_value")]
+        if min(sizes, default=1) < 1:
+            raise DataError(f"input {value.name!r} of {where} has an axis of size {min(sizes)}")

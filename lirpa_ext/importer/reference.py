@@ -1,0 +1,136 @@
+"""onnxruntime: what the original file computes, and what the tensors of a graph look like."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, shape_inference
+
+from ..errors import OnnxError
+from .graph import Graph, shape_of
+
+# Cap on the elements of all tensors of one run; a corrupt pad or kernel size asks for more than a machine has.
+_MOST_ELEMENTS = 2**28
+
+
+def session(model: onnx.ModelProto | bytes, optimize: bool = True) -> Any:
+    """onnxruntime session on one thread that logs nothing.
+
+    Raises:
+        OnnxError: onnxruntime refuses the model.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    try:
+        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a family of its own
+        raise OnnxError(f"onnxruntime refuses the network: {_first_line(error)}") from error
+
+
+class Reference:
+    """The original network in onnxruntime, sample by sample, whatever batch the file was exported for.
+
+    Args:
+        model: The model.
+        input: Name of the input that varies.
+        output: Name of the output.
+        fixed: Values of the other inputs.
+        sample_shape: Shape of one sample, without the batch axis.
+        batched: Whether the file's input has a batch axis.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        input: str,
+        output: str,
+        fixed: dict[str, np.ndarray],
+        sample_shape: tuple[int, ...],
+        batched: bool,
+    ) -> None:
+        value = next(value for value in model.graph.input if value.name == input)
+        self.input, self.output, self.fixed = input, output, fixed
+        self.sample_shape, self.batched = sample_shape, batched
+        self.dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        self.copies = shape_of(value)[0] or 1 if batched else 1
+        self.model = model.SerializeToString()
+        self._session: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_session": None}  # sessions can be neither copied nor pickled
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Outputs of a batch, (B, *sample_shape) -> (B, ...)."""
+        self._session = self._session or session(self.model)
+        outputs = [run(self._session, [self.output], self._feed(sample))[0] for sample in x]
+        return np.stack([self._of_sample(output) for output in outputs])
+
+    def values(self, sample: np.ndarray) -> dict[str, np.ndarray]:
+        """Every tensor of the original file for one sample, with the batch axis the file gives it."""
+        model = onnx.ModelProto.FromString(self.model)
+        names = [name for node in model.graph.node for name in node.output if name]
+        known = {value.name for value in model.graph.output}
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+        return dict(zip(names, run(session(model, optimize=False), names, self._feed(sample)), strict=True))
+
+    def _feed(self, sample: np.ndarray) -> dict[str, np.ndarray]:
+        value = np.asarray(sample).reshape(self.sample_shape).astype(self.dtype)
+        if self.batched:
+            value = np.repeat(value[None], self.copies, 0)
+        return {self.input: value, **self.fixed}
+
+    def _of_sample(self, output: np.ndarray) -> np.ndarray:
+        return output[0] if self.batched and output.ndim and len(output) == self.copies else output
+
+
+def run(session: Any, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Outputs of a session.
+
+    Raises:
+        OnnxError: onnxruntime fails.
+    """
+    try:
+        return session.run(outputs, feed)
+    except Exception as error:  # onnxruntime has a family of its own
+        raise OnnxError(f"onnxruntime cannot run the network: {_first_line(error)}") from error
+
+
+def probe(graph: Graph, batch: int) -> dict[str, np.ndarray]:
+    """Every tensor of a graph for a batch of random samples.
+
+    Raises:
+        OnnxError: It does not run, or a tensor would be enormous.
+    """
+    names = [name for node in graph.nodes for name in node.outputs if name]
+    model = graph.to_model(names)
+    shape = [batch if size is None else size for size in graph.input_shape]
+    _check_size(model, batch)
+    x = np.random.default_rng(0).uniform(0, 1, shape).astype(graph.input_type)
+    values = run(session(model, optimize=False), names, {graph.input: x}) if names else []
+    return {graph.input: x, **dict(zip(names, values, strict=True))}
+
+
+def _check_size(model: onnx.ModelProto, batch: int) -> None:
+    try:
+        inferred = shape_inference.infer_shapes(model)
+    except Exception as error:  # onnx has several
+        raise OnnxError(f"its shapes do not fit together: {_first_line(error)}") from error
+    for value in inferred.graph.value_info:
+        elements = math.prod(batch if size is None else size for size in shape_of(value))
+        if not 0 <= elements <= _MOST_ELEMENTS:
+            raise OnnxError(f"tensor {value.name!r} would have {elements} elements, over {_MOST_ELEMENTS}")
+        if elements == 0:
+            raise OnnxError(f"tensor {value.name!r} has an axis of size 0: {shape_of(value)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

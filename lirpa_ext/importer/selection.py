@@ -1,0 +1,165 @@
+"""Which input varies and which output counts; everything else is fixed or dropped."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from ..errors import InvalidInputError, OnnxError
+from .graph import Graph, shape_of
+from .reading import opset_of
+
+_FLOAT = onnx.TensorProto.FLOAT
+
+
+@dataclass
+class Selection:
+    """A model with one input and one output, and how it came from the file."""
+
+    model: onnx.ModelProto
+    input: str
+    output: str
+    fixed: dict[str, np.ndarray]
+    input_shape: tuple[int | None, ...]
+    notes: list[str]
+
+
+def select(
+    model: onnx.ModelProto,
+    input: str | None,
+    output: str | None,
+    fixed: dict[str, Any] | None,
+    input_shape: tuple[int, ...] | None,
+    logits: bool,
+) -> tuple[onnx.ModelProto, Selection]:
+    """The model as `Reference` runs it, and reduced to one input and one output.
+
+    Raises:
+        OnnxError: Several inputs or outputs and no word which; open sizes; a last op that is not there.
+        InvalidInputError: A name or a shape that the file does not have.
+    """
+    graph, opset, notes = model.graph, opset_of(model), []
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = {value.name: value for value in graph.input if value.name not in weights}
+    constants = _fixed(inputs, fixed or {})
+    free = [name for name in inputs if name not in constants]
+    chosen = _choose("input", input, free, opset, "fix the others by fixed={name: array}")
+    result = _choose("output", output, [value.name for value in graph.output], opset, "the others are dropped")
+    others = [name for name in free if name != chosen]
+    if others:
+        raise OnnxError(f"inputs {', '.join(others)} vary too: give their values by fixed=", opset=opset)
+    if logits:
+        last = next((node for node in graph.node if result in node.output), None)
+        if last is not None and last.op_type in ("Softmax", "LogSoftmax"):
+            notes.append(f"last {last.op_type} cut off")
+            result = last.input[0]
+            if all(value.name != result for value in graph.output):
+                graph.output.append(onnx.ValueInfoProto(name=result))
+    shape = _input_shape(inputs[chosen], input_shape, opset)
+    reduced = onnx.ModelProto.FromString(model.SerializeToString())
+    _fix_inputs(reduced.graph, chosen, constants, shape)
+    del reduced.graph.output[:]
+    reduced.graph.output.append(next(value for value in graph.output if value.name == result))
+    if not _prune(reduced.graph, chosen, result):
+        raise OnnxError(f"output {result!r} does not depend on input {chosen!r}", opset=opset)
+    del reduced.graph.value_info[:]
+    return model, Selection(reduced, chosen, result, constants, shape, notes)
+
+
+def _choose(what: str, name: str | None, known: list[str], opset: int, hint: str) -> str:
+    if name is None and len(known) == 1:
+        return known[0]
+    if name is None:
+        raise OnnxError(f"the network has {len(known)} {what}s ({', '.join(known)}): choose one by {what}=; {hint}")
+    if name not in known:
+        raise InvalidInputError(f"the network has no {what} {name!r}; it has {', '.join(known)}")
+    return name
+
+
+def _fixed(inputs: dict[str, onnx.ValueInfoProto], values: dict[str, Any]) -> dict[str, np.ndarray]:
+    unknown = [name for name in values if name not in inputs]
+    if unknown:
+        raise InvalidInputError(f"the network has no input {unknown[0]!r}; it has {', '.join(inputs)}")
+    fixed = {}
+    for name, value in values.items():
+        dtype = helper.tensor_dtype_to_np_dtype(inputs[name].type.tensor_type.elem_type)
+        fixed[name] = np.asarray(value).astype(dtype)
+        declared = shape_of(inputs[name])
+        if len(declared) != fixed[name].ndim or any(
+            size not in (None, given) for size, given in zip(declared, fixed[name].shape, strict=True)
+        ):
+            raise InvalidInputError(f"input {name!r} has shape {declared}, got {fixed[name].shape}")
+    return fixed
+
+
+def _input_shape(value: onnx.ValueInfoProto, given: tuple[int, ...] | None, opset: int) -> tuple[int | None, ...]:
+    kind, declared = value.type.tensor_type.elem_type, shape_of(value)
+    if kind in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16):
+        raise OnnxError(f"input {value.name!r} is of half precision: export the model in float32", opset=opset)
+    if kind in (onnx.TensorProto.STRING, onnx.TensorProto.BOOL):
+        raise OnnxError(f"input {value.name!r} holds no numbers, so there is no ball around it", opset=opset)
+    if given is not None:
+        open_shape = declared or (None, *given)
+        if len(open_shape) not in (len(given), len(given) + 1) or any(
+            size not in (None, own) for size, own in zip(open_shape[::-1], given[::-1], strict=False)
+        ):
+            raise InvalidInputError(f"input {value.name!r} has shape {declared}, which {given} does not fit")
+        return (*open_shape[: len(open_shape) - len(given)], *given)
+    if not declared or None in declared[len(declared) > 1 :]:
+        raise OnnxError(
+            f"input {value.name!r} leaves sizes open, {declared}: give the shape of one sample by input_shape=",
+            opset=opset,
+        )
+    if math.prod(size or 1 for size in declared) > 2**28:
+        raise OnnxError(f"input {value.name!r} is enormous: {declared}", opset=opset)
+    return declared
+
+
+def _fix_inputs(
+    graph: onnx.GraphProto, chosen: str, constants: dict[str, np.ndarray], shape: tuple[int | None, ...]
+) -> None:
+    value = next(value for value in graph.input if value.name == chosen)
+    typed = helper.make_tensor_value_info(
+        chosen, value.type.tensor_type.elem_type, [size if size is not None else "batch" for size in shape]
+    )
+    del graph.input[:]
+    graph.input.append(typed)
+    graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+
+
+def _prune(graph: onnx.GraphProto, chosen: str, output: str) -> bool:
+    """Drop what the output does not need; whether it needs the input."""
+    needed, kept = {output}, []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            kept.append(onnx.NodeProto.FromString(node.SerializeToString()))
+            needed.update(node.input)
+    tensors = [tensor for tensor in graph.initializer if tensor.name in needed]
+    copies = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in tensors]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(kept[::-1])
+    graph.initializer.extend(copies)
+    return chosen in needed
+
+
+def single_precision(graph: Graph) -> list[str]:
+    """Float64 weights, inputs and casts become float32, integer inputs floats; notes of what was done."""
+    notes = []
+    if graph.input_type != np.float32:
+        notes.append(f"input of {graph.input_type} -> float32")
+        graph.input_type = np.dtype(np.float32)
+    wide = [name for name, value in graph.constants.items() if value.dtype == np.float64]
+    for name in wide:
+        graph.constants[name] = graph.constants[name].astype(np.float32)
+    for node in graph.nodes:
+        if node.op == "Cast" and node.get("to") == onnx.TensorProto.DOUBLE:
+            node.attributes["to"] = _FLOAT
+        value = node.get("value")
+        if isinstance(value, np.ndarray) and value.dtype == np.float64:
+            node.attributes["value"] = value.astype(np.float32)
+    return notes + ([f"{len(wide)} weights of float64 -> float32"] if wide else [])
