@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..errors import InvalidInputError
 from .batching import add_batch_axis, fold_shapes, free_batch, lacks_batch_axis
 from .checking import Check, check
-from .converters import convert, fuse_gelu
+from .converters import convert
+from .fusion import fuse_gelu
 from .graph import Graph
 from .lowering import lower
 from .opsets import downgrade, upgrade

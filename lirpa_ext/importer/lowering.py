@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import OnnxError
 from . import windows
+from .fusion import fuse_softplus
 from .graph import Graph, Node
 
 Rule = Callable[[Graph, Node], "list[Node] | None"]
@@ -224,6 +225,25 @@ def _hard_swish(graph: Graph, node: Node) -> list[Node]:
     return [*_hard_sigmoid(graph, inner), Node("Mul", [node.inputs[0], gate], node.outputs)]
 
 
+def _selu(graph: Graph, node: Node) -> list[Node]:
+    """gamma Elu(x; alpha)."""
+    inner, x = graph.fresh(f"{node.output}/elu"), node.inputs[0]
+    alpha = node.get("alpha", 1.67326319217681884765625)
+    gamma = graph.add_constant(node.get("gamma", 1.05070102214813232421875), "gamma", graph.types.get(x, np.float32))
+    return [Node("Elu", [x], [inner], {"alpha": alpha}, node.name), Node("Mul", [inner, gamma], node.outputs)]
+
+
+def _celu(graph: Graph, node: Node) -> list[Node]:
+    """alpha Elu(x / alpha; 1)."""
+    x, alpha = node.inputs[0], node.get("alpha", 1.0)
+    scaled, inner = graph.fresh(f"{node.output}/scaled"), graph.fresh(f"{node.output}/elu")
+    name = graph.add_constant(alpha, "alpha", graph.types.get(x, np.float32))
+    return [
+        Node("Div", [x, name], [scaled]), Node("Elu", [scaled], [inner], {"alpha": 1.0}, node.name),
+        Node("Mul", [inner, name], node.outputs),
+    ]  # fmt: skip
+
+
 def _softsign(graph: Graph, node: Node) -> list[Node]:
     """x / (1 + |x|)."""
     x = node.inputs[0]
@@ -304,25 +324,52 @@ def _depth_to_space(graph: Graph, node: Node) -> list[Node] | None:
     ]  # fmt: skip
 
 
+def reduce_mean(graph: Graph, x: str, axes: list[int], output: str) -> Node:
+    """Mean over axes that stay with size 1; where the axes are told changed with opset 18."""
+    if graph.opset < 18:
+        return Node("ReduceMean", [x], [output], {"axes": axes, "keepdims": 1})
+    return Node("ReduceMean", [x, graph.add_constant(axes, f"{output}/axes", np.int64)], [output], {"keepdims": 1})
+
+
 def _instance_norm(graph: Graph, node: Node) -> list[Node] | None:
-    """(x - mean) / sqrt(variance + eps) * scale + bias, over the axes after the channels."""
-    x, shape = node.inputs[0], graph.shapes.get(node.inputs[0], ())
-    scale, bias = graph.optional(node, 1), graph.optional(node, 2)
-    if scale is None or bias is None or len(shape) < 3 or graph.opset > 17:
+    """Over the axes after the channels."""
+    rank = len(graph.shapes.get(node.inputs[0], ()))
+    return _standardize(graph, node, list(range(2, rank)), (1, -1, *[1] * (rank - 2))) if rank > 2 else None
+
+
+def _layer_norm(graph: Graph, node: Node) -> list[Node] | None:
+    """Over the last axes."""
+    rank = len(graph.shapes.get(node.inputs[0], ()))
+    if not rank or any(graph.users(name) for name in node.outputs[1:]):
         return None
-    axes, last = list(range(2, len(shape))), (1, -1, *[1] * (len(shape) - 2))
-    stems = ("mean", "centred", "square", "variance", "more", "root", "unit", "scaled")
-    mean, centred, square, variance, more, root, unit, scaled = (graph.fresh(f"{node.output}/{s}") for s in stems)
-    eps, scale_name, bias_name = (
+    axis = node.get("axis", -1) % rank
+    return _standardize(graph, node, list(range(axis, rank)), None) if axis else None
+
+
+def _standardize(graph: Graph, node: Node, axes: list[int], shape: tuple[int, ...] | None) -> list[Node] | None:
+    """(x - mean) / sqrt(variance + eps) * scale + bias; as a product, for 0.3 guesses at a quotient by a root."""
+    x, scale, bias = node.inputs[0], graph.optional(node, 1), graph.optional(node, 2)
+    if scale is None or (graph.has(node, 2) and bias is None):
+        return None
+    stems = ("mean", "centred", "square", "variance", "more", "root", "inverse", "unit", "scaled")
+    mean, centred, square, variance, more, root, inverse, unit, scaled = (
+        graph.fresh(f"{node.output}/{stem}") for stem in stems
+    )
+    bias = np.zeros_like(scale) if bias is None else bias
+    eps, factor, shift = (
         graph.add_constant(value, f"{node.output}/{stem}", scale.dtype)
-        for value, stem in ((node.get("epsilon", 1e-5), "eps"), (scale.reshape(last), "s"), (bias.reshape(last), "b"))
+        for value, stem in (
+            (node.get("epsilon", 1e-5), "eps"),
+            (scale.reshape(shape or scale.shape), "factor"),
+            (bias.reshape(shape or bias.shape), "shift"),
+        )
     )
     return [
-        Node("ReduceMean", [x], [mean], {"axes": axes, "keepdims": 1}), Node("Sub", [x, mean], [centred]),
-        Node("Mul", [centred, centred], [square]),
-        Node("ReduceMean", [square], [variance], {"axes": axes, "keepdims": 1}),
-        Node("Add", [variance, eps], [more]), Node("Sqrt", [more], [root]), Node("Div", [centred, root], [unit]),
-        Node("Mul", [unit, scale_name], [scaled]), Node("Add", [scaled, bias_name], node.outputs, name=node.name),
+        reduce_mean(graph, x, axes, mean), Node("Sub", [x, mean], [centred]),
+        Node("Mul", [centred, centred], [square]), reduce_mean(graph, square, axes, variance),
+        Node("Add", [variance, eps], [more]), Node("Sqrt", [more], [root]), Node("Reciprocal", [root], [inverse]),
+        Node("Mul", [centred, inverse], [unit]), Node("Mul", [unit, factor], [scaled]),
+        Node("Add", [scaled, shift], node.outputs[:1], name=node.name),
     ]  # fmt: skip
 
 
@@ -330,6 +377,7 @@ RULES: dict[str, Rule] = {
     "AveragePool": windows.average_pool,
     "BatchNormalization": _batch_norm,
     "Cast": _cast,
+    "Celu": _celu,
     "Conv": windows.convolution,
     "DepthToSpace": _depth_to_space,
     "Dropout": _dropout,
@@ -340,6 +388,7 @@ RULES: dict[str, Rule] = {
     "HardSwish": _hard_swish,
     "Identity": _drop,
     "InstanceNormalization": _instance_norm,
+    "LayerNormalization": _layer_norm,
     "LogSoftmax": _log_softmax,
     "MatMul": _matmul,
     "Max": _variadic("Max"),
@@ -347,8 +396,10 @@ RULES: dict[str, Rule] = {
     "Mean": _mean,
     "Min": _variadic("Min"),
     "PRelu": _prelu,
+    "Pad": windows.pad,
     "Reshape": _reshape,
     "Resize": windows.resize,
+    "Selu": _selu,
     "Softsign": _softsign,
     "SpaceToDepth": _depth_to_space,
     "Split": _split,
@@ -356,4 +407,5 @@ RULES: dict[str, Rule] = {
     "ThresholdedRelu": _thresholded_relu,
     "Transpose": _transpose,
     "Upsample": windows.resize,
+    "Where": fuse_softplus,
 }

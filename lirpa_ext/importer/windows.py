@@ -57,8 +57,11 @@ def convolution(graph: Graph, node: Node) -> list[Node] | None:
     whole = kernel == list(shape[2:]) and not any(map(any, pads))
     if whole and node.get("group", 1) == 1 and set(dilations) == {1}:
         flat, dense, rows = graph.fresh(f"{node.output}/flat"), graph.fresh(f"{node.output}/dense"), len(weight)
-        names = [graph.add_constant(weight.reshape(rows, -1), f"{node.output}/weight"),
-                 graph.add_constant(np.zeros(rows, weight.dtype) if bias is None else bias, f"{node.output}/bias")]  # fmt: skip
+        zeros = np.zeros(rows, weight.dtype)
+        names = [
+            graph.add_constant(weight.reshape(rows, -1), f"{node.output}/weight"),
+            graph.add_constant(zeros if bias is None else bias, f"{node.output}/bias"),
+        ]
         return [
             _to_sample(graph, x, (weight[0].size,), flat),
             Node("Gemm", [flat, *names], [dense], {"transB": 1}, node.name),
@@ -99,6 +102,8 @@ def average_pool(graph: Graph, node: Node) -> list[Node] | None:
     if shape is None or out is None:
         return None
     kernel = list(node.get("kernel_shape"))
+    if len(kernel) == 1:
+        return _in_two_dimensions(graph, node, shape, out)
     strides, dilations, pads = _per_axis(node, kernel, shape)
     needed = _end_pads(shape, out, kernel, strides, dilations, pads)
     include = bool(node.get("count_include_pad", 0))
@@ -131,6 +136,8 @@ def max_pool(graph: Graph, node: Node) -> list[Node] | None:
     if shape is None or out is None or (len(node.outputs) > 1 and graph.users(node.outputs[1])):
         return None
     kernel = list(node.get("kernel_shape"))
+    if len(kernel) == 1:
+        return _in_two_dimensions(graph, node, shape, out)
     strides, dilations, pads = _per_axis(node, kernel, shape)
     needed = _end_pads(shape, out, kernel, strides, dilations, pads)
     even = all(begin == end for begin, end in pads) and all(2 * p[0] <= k for p, k in zip(pads, kernel, strict=True))
@@ -154,6 +161,65 @@ def max_pool(graph: Graph, node: Node) -> list[Node] | None:
     if not dilated:
         return [*nodes, Node("MaxPool", [x], node.outputs[:1], {"kernel_shape": kernel, "strides": strides}, node.name)]
     return [*nodes, *_gather_windows(graph, node, x, shape[1], out, kernel, strides, dilations)]
+
+
+def _in_two_dimensions(graph: Graph, node: Node, shape: tuple[int, ...], out: tuple[int, ...]) -> list[Node]:
+    """Pools along one axis, for which not every engine has bounds, along the last of two."""
+    wide, pooled = graph.fresh(f"{node.output}/wide"), graph.fresh(f"{node.output}/pooled")
+    one = {"kernel_shape": [1], "strides": [1], "dilations": [1]}
+    attributes = {
+        key: [*one[key], *value] if key in one else [0, value[0], 0, value[1]] if key == "pads" else value
+        for key, value in node.attributes.items()
+    }
+    return [
+        _to_sample(graph, node.inputs[0], (shape[1], 1, shape[2]), wide),
+        Node(node.op, [wide], [pooled], attributes, node.name),
+        _to_sample(graph, pooled, out[1:], node.output),
+    ]
+
+
+def pad(graph: Graph, node: Node) -> list[Node] | None:
+    """Reflected, repeated and wrapped borders are slices side by side; so is what negative pads leave."""
+    x, amounts = node.inputs[0], graph.optional(node, 1)
+    shape, mode = graph.shapes.get(x), node.get("mode", "constant")
+    if amounts is None or shape is None or graph.has(node, 3):
+        return None
+    begins, ends = amounts.reshape(2, -1)
+    if mode == "constant" and (amounts >= 0).all():
+        return None
+    nodes: list[Node] = []
+    for axis, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True)):
+        if not begin and not end:
+            continue
+        size = shape[axis]
+        indices = {"reflect": _reflected, "edge": _repeated, "wrap": _wrapped}.get(mode, _cropped)(size, begin, end)
+        if axis == 0 or indices is None:
+            return None
+        pieces = [graph.fresh(f"{node.output}/piece") for _ in indices]
+        nodes += [slice_node(graph, x, axis, i, j, piece) for (i, j), piece in zip(indices, pieces, strict=True)]
+        x = graph.fresh(f"{node.output}/{axis}")
+        nodes.append(Node("Concat", pieces, [x], {"axis": axis}))
+    if not nodes:
+        return None
+    nodes[-1].outputs = node.outputs
+    return nodes
+
+
+def _reflected(size: int, begin: int, end: int) -> list[tuple[int, int]]:
+    before = [(i, i + 1) for i in range(begin, 0, -1)]
+    return [*before, (0, size), *((i, i + 1) for i in range(size - 2, size - 2 - end, -1))]
+
+
+def _repeated(size: int, begin: int, end: int) -> list[tuple[int, int]]:
+    return [*[(0, 1)] * begin, (0, size), *[(size - 1, size)] * end]
+
+
+def _wrapped(size: int, begin: int, end: int) -> list[tuple[int, int]]:
+    return [*[(size - begin, size)] * (begin > 0), (0, size), *[(0, end)] * (end > 0)]
+
+
+def _cropped(size: int, begin: int, end: int) -> list[tuple[int, int]] | None:
+    return [(-begin, size + end)] if begin <= 0 and end <= 0 else None
 
 
 def _repeat_border(graph: Graph, x: str, shape: tuple[int, ...], pads: list[list[int]], output: str) -> list[Node]:

@@ -1,0 +1,76 @@
+"""Functions that an exporter took apart, found again among their pieces."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .graph import Graph, Node
+
+
+def fuse_gelu(graph: Graph) -> list[str]:
+    """x/2 (1 + erf(x / sqrt 2)), however its products are ordered, becomes one node; Gelu of opset 20 as well."""
+    count = 0
+    for node in list(graph.nodes):
+        if node.op == "Gelu":
+            graph.replace(node, [Node("Gelu", node.inputs, node.outputs, node.attributes, node.name, "lirpa_ext")])
+        elif node.op == "Erf":
+            found = _match_gelu(graph, node)
+            if found is not None:
+                x, last = found
+                graph.replace(last, [Node("Gelu", [x], last.outputs, {}, last.name, "lirpa_ext")])
+                count += 1
+    graph.prune()
+    return [f"{count} Erf -> Gelu"] if count else []
+
+
+def fuse_softplus(graph: Graph, node: Node) -> list[Node] | None:
+    """torch's softplus, x where x > threshold: beyond a threshold of 20 the two differ by less than 2.1e-9."""
+    condition, x, soft = node.inputs
+    greater, softplus = graph.producer(condition), graph.producer(soft)
+    if greater is None or greater.op != "Greater" or softplus is None or softplus.op != "Softplus":
+        return None
+    threshold = graph.constant(greater.inputs[1])
+    if threshold is None or not (threshold >= 20).all() or {greater.inputs[0], softplus.inputs[0]} != {x}:
+        return None
+    return [Node("Softplus", [x], node.outputs, {}, softplus.name)]
+
+
+def _match_gelu(graph: Graph, erf: Node) -> tuple[str, Node] | None:
+    scale = graph.producer(erf.inputs[0])
+    if scale is None or scale.op not in ("Div", "Mul"):
+        return None
+    x, factor = _with_constant(graph, scale)
+    root = 2**0.5 if scale.op == "Div" else 0.5**0.5
+    add = graph.only_user(erf.output)
+    if factor is None or abs(factor - root) > 1e-5:
+        return None
+    if add is None or add.op != "Add" or _with_constant(graph, add)[1] != 1:
+        return None
+    first = graph.only_user(add.output)
+    if first is None or first.op != "Mul":
+        return None
+    other, half = _with_constant(graph, first)
+    if half is None:
+        other = next((name for name in first.inputs if name != add.output), add.output)
+        halved = graph.producer(other)
+        if halved is not None and halved.op in ("Mul", "Div") and other != x:
+            source, value = _with_constant(graph, halved)
+            return (x, first) if source == x and value == (0.5 if halved.op == "Mul" else 2) else None
+    elif half != 0.5:
+        return None
+    second = graph.only_user(first.output)
+    if second is None or second.op not in ("Mul", "Div"):
+        return None
+    if half is None and other == x:
+        value = _with_constant(graph, second)[1]
+        return (x, second) if value == (0.5 if second.op == "Mul" else 2) else None
+    return (x, second) if half == 0.5 and second.op == "Mul" and x in second.inputs else None
+
+
+def _with_constant(graph: Graph, node: Node) -> tuple[str, float | None]:
+    """The other operand, and the value of the scalar constant operand."""
+    for index, name in enumerate(node.inputs):
+        value = graph.constant(name)
+        if value is not None and value.size == 1:
+            return node.inputs[1 - index], float(np.asarray(value).reshape(()))
+    return node.inputs[0], None
