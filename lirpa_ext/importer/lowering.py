@@ -26,7 +26,13 @@ def lower(graph: Graph) -> list[str]:
         if not any(other is node for other in graph.nodes):
             continue  # merged into an earlier one
         rule = RULES.get(node.op)
-        nodes = rule(graph, node) if rule else None
+        try:
+            nodes = rule(graph, node) if rule else None
+        except (TypeError, ValueError, IndexError, KeyError, ZeroDivisionError) as error:
+            raise OnnxError(
+                f"{node} is malformed: {type(error).__name__}: {error}. Export the model again",
+                node.op, node.name, graph.opset,
+            ) from error  # fmt: skip
         if nodes is not None:
             graph.replace(node, nodes)
             made = ", ".join(dict.fromkeys(new.op for new in nodes)) or "nothing"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,24 @@ def _parse(data: bytes, where: str) -> onnx.ModelProto:
         raise DataError(f"{where} is truncated, or no ONNX file: {error}") from error
     if not (model.graph.node and model.graph.output and model.opset_import):
         raise DataError(f"{where} is truncated, or no ONNX file: it has no graph, no output or no opset")
+    try:
+        if not all(isinstance(name, str) for name in _names(model.graph)):
+            raise DataError(f"{where} is corrupt: a name in it is no text")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is corrupt: a name in it is no text") from error
     return model
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[str]:
+    """Every name that the graph is put together by; protobuf does not see to it that they are text."""
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+    for tensor in graph.initializer:
+        yield tensor.name
+    for value in (*graph.input, *graph.output):
+        yield value.name
+        yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
 
 
 def _load_external(model: onnx.ModelProto, folder: Path | None, max_bytes: int, where: str) -> None:
