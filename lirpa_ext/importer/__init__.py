@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,18 @@ class ImportedModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs of a batch; one by one where the network takes single samples."""
-        if x.shape[1:] != self.input_shape:
-            raise InvalidInputError(f"the network takes (B, {', '.join(map(str, self.input_shape))}), got {x.shape}")
-        if self.batch_size is None or len(x) == self.batch_size:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracer's, of the shape being looked at
+            batch, *sample = (int(size) for size in x.shape)
+        if tuple(sample) != self.input_shape:
+            raise InvalidInputError(
+                f"the network takes (B, {', '.join(map(str, self.input_shape))}), got {(batch, *sample)}"
+            )
+        if self.batch_size is None or batch == self.batch_size:
             return self.network(x)
         if torch.jit.is_tracing():
-            raise InvalidInputError(f"the network takes single samples; it cannot be bounded on a batch of {len(x)}")
-        return torch.cat([self.network(sample) for sample in x.split(1)])
+            raise InvalidInputError(f"the network takes single samples; it cannot be bounded on a batch of {batch}")
+        return torch.cat([self.network(one) for one in x.split(1)])
 
     def extra_repr(self) -> str:
         """What the file is."""

@@ -175,6 +175,7 @@ def fold_shapes(graph: Graph) -> list[str]:
     for name, value in graph.constants.items():
         graph.shapes[name], graph.types[name] = value.shape, value.dtype
     more = probe(graph, 2) if graph.input_shape[0] is None else values
+    graph.shapes_of_two = {name: value.shape for name, value in more.items()}
     # Values reach shapes only through Shape and Size; all else that the input feeds depends on its values.
     depends = {graph.input}
     folded = 0

@@ -47,7 +47,7 @@ def check(network: GraphModule, graph: Graph, reference: Reference, batch_sizes:
     torch_error = engine_error = 0.0
     for batch in batch_sizes:
         bounded: BoundedModule | None = None
-        for x in _inputs((batch, *reference.sample_shape)):
+        for x in _inputs((batch, *reference.sample_shape), reference.dtype):
             expected = torch.from_numpy(reference(x.numpy()))
             if not torch.isfinite(expected).all():
                 continue
@@ -76,10 +76,13 @@ def check(network: GraphModule, graph: Graph, reference: Reference, batch_sizes:
     return Check(SAMPLES, batch_sizes, torch_error, engine_error)
 
 
-def _inputs(shape: tuple[int, ...]) -> list[Tensor]:
+def _inputs(shape: tuple[int, ...], dtype: np.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     unit, normal = (torch.rand(shape, generator=generator) for _ in range(2)), torch.randn(shape, generator=generator)
     first, second = unit
+    if dtype.kind in "ui":  # whole numbers such as those of images
+        largest = min(255, int(np.iinfo(dtype).max))
+        return [(largest * torch.rand(shape, generator=generator)).round() for _ in range(SAMPLES)]
     return [first, second, 2 * first - 1, normal, torch.zeros(shape) + 0.5 * second.mean()]
 
 

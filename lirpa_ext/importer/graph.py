@@ -59,6 +59,7 @@ class Graph:
         input_shape: Its shape with the batch axis; None on axis 0 where any batch will do.
         output: Name of the output.
         shapes: Shape of every tensor for one sample, as far as it has been run (`reference.probe`).
+        shapes_of_two: Likewise for a batch of two, where the graph takes one.
         types: Data types likewise.
     """
 
@@ -75,6 +76,7 @@ class Graph:
         self.nodes, self.constants, self.input, self.input_shape = nodes, constants, input, input_shape
         self.input_type, self.output, self.opset = input_type, output, opset
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes_of_two: dict[str, tuple[int, ...]] = {}
         self.types: dict[str, np.dtype] = {}
         self._names = {name for node in nodes for name in [*node.inputs, *node.outputs]} | set(constants)
 

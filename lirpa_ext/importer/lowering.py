@@ -101,7 +101,7 @@ def _reshape(graph: Graph, node: Node) -> list[Node] | None:
     target = graph.optional(node, 1)
     if shape is None or target is None:
         return None
-    if graph.shapes.get(x) == shape and (graph.input_shape[0] is not None or shape[:1] == (1,)):
+    if graph.shapes.get(x) == shape and graph.shapes_of_two.get(x) == graph.shapes_of_two.get(node.output):
         return _drop(graph, node)
     softmax = graph.producer(x)
     if softmax is not None and softmax.op in ("Softmax", "LogSoftmax"):
