@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import math
 import zlib
 from collections.abc import Iterator
@@ -16,7 +18,6 @@ from ..errors import DataError, OnnxError
 
 OLDEST_OPSET = 7
 _STANDARD = ("", "ai.onnx")
-_CHUNK = 1 << 20
 
 
 def read_onnx(source: str | Path | bytes, max_bytes: int) -> onnx.ModelProto:
@@ -62,19 +63,14 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 def _unpack(data: bytes, max_bytes: int, where: str) -> bytes:
     if data[:2] == b"\x1f\x8b":
-        unzip, parts, size = zlib.decompressobj(wbits=31), [], 0
         try:
-            while data and not unzip.eof:
-                part = unzip.decompress(data, _CHUNK)
-                data, size = unzip.unconsumed_tail, size + len(part)
-                parts.append(part)
-                if size > max_bytes:
-                    raise DataError(f"{where} expands to more than max_bytes={max_bytes} bytes")
-        except zlib.error as error:
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(max_bytes + 1)
+        except EOFError as error:
+            raise DataError(f"{where} is a truncated gzip file") from error
+        except (OSError, zlib.error) as error:
             raise DataError(f"{where} is no valid gzip file: {error}") from error
-        if not unzip.eof:
-            raise DataError(f"{where} is a truncated gzip file")
-        data = b"".join(parts)
+        if len(data) > max_bytes:
+            raise DataError(f"{where} expands to more than max_bytes={max_bytes} bytes")
     if len(data) > max_bytes:
         raise DataError(f"{where} has {len(data)} bytes, over max_bytes={max_bytes}")
     return data
