@@ -44,7 +44,7 @@ def read_onnx(source: str | Path | bytes, max_bytes: int) -> onnx.ModelProto:
         source, folder, where = path.read_bytes(), path.parent, str(path)
     else:
         where = "the model"
-    model = _parse(_unpack(source, max_bytes, where), where)
+    model = _parse(unpack(source, max_bytes, where), where)
     _load_external(model, folder, max_bytes, where)
     _check_opset(model, where)
     if model.functions:
@@ -61,7 +61,8 @@ def opset_of(model: onnx.ModelProto) -> int:
     return next((entry.version for entry in model.opset_import if entry.domain in _STANDARD), 0)
 
 
-def _unpack(data: bytes, max_bytes: int, where: str) -> bytes:
+def unpack(data: bytes, max_bytes: int, where: str) -> bytes:
+    """The bytes, unzipped if they are gzip; DataError if that is truncated, or they are more than the cap."""
     if data[:2] == b"\x1f\x8b":
         try:
             data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(max_bytes + 1)
