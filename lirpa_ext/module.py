@@ -234,10 +234,16 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
     def _engine_bounds(
         self, aux: Any, C: Any, method: str | None, args: Any, lower: bool, upper: bool, options: dict[str, Any]
     ) -> Any:
+        inputs = self._inputs
+        if str(method).lower().startswith("dynamic"):
+            inputs = tuple(
+                engine.BoundedTensor(plain(x), x.ptb.engines_box(x)) if getattr(x, "ptb", None) is not None else x
+                for x in inputs
+            )
         try:
-            with self._engine_inside(), engine.untouched(self.source), engine.default_dtype(self._inputs[0].dtype):
+            with self._engine_inside(), engine.untouched(self.source), engine.default_dtype(inputs[0].dtype):
                 return super().compute_bounds(
-                    self._inputs, aux, C, method, *args, bound_lower=lower, bound_upper=upper, **options
+                    inputs, aux, C, method, *args, bound_lower=lower, bound_upper=upper, **options
                 )
         except (AssertionError, NotImplementedError, RuntimeError, IndexError, TypeError, AttributeError):
             # Convolutions in the engine's patches mode cannot follow every op; its matrix mode can.

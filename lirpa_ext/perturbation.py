@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import engine
-from .errors import InvalidInputError
+from .errors import InvalidInputError, OptionError
 from .support import ball_box_min
 
 # The engine asks for as many rows as a hidden layer has neurons; those of the output are few.
@@ -75,6 +75,17 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         x_L, x_U, norm = perturbation.x_L, perturbation.x_U, float(perturbation.norm)
         box_given = norm == math.inf and x_L is not None and x_U is not None  # the engine then ignores eps
         return cls(None if box_given else perturbation.eps, norm, x_L, x_U)
+
+    def engines_box(self, x: Tensor) -> Any:
+        """The same set as the engine's own class; its dynamic forward mode takes no subclass, and only boxes.
+
+        Raises:
+            OptionError: The set is no box.
+        """
+        if self.norm != math.inf:
+            raise OptionError(f"the engine's dynamic forward mode takes l-inf sets only, not norm {self.norm:g}")
+        lower, upper = self.box(x)
+        return engine.EnginePerturbationLpNorm(norm=math.inf, x_L=lower, x_U=upper)
 
     def check(self, x: Tensor) -> None:
         """Raise unless `x` is finite, lies in the data range, and has as many samples as `eps` has entries."""

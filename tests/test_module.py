@@ -16,7 +16,7 @@ from soundness import assert_sound
 from torch import nn
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine, lipschitz
-from lirpa_ext.errors import InvalidInputError
+from lirpa_ext.errors import InvalidInputError, OptionError
 
 EPS = 0.3
 
@@ -73,14 +73,18 @@ def test_the_engines_methods_still_work(x, method):
 
 
 @pytest.mark.skipif(engine.IS_LEGACY, reason="auto_LiRPA 0.3 does not have them")
-@pytest.mark.xfail(not engine.IS_LEGACY, strict=True, reason="the engine reads x_L and x_U, which ours does not keep")
 @pytest.mark.parametrize("method", DYNAMIC)
 def test_the_engines_dynamic_forward_methods_still_work(x, method):
-    """Only for a box whose ends are given."""
+    """For boxes, of which the engine's own class takes only those whose ends are given."""
     model, x = _two_layers(), x[:, 0, 0]
-    perturbation = PerturbationLpNorm(x_L=x - 0.1, x_U=x + 0.2)
-    bounds = BoundedModule(model, x).compute_bounds(x=(BoundedTensor(x, perturbation),), method=method)
-    assert_sound(model, x, perturbation, bounds)
+    for perturbation in (
+        PerturbationLpNorm(x_L=x - 0.1, x_U=x + 0.2),
+        PerturbationLpNorm(torch.tensor([0.1, 0.3])[: len(x)], float("inf"), x_L=0.0, x_U=1.0),
+    ):
+        bounds = BoundedModule(model, x).compute_bounds(x=(BoundedTensor(x, perturbation),), method=method)
+        assert_sound(model, x, perturbation, bounds)
+    with pytest.raises(OptionError, match="l-inf sets only"):
+        BoundedModule(model, x).compute_bounds(x=(ball(x),), method=method)
 
 
 def test_default_method_is_the_engines(model, x):
