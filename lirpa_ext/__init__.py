@@ -13,6 +13,8 @@ from .patch import register, unregister
 from .perturbation import PerturbationLpNorm
 from .report import Report
 from .torchvision_repair import repair_torchvision
+from .verify import Verdict, verify
+from .vnnlib import Specification, load_vnnlib
 
 repair_torchvision()
 
@@ -22,12 +24,16 @@ __all__ = [
     "ImportedModel",
     "PerturbationLpNorm",
     "Report",
+    "Specification",
+    "Verdict",
     "__version__",
     "certified_loss",
     "certify",
     "lipschitz",
     "load_onnx",
+    "load_vnnlib",
     "register",
     "unregister",
+    "verify",
     "worst_translated_logits",
 ]

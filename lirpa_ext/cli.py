@@ -21,6 +21,7 @@ from .data import load_data
 from .errors import DataError, LirpaExtError
 from .loading import Normalization, load_model
 from .methods import known_methods
+from .verify_cli import add_verify
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments, default those of the process.
 
     Returns:
-        Exit status: 0, 2 for an error of ours (told on stderr), 130 for an interruption.
+        Exit status: 0 (`verify` has further ones), 2 for an error of ours (told on stderr), 130 for an interruption.
     """
     arguments = _parser().parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lirpa-ext {__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
     _add_certify(commands.add_parser("certify", help="certify a model on a data set"))
+    add_verify(commands.add_parser("verify", help="verify a VNN-LIB property of an ONNX network"))
     return parser
 
 

@@ -1,0 +1,89 @@
+"""Limits on the time and the memory of a computation that knows of neither."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+try:
+    import resource
+except ImportError:  # no Unix
+    resource = None  # type: ignore[assignment]
+
+
+class OutOfTime(Exception):
+    """A deadline has passed."""
+
+
+class Deadline(TorchFunctionMode):
+    """Within it, the first torch function called after a deadline raises `OutOfTime` in place of running.
+
+    So a computation stops after at most one torch function, in whatever thread, and no other is disturbed.
+
+    Args:
+        end: Deadline on the clock `time.monotonic`, in seconds; infinite for none.
+    """
+
+    def __init__(self, end: float) -> None:
+        super().__init__()
+        self.end = end
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.check()
+        return func(*args, **(kwargs or {}))
+
+    def check(self) -> None:
+        """Raise `OutOfTime` if the deadline has passed."""
+        if time.monotonic() > self.end:
+            raise OutOfTime
+
+
+@contextlib.contextmanager
+def memory_limit(most: int | None) -> Iterator[None]:
+    """Let the process take only so many more bytes: allocations beyond fail, where else the machine might die.
+
+    The limit is on the address space of the whole process, other threads included. Where the system has no such
+    limit (no Linux), nothing is done.
+
+    Args:
+        most: Bytes; None for no limit.
+    """
+    status = Path("/proc/self/statm")
+    if most is None or resource is None or not status.exists():
+        yield
+        return
+    taken = int(status.read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    ends = [end for end in (soft, hard, taken + most) if end != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(ends), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def available_memory() -> int | None:
+    """Bytes that the machine, or the container, still has; None where the system does not tell."""
+    free = []
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):
+        folder = Path("/sys/fs/cgroup")
+        free.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
+    return min(free, default=None)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; torch raises a RuntimeError for those of the host."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in ("allocate memory", "out of memory"))
+    )
