@@ -116,7 +116,7 @@ def verify(
         methods: Of `BoundedModule.compute_bounds`, and "split"; the cheapest first.
         attack: Steps of PGD, default 40; 0 for no attack.
         dtype: Of the bounds: torch.float64, or torch.float32, in whose rounding a small margin means little.
-        max_memory: Bytes that bounding may take beyond what the process has, default 80 % of what is free. A method
+        max_memory: Bytes that bounding may take beyond what the process has, default half of what is free. A method
             that asks for more is left for the next one.
         seed: Of the attack.
 
@@ -146,7 +146,7 @@ def verify(
             find_method(method)  # raises
     if max_memory is None:
         free = available_memory()
-        max_memory = free and int(0.8 * free)
+        max_memory = free and free // 2
     shape = input_shape or getattr(model, "input_shape", None) or (specification.inputs,)
     run = _Run(model, specification, tuple(shape), dtype, max_memory, start + (timeout or math.inf), seed)
     run.all_methods(list(methods), attack)

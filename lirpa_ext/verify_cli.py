@@ -29,7 +29,7 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
         "--method", action="append", metavar="NAME", help=f"repeatable, in this order; default {', '.join(METHODS)}"
     )
     parser.add_argument("--attack-steps", type=int, default=40, help="of PGD; 0 for no attack")
-    parser.add_argument("--max-memory", type=float, metavar="GIB", help="for bounding; default 80%% of what is free")
+    parser.add_argument("--max-memory", type=float, metavar="GIB", help="for bounding; default half of what is free")
     parser.add_argument("--dtype", choices=_DTYPES, default="float64")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict there, with the whole witness")
