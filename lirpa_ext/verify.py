@@ -108,7 +108,7 @@ def verify(
     both in float64 and as the network runs: in onnxruntime for one of `lirpa_ext.load_onnx`, else in float32.
 
     Args:
-        model: The network in eval mode, (B, *input_shape) -> (B, outputs). It is copied, not changed.
+        model: The network, (B, ...) -> (B, outputs); in eval mode. It is copied, not changed.
         specification: From `lirpa_ext.load_vnnlib`. X counts the inputs of one sample in C order.
         input_shape: Shape of one sample; default the model's `input_shape`, else (inputs,).
         timeout: Seconds of wall time, default no limit. It is looked at between any two torch functions of the
