@@ -63,7 +63,7 @@ def certify(
         x_L: Lower end of the data range, a number or a tensor that broadcasts to a sample. Default: no range.
         x_U: Upper end.
         dtype: Of the whole computation, default float64.
-        batch_size: Samples at a time, default 64.
+        batch_size: Samples at a time, default 64. One that the model names (`ImportedModel.batch_size`) rules.
         attack_steps: Steps of PGD, default 40; 0 for no attack.
         attack_restarts: Runs of PGD, default 1.
         radius: Search the certified radius, the largest eps that the method certifies, default True.
@@ -95,6 +95,7 @@ def certify(
     if not isinstance(seed, int):
         raise InvalidInputError(f"seed must be a whole number, got {seed!r}")
     attack = PGD(attack_steps, attack_restarts) if attack_steps else None
+    batch_size = getattr(model, "batch_size", None) or batch_size
     certifier = Certifier(model, method, options, norm, (x_L, x_U), dtype, device)
     x, y = gather(data)
     _check_images(x, dtype, x_L, x_U)

@@ -17,6 +17,9 @@ except ImportError:  # no Unix
     resource = None  # type: ignore[assignment]
 
 
+_GRACE = 1.0  # seconds
+
+
 class OutOfTime(Exception):
     """A deadline has passed."""
 
@@ -24,7 +27,8 @@ class OutOfTime(Exception):
 class Deadline(TorchFunctionMode):
     """Within it, the first torch function called after a deadline raises `OutOfTime` in place of running.
 
-    So a computation stops after at most one torch function, in whatever thread, and no other is disturbed.
+    So a computation stops after at most one torch function, in whatever thread, and no other is disturbed. What then
+    cleans up behind it (`torch.no_grad` is left by a torch function) has a second to do so.
 
     Args:
         end: Deadline on the clock `time.monotonic`, in seconds; infinite for none.
@@ -42,7 +46,9 @@ class Deadline(TorchFunctionMode):
 
     def check(self) -> None:
         """Raise `OutOfTime` if the deadline has passed."""
-        if time.monotonic() > self.end:
+        now = time.monotonic()
+        if now > self.end:
+            self.end = now + _GRACE
             raise OutOfTime
 
 

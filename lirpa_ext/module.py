@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import engine
+from . import activations, engine, repairs, softmax  # noqa: F401  (which fill CUSTOM_OPS)
 from .errors import OptionError, TraceError
 from .methods import check_options, find_method, run_method
 from .norms import NormCache, PowerIteration
-from .operators import BoundBallBoxRelu, BoundPowerIteration
-from .repairs import CUSTOM_OPS
+from .operators import CUSTOM_OPS, BoundBallBoxRelu, BoundPowerIteration
 from .rules.linear import power_iterable
 from .tracing import as_tuple, check_inputs, check_mode, plain, traceable_copy, with_our_perturbation
 

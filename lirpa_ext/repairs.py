@@ -101,17 +101,6 @@ class BoundAnyPad(BoundAffine):
         return F.pad(x, widths, value=filled)
 
 
-class BoundClip(engine.Bound):  # type: ignore[misc]
-    """Clamp to constants, which auto_LiRPA 0.3 does not have."""
-
-    def forward(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        return x.clamp(low, high)
-
-    def interval_propagate(self, *v: Any) -> Any:
-        constants = [interval[0] for interval in v[1:]]
-        return self.forward(v[0][0], *constants), self.forward(v[0][1], *constants)
-
-
 def _conv(attr: Any, inputs: Any, output_index: int, options: Any) -> Any:
     """The engine's convolution where it can; the symmetric 1-D one here."""
     pads = attr["pads"]
@@ -162,6 +151,5 @@ for ours, theirs in (
     register_rule(ours, RULES[theirs])
 CUSTOM_OPS |= {"onnx::Conv": _conv, "onnx::ConvTranspose": _conv_transpose, "onnx::Pad": _pad}
 if engine.IS_LEGACY:
-    CUSTOM_OPS["onnx::Clip"] = BoundClip
     for op in ("Add", "Sub", "Mul", "Div"):
         CUSTOM_OPS[f"onnx::{op}"] = _by_adjoint(getattr(engine.bound_ops, f"Bound{op}"))

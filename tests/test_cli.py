@@ -16,7 +16,8 @@ from lirpa_ext import errors
 from lirpa_ext.certify import certify
 from lirpa_ext.cli import main
 from lirpa_ext.data import load_data, load_digits
-from lirpa_ext.loading import Normalization, _torchvision, load_model, save_model
+from lirpa_ext.loading import Normalization, load_model, save_model
+from lirpa_ext.torchvision_repair import torchvision_or_placeholder
 
 ARCHITECTURE = """
 from torch import nn
@@ -204,16 +205,6 @@ def test_checkpoints(folder, model):
                 load_model("cut.pt", "my_cli_net:build", trust=trust)
 
 
-def test_an_operator_that_onnx2torch_lacks(folder):
-    onnx = pytest.importorskip("onnx")
-    node = onnx.helper.make_node("Det", ["x"], ["y"])
-    value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph([node], "g", [value("x", 1, [2, 2])], [value("y", 1, [])])
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]), "det.onnx")
-    with pytest.raises(errors.DataError, match=r"onnx2torch does not convert det\.onnx \(opset 17\)"):
-        load_model("det.onnx")
-
-
 @pytest.mark.parametrize("failure", [ImportError("absent"), RuntimeError("operator torchvision::nms does not exist")])
 def test_torchvision_that_cannot_be_imported(monkeypatch, failure):
     """A placeholder stands in for the import of onnx2torch, and is gone after it."""
@@ -226,7 +217,7 @@ def test_torchvision_that_cannot_be_imported(monkeypatch, failure):
 
     monkeypatch.setattr(importlib, "import_module", refuse)
     before = {name for name in sys.modules if name.startswith("torchvision")}
-    with _torchvision():
+    with torchvision_or_placeholder():
         from torchvision.ops import roi_align
 
         with pytest.raises(ImportError, match="torchvision cannot be imported"):

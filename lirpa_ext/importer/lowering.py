@@ -201,44 +201,6 @@ def _prelu(graph: Graph, node: Node) -> list[Node] | None:
     ]  # fmt: skip
 
 
-def _affine(graph: Graph, x: str, factor: float, shift: float, output: str) -> list[Node]:
-    kind = graph.types.get(x, np.dtype(np.float32))
-    scaled = graph.fresh(f"{output}/scaled")
-    return [
-        Node("Mul", [x, graph.add_constant(factor, f"{output}/factor", kind)], [scaled]),
-        Node("Add", [scaled, graph.add_constant(shift, f"{output}/shift", kind)], [output]),
-    ]
-
-
-def _clip(graph: Graph, x: str, low: float, high: float, outputs: list[str]) -> Node:
-    kind = graph.types.get(x, np.dtype(np.float32))
-    ends = [graph.add_constant(value, f"{outputs[0]}/{stem}", kind) for value, stem in ((low, "low"), (high, "high"))]
-    return Node("Clip", [x, *ends], outputs)
-
-
-def _hard_sigmoid(graph: Graph, node: Node, outputs: list[str] | None = None) -> list[Node]:
-    """clip(alpha x + beta, 0, 1)."""
-    line = graph.fresh(f"{node.output}/line")
-    nodes = _affine(graph, node.inputs[0], node.get("alpha", 0.2), node.get("beta", 0.5), line)
-    graph.types[line] = graph.types.get(node.inputs[0], np.dtype(np.float32))
-    return [*nodes, _clip(graph, line, 0.0, 1.0, outputs or node.outputs)]
-
-
-def _hard_swish(graph: Graph, node: Node) -> list[Node]:
-    """x hard_sigmoid(x) with alpha = 1/6."""
-    gate = graph.fresh(f"{node.output}/gate")
-    inner = Node("HardSigmoid", node.inputs, [gate], {"alpha": 1 / 6, "beta": 0.5})
-    return [*_hard_sigmoid(graph, inner), Node("Mul", [node.inputs[0], gate], node.outputs)]
-
-
-def _selu(graph: Graph, node: Node) -> list[Node]:
-    """gamma Elu(x; alpha)."""
-    inner, x = graph.fresh(f"{node.output}/elu"), node.inputs[0]
-    alpha = node.get("alpha", 1.67326319217681884765625)
-    gamma = graph.add_constant(node.get("gamma", 1.05070102214813232421875), "gamma", graph.types.get(x, np.float32))
-    return [Node("Elu", [x], [inner], {"alpha": alpha}, node.name), Node("Mul", [inner, gamma], node.outputs)]
-
-
 def _celu(graph: Graph, node: Node) -> list[Node]:
     """alpha Elu(x / alpha; 1)."""
     x, alpha = node.inputs[0], node.get("alpha", 1.0)
@@ -280,6 +242,44 @@ def _variadic(pair: str) -> Rule:
     return rule
 
 
+def _extreme(graph: Graph, node: Node) -> list[Node] | None:
+    """max(a, b) = a + relu(b - a), which every engine relaxes; min(a, b) = a - relu(a - b)."""
+    if len(node.inputs) != 2:
+        return _variadic(node.op)(graph, node)
+    a, b = node.inputs if graph.constant(node.inputs[0]) is not None else node.inputs[::-1]
+    values = [graph.constant(name) for name in (a, b)]
+    if any(value is not None and not np.isfinite(value).all() for value in values):
+        return None
+    gap, part = graph.fresh(f"{node.output}/gap"), graph.fresh(f"{node.output}/part")
+    ends, last = ([b, a], "Add") if node.op == "Max" else ([a, b], "Sub")
+    return [
+        Node("Sub", ends, [gap]), Node("Relu", [gap], [part]), Node(last, [a, part], node.outputs, name=node.name),
+    ]  # fmt: skip
+
+
+def _norm(graph: Graph, node: Node) -> list[Node]:
+    """Sums of absolute values or of squares, and their root."""
+    x, inner, total = node.inputs[0], graph.fresh(f"{node.output}/inner"), graph.fresh(f"{node.output}/sum")
+    first = Node("Abs", [x], [inner]) if node.op == "ReduceL1" else Node("Mul", [x, x], [inner])
+    attributes = {key: value for key, value in node.attributes.items() if key != "axes"}
+    axes = node.inputs[1:2]
+    if "axes" in node.attributes:
+        axes = [graph.add_constant(node.get("axes"), f"{node.output}/axes", np.int64)]
+    last = node.op == "ReduceL2"
+    nodes = [first, Node("ReduceSum", [inner, *axes], [total] if last else node.outputs, attributes, node.name)]
+    return [*nodes, Node("Sqrt", [total], node.outputs)] if last else nodes
+
+
+def _reduce_min(graph: Graph, node: Node) -> list[Node]:
+    """-max(-x)."""
+    minus, largest = graph.fresh(f"{node.output}/minus"), graph.fresh(f"{node.output}/largest")
+    return [
+        Node("Neg", node.inputs[:1], [minus]),
+        Node("ReduceMax", [minus, *node.inputs[1:]], [largest], node.attributes, node.name),
+        Node("Neg", [largest], node.outputs),
+    ]
+
+
 def _mean(graph: Graph, node: Node) -> list[Node]:
     total = graph.fresh(f"{node.output}/sum")
     share = graph.add_constant(1 / len(node.inputs), "share", graph.types.get(node.inputs[0], np.float32))
@@ -296,19 +296,6 @@ def _split(graph: Graph, node: Node) -> list[Node] | None:
         windows.slice_node(graph, node.inputs[0], axis, start, end, output)
         for start, end, output in zip([0, *ends], ends, node.outputs, strict=False)
     ]
-
-
-def _log_softmax(graph: Graph, node: Node) -> list[Node] | None:
-    """x - log(sum(exp(x))), which backward bounds see through where a specification compares outputs."""
-    x, rank = node.inputs[0], len(graph.shapes.get(node.inputs[0], ()))
-    if not rank:
-        return None
-    axis = graph.add_constant([node.get("axis", -1) % rank], f"{node.output}/axis", np.int64)
-    exp, total, log = (graph.fresh(f"{node.output}/{stem}") for stem in ("exp", "sum", "log"))
-    return [
-        Node("Exp", [x], [exp]), Node("ReduceSum", [exp, axis], [total], {"keepdims": 1}), Node("Log", [total], [log]),
-        Node("Sub", [x, log], node.outputs, name=node.name),
-    ]  # fmt: skip
 
 
 def _depth_to_space(graph: Graph, node: Node) -> list[Node] | None:
@@ -390,22 +377,22 @@ RULES: dict[str, Rule] = {
     "Flatten": _flatten,
     "Gemm": _gemm,
     "GlobalMaxPool": windows.global_max_pool,
-    "HardSigmoid": _hard_sigmoid,
-    "HardSwish": _hard_swish,
     "Identity": _drop,
     "InstanceNormalization": _instance_norm,
     "LayerNormalization": _layer_norm,
-    "LogSoftmax": _log_softmax,
     "MatMul": _matmul,
-    "Max": _variadic("Max"),
+    "Max": _extreme,
     "MaxPool": windows.max_pool,
     "Mean": _mean,
-    "Min": _variadic("Min"),
+    "Min": _extreme,
     "PRelu": _prelu,
     "Pad": windows.pad,
+    "ReduceL1": _norm,
+    "ReduceL2": _norm,
+    "ReduceMin": _reduce_min,
+    "ReduceSumSquare": _norm,
     "Reshape": _reshape,
     "Resize": windows.resize,
-    "Selu": _selu,
     "Softsign": _softsign,
     "SpaceToDepth": _depth_to_space,
     "Split": _split,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +11,6 @@ from torch import Tensor
 from .. import engine
 from ..sets import BallBox, flat
 from .base import Context, Rule, State, only_perturbed, propagate_interval, register_rule
-
-# Largest slope of GELU, at x = sqrt(2): (1 + erf(1)) / 2 + exp(-1) / sqrt(pi).
-GELU_SLOPE = 0.5 * (1 + math.erf(1.0)) + math.exp(-1.0) / math.sqrt(math.pi)
 
 
 class Elementwise(Rule):
@@ -85,21 +81,15 @@ def _ones(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
     return torch.ones_like(upper)
 
 
-def _gelu(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
-    return torch.full_like(upper, GELU_SLOPE)
-
-
 register_rule("BoundRelu", Elementwise(_relu, exact=True))
 register_rule("BoundBallBoxRelu", Elementwise(_relu, exact=True))
 register_rule("BoundLeakyRelu", Elementwise(_relu))
 register_rule("BoundSigmoid", Elementwise(_sigmoid))
 register_rule("BoundTanh", Elementwise(_tanh))
 register_rule("BoundAtan", Elementwise(_atan))
-register_rule("BoundSoftplus", Elementwise(lambda node, lower, upper: torch.sigmoid(upper)))
 register_rule("BoundExp", Elementwise(lambda node, lower, upper: torch.exp(upper)))
 register_rule("BoundHardTanh", Elementwise(_clip, exact=True))
 register_rule("BoundClip", Elementwise(_clip, exact=True))
 register_rule("BoundAbs", Elementwise(_ones, monotone=False))
 register_rule("BoundSin", Elementwise(_ones, monotone=False))
 register_rule("BoundCos", Elementwise(_ones, monotone=False))
-register_rule("BoundGelu", Elementwise(_gelu, monotone=False))

@@ -1,8 +1,7 @@
-"""Data: what `certify` accepts as a data set, and loaders of the formats that the command line reads."""
+"""Pairs of inputs and labels in memory, from whatever holds them."""
 
 from __future__ import annotations
 
-import gzip
 import struct
 import zipfile
 import zlib
@@ -14,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .errors import DataError
+from ..errors import DataError
 
 Pair = tuple[Tensor, Tensor]
 
-_IDX_NAMES = {"train": "train", "test": "t10k"}
-_UNREADABLE = (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile, struct.error)
+UNREADABLE = (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile, struct.error)
 
 
 def gather(data: Any) -> Pair:
@@ -60,43 +58,28 @@ def gather(data: Any) -> Pair:
     return x, y
 
 
-def load_data(source: str, split: str = "test") -> Pair:
-    """Load a data set by name or path.
+def load_arrays(source: str | Path) -> Pair:
+    """Arrays from a ``.npz`` with x and y (or images and labels), or from two files, ``X.npy,Y.npy``.
 
     Args:
-        source: ``digits``; a folder of MNIST's IDX files, gzipped or not; a ``.npz`` with x and y (or images
-            and labels); or ``X.npy,Y.npy``.
-        split: "train" or "test" (default), of the first two.
+        source: The path, or both with a comma between.
 
     Returns:
-        x, float32, (N, 1, H, W) for the first two, and y, int64, (N,). Bytes are scaled to [0, 1].
+        x, float32, of the shape that the file has, bytes scaled to [0, 1], and y, int64, (N,).
 
     Raises:
-        DataError: Nothing there, or it is corrupt, truncated or empty.
+        DataError: A file is missing, corrupt, or of the wrong kind.
     """
-    if split not in _IDX_NAMES:
-        raise DataError(f'split must be "train" or "test", got {split!r}')
-    path = Path(source)
-    if source == "digits":
-        return load_digits(split)
-    if path.is_dir():
-        return load_idx(path, split)
     try:
-        if "," in source:
-            x, y = (np.load(part, allow_pickle=False) for part in source.split(","))
-        elif path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
+        if "," in str(source):
+            x, y = (np.load(part, allow_pickle=False) for part in str(source).split(","))
+        else:
+            with np.load(source, allow_pickle=False) as arrays:
                 names = ("x", "y") if "x" in arrays else ("images", "labels")
                 x, y = (arrays[name] for name in names)
-        else:
-            raise DataError(
-                f"{source!r} is no data set: give digits, a folder of IDX files, a .npz with x and y, or X.npy,Y.npy"
-            )
-    except DataError:
-        raise
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise DataError(f"{source} cannot be read: {type(error).__name__}: {error}") from error
-    return _as_tensors(x, y, source)
+    return as_tensors(x, y, str(source))
 
 
 def load_digits(split: str = "test", seed: int = 0) -> Pair:
@@ -116,43 +99,11 @@ def load_digits(split: str = "test", seed: int = 0) -> Pair:
     images, labels = datasets.load_digits(return_X_y=True)
     parts = model_selection.train_test_split(images, labels, test_size=0.2, random_state=seed, stratify=labels)
     x, y = (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])
-    return _as_tensors(x.reshape(-1, 1, 8, 8) / 16, y, "digits")
+    return as_tensors(x.reshape(-1, 1, 8, 8) / 16, y, "digits")
 
 
-def load_idx(folder: str | Path, split: str = "test") -> Pair:
-    """MNIST-like IDX files, ``train-images-idx3-ubyte[.gz]`` and so on.
-
-    Args:
-        folder: Where they are.
-        split: "train" or "test".
-
-    Returns:
-        x, float32 in [0, 1], (N, 1, H, W), and y, int64, (N,).
-
-    Raises:
-        DataError: A file is missing, truncated or no IDX file.
-    """
-    stem = _IDX_NAMES[split]
-    x, y = (_read_idx(Path(folder), f"{stem}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
-    return _as_tensors(x[:, None], y, str(folder))
-
-
-def _read_idx(folder: Path, name: str) -> np.ndarray:
-    path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
-    if path is None:
-        raise DataError(f"{folder} holds neither {name} nor {name}.gz")
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        zero, kind, rank = struct.unpack(">HBB", content[:4])
-        if zero != 0 or kind != 8:
-            raise ValueError("it does not start like an IDX file of bytes")
-        shape = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank])
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
-    except _UNREADABLE as error:
-        raise DataError(f"{path} is truncated or no IDX file: {type(error).__name__}: {error}") from error
-
-
-def _as_tensors(x: np.ndarray, y: np.ndarray, source: str) -> Pair:
+def as_tensors(x: np.ndarray, y: np.ndarray, source: str) -> Pair:
+    """Arrays as tensors, checked: floats, or bytes that are scaled to [0, 1], and whole numbers."""
     if x.dtype.kind not in "fu" or (x.dtype.kind == "u" and x.dtype != np.uint8):
         raise DataError(f"{source}: inputs must be floats, or bytes to be scaled to [0, 1], got {x.dtype}")
     if y.dtype.kind not in "iu":

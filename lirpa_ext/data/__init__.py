@@ -1,0 +1,61 @@
+"""Data: what `certify` accepts as a data set, and the files and folders that the command line reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import DataError
+from .arrays import Pair, gather, load_arrays, load_digits
+from .cifar import find_cifar, load_cifar
+from .folders import load_idx, load_image_folder, looks_like_images
+
+__all__ = [
+    "Pair",
+    "gather",
+    "load_arrays",
+    "load_cifar",
+    "load_data",
+    "load_digits",
+    "load_idx",
+    "load_image_folder",
+]
+
+SOURCES = (
+    "digits, X.npz, X.npy,Y.npy, a folder of MNIST's IDX files, of CIFAR batches (python or binary), or of images in "
+    "one folder a class"
+)
+
+
+def load_data(source: str, split: str = "test", limit: int | None = None) -> Pair:
+    """Load a data set by name or path.
+
+    Args:
+        source: ``digits``; a ``.npz`` with x and y (or images and labels); ``X.npy,Y.npy``; a folder of MNIST's IDX
+            files, of CIFAR-10 or CIFAR-100 batches, or of images, ``[SPLIT/]CLASS/NAME.png``; a CIFAR batch.
+        split: "train" or "test" (default), where the source has both.
+        limit: Only the first so many samples; default all.
+
+    Returns:
+        x, float32, (N, C, H, W) for images, and y, int64, (N,). Bytes are scaled to [0, 1]; arrays keep their shape.
+
+    Raises:
+        DataError: Nothing there, or it is corrupt, truncated or empty.
+    """
+    if split not in ("train", "test"):
+        raise DataError(f'split must be "train" or "test", got {split!r}')
+    if limit is not None and limit < 1:
+        raise DataError(f"limit must be positive, got {limit}: the data set would be empty")
+    path = Path(source)
+    if source == "digits":
+        x, y = load_digits(split)
+    elif find_cifar(path, split):
+        x, y = load_cifar(path, split)
+    elif path.is_dir() and looks_like_images(path, split):
+        x, y = load_image_folder(path, split, limit)
+    elif path.is_dir():
+        x, y = load_idx(path, split)
+    elif "," in source or path.suffix == ".npz":
+        x, y = load_arrays(source)
+    else:
+        raise DataError(f"{source!r} is no data set: give {SOURCES}")
+    return x[:limit], y[:limit]
