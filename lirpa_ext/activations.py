@@ -1,13 +1,19 @@
-"""Activations that an engine cannot build, or bounds badly: each is its function, its derivative, and a rule."""
+"""Activations that an engine cannot build, or bounds badly: each is its function, its derivative, and a rule.
+
+Those that the tracer would take apart (GELU, SiLU, Mish, hard-swish) are recorded as one node under `as_nodes`.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from . import engine
 from .operators import CUSTOM_OPS
@@ -49,22 +55,22 @@ class BoundConcaveLog(BoundScalar):
 
 
 class BoundElu(BoundScalar):
-    """scale * (x where x > 0, else alpha (exp(x / inner) - 1)): ELU, SELU and CELU."""
+    """scale * (x where x > 0, else alpha (exp(x) - 1)): ELU and SELU."""
 
     turns = (0.0,)
 
     def __init__(
         self, attr: Any, inputs: Any, output_index: int, options: Any,
-        alpha: float = 1.0, scale: float = 1.0, inner: float = 1.0,
+        alpha: float = 1.0, scale: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__(attr, inputs, output_index, options)
-        self.leak, self.scale, self.inner = alpha, scale, inner  # `alpha` means slopes to the engine
+        self.leak, self.scale = alpha, scale  # `alpha` means slopes to the engine
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * torch.where(x > 0, x, self.leak * torch.expm1(x.clamp(max=0) / self.inner))
+        return self.scale * torch.where(x > 0, x, self.leak * torch.expm1(x.clamp(max=0)))
 
     def derivative(self, x: Tensor) -> Tensor:
-        return self.scale * torch.where(x > 0, 1.0, self.leak / self.inner * torch.exp(x.clamp(max=0) / self.inner))
+        return self.scale * torch.where(x > 0, 1.0, self.leak * torch.exp(x.clamp(max=0)))
 
 
 class BoundPRelu(BoundScalar):
@@ -154,23 +160,41 @@ class BoundTanhGelu(BoundScalar):
         return 0.5 * (1 + inner) + 0.5 * x * (1 - inner**2) * root * (1 + 3 * 0.044715 * x**2)
 
 
+class BoundSilu(BoundScalar):
+    """x sigmoid(x)."""
+
+    turns = (-2.3993572805154, 2.3993572805154)
+    monotone = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+    def derivative(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(x)
+        return gate * (1 + x * (1 - gate))
+
+
+class BoundMish(BoundScalar):
+    """x tanh(softplus(x))."""
+
+    turns = (-2.2563763963608, 1.4905711794854)
+    monotone = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.mish(x)
+
+    def derivative(self, x: Tensor) -> Tensor:
+        gate = torch.tanh(F.softplus(x))
+        return gate + x * (1 - gate**2) * torch.sigmoid(x)
+
+
 def _elu(attr: Any, inputs: Any, output_index: int, options: Any) -> BoundElu:
     return BoundElu(attr, inputs, output_index, options, alpha=attr.get("alpha", 1.0))
-
-
-def _celu(attr: Any, inputs: Any, output_index: int, options: Any) -> BoundElu:
-    alpha = attr.get("alpha", 1.0)
-    return BoundElu(attr, inputs, output_index, options, alpha=alpha, inner=alpha)
 
 
 def _selu(attr: Any, inputs: Any, output_index: int, options: Any) -> BoundElu:
     alpha, gamma = attr.get("alpha", 1.6732632423543772), attr.get("gamma", 1.0507009873554805)
     return BoundElu(attr, inputs, output_index, options, alpha=alpha, scale=gamma)
-
-
-def _gelu(attr: Any, inputs: Any, output_index: int, options: Any) -> BoundScalar:
-    kind = BoundTanhGelu if attr.get("approximate", "none") in ("tanh", b"tanh") else BoundExactGelu
-    return kind(attr, inputs, output_index, options)
 
 
 def _steepest(node: BoundScalar, lower: Tensor, upper: Tensor) -> Tensor:
@@ -188,13 +212,57 @@ def _steepest(node: BoundScalar, lower: Tensor, upper: Tensor) -> Tensor:
     return torch.stack([slope.abs() for slope in slopes]).amax(0)
 
 
+def _recorded(name: str, function: Callable[..., Tensor]) -> type[torch.autograd.Function]:
+    """The function, which the tracer records as the node ``lirpa_ext::NAME``."""
+
+    def forward(ctx: Any, x: Tensor, *constants: Tensor) -> Tensor:
+        return function(x, *constants)
+
+    def symbolic(graph: Any, x: Any, *constants: Any) -> Any:
+        return graph.op(f"lirpa_ext::{name}", x, *constants).setType(x.type())
+
+    methods = {"forward": staticmethod(forward), "symbolic": staticmethod(symbolic)}
+    return type(name, (torch.autograd.Function,), methods)
+
+
+_GELUS = {
+    "none": _recorded("Gelu", F.gelu),
+    "tanh": _recorded("TanhGelu", functools.partial(F.gelu, approximate="tanh")),
+}
+_PRELU = _recorded("PRelu", lambda x, slope: torch.where(x > 0, x, slope * x))
+_RECORDED = {
+    F.silu: _recorded("Silu", F.silu),
+    F.mish: _recorded("Mish", F.mish),
+    F.hardswish: _recorded("HardSwish", F.hardswish),
+}
+
+
+class as_nodes(TorchFunctionMode):
+    """While a model is traced: one node for each of those functions, in place of what it is made of."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.gelu:
+            return _GELUS[kwargs.get("approximate", "none")].apply(args[0])
+        if func in (F.prelu, torch.prelu):
+            x, slope = args
+            return _PRELU.apply(x, slope.view(-1, *[1] * (x.dim() - 2)) if x.dim() > 1 else slope)
+        if func is F.celu:  # which the tracer turns into float32
+            alpha = args[1] if len(args) > 1 else kwargs.get("alpha", 1.0)
+            return alpha * F.elu(args[0] / alpha)
+        if func in _RECORDED:
+            return _RECORDED[func].apply(args[0])
+        return func(*args, **kwargs)
+
+
 for kind in (BoundErf, BoundStableSoftplus, BoundConcaveLog, BoundElu, BoundPRelu, BoundHardSigmoid, BoundHardSwish,
-             BoundExactGelu, BoundTanhGelu):  # fmt: skip
+             BoundExactGelu, BoundTanhGelu, BoundSilu, BoundMish):  # fmt: skip
     register_rule(kind.__name__, Elementwise(_steepest, monotone=kind.monotone))
 CUSTOM_OPS |= {
-    "onnx::Erf": BoundErf, "onnx::Softplus": BoundStableSoftplus, "onnx::Elu": _elu, "onnx::Celu": _celu,
-    "onnx::Selu": _selu, "onnx::PRelu": BoundPRelu, "onnx::HardSigmoid": BoundHardSigmoid,
-    "onnx::HardSwish": BoundHardSwish, "onnx::Gelu": _gelu,
+    "onnx::Erf": BoundErf, "onnx::Softplus": BoundStableSoftplus, "onnx::Elu": _elu,
+    "onnx::Selu": _selu, "lirpa_ext::PRelu": BoundPRelu, "onnx::HardSigmoid": BoundHardSigmoid,
+    "lirpa_ext::HardSwish": BoundHardSwish, "lirpa_ext::Gelu": BoundExactGelu, "lirpa_ext::TanhGelu": BoundTanhGelu,
+    "lirpa_ext::Silu": BoundSilu, "lirpa_ext::Mish": BoundMish,
 }  # fmt: skip
 if engine.IS_LEGACY:
     CUSTOM_OPS |= {"onnx::Clip": BoundClip, "onnx::Log": BoundConcaveLog}

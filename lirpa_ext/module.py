@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import activations, engine, repairs, softmax  # noqa: F401  (which fill CUSTOM_OPS)
+from . import engine, repairs, softmax  # noqa: F401  (which fill CUSTOM_OPS)
+from .activations import as_nodes
 from .errors import OptionError, TraceError
 from .methods import check_options, find_method, run_method
 from .norms import NormCache, PowerIteration
@@ -89,7 +90,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         with self._engine_inside(), engine.untouched(model), engine.default_dtype(example[0].dtype), torch.no_grad():
             complaints: list[str] = []
             try:
-                with engine.captured_errors() as complaints:
+                with engine.captured_errors() as complaints, as_nodes():
                     graph_input = example if len(example) > 1 else example[0]
                     super().__init__(shadow, graph_input, options, custom_ops=self._custom_ops, **rest)
             except Exception as error:  # the engine raises whatever comes

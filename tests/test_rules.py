@@ -113,7 +113,15 @@ def _norm(module: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return build
 
 
-V, M, IMAGE = (6,), (3, 4), (2, 5, 5)  # a vector, a sequence (T, n), an image
+class Slopes(nn.PReLU):
+    """A slope for each channel."""
+
+    def __init__(self, *slopes: float) -> None:
+        super().__init__(len(slopes))
+        self.weight.data = torch.tensor(slopes)
+
+
+V, M, IMAGE, IMAGE_3 = (6,), (3, 4), (2, 5, 5), (3, 2, 2)  # a vector, a sequence (T, n), images
 CHANNEL = torch.tensor([0.5, -1.5]).view(1, 2, 1, 1)
 PART = torch.linalg.qr(torch.arange(16.0).view(4, 4) + 3 * torch.eye(4)).Q
 
@@ -157,17 +165,34 @@ CASES: dict[str, Case] = {
     "hardtanh": Case(lambda: nn.Hardtanh(-0.3, 0.6), V),
     "relu6": Case(nn.ReLU6, V),
     "relu6-saturated": Case(lambda: nn.Sequential(Op(lambda x: x * 12.0), nn.ReLU6()), V),
-    "silu": Case(nn.SiLU, V, ("BoundMul",)),
+    "silu": Case(nn.SiLU, V),
+    "silu-wide": Case(lambda: nn.Sequential(Op(lambda x: x * 9.0), nn.SiLU()), V),
+    "mish": Case(nn.Mish, V),
     "gelu": Case(nn.GELU, V),
-    "gelu-tanh": Case(lambda: nn.GELU("tanh"), V, ("BoundMul",)),
+    "gelu-wide": Case(lambda: nn.Sequential(Op(lambda x: x * 5.0), nn.GELU()), V),
+    "gelu-tanh": Case(lambda: nn.GELU("tanh"), V),
+    "elu": Case(nn.ELU, V),
+    "elu-steep": Case(lambda: nn.ELU(2.5), V),
+    "selu": Case(nn.SELU, V),
+    "celu": Case(lambda: nn.CELU(0.5), V),
+    "erf": Case(_op(torch.erf), V),
+    "prelu": Case(lambda: Slopes(0.25, -0.5, 1.5), IMAGE_3),
+    "prelu-vector": Case(nn.PReLU, V),
+    "hardsigmoid": Case(lambda: nn.Sequential(Op(lambda x: x * 9.0), nn.Hardsigmoid()), V),
+    "hardswish": Case(lambda: nn.Sequential(Op(lambda x: x * 9.0), nn.Hardswish()), V),
     "softplus": Case(nn.Softplus, V),
     "softplus-beta": Case(lambda: nn.Softplus(beta=3.0), V),
-    "softmax": Case(lambda: nn.Softmax(1), V, () if LEGACY else ("BoundSoftmax",), ball=not LEGACY),
+    "softmax": Case(lambda: nn.Softmax(1), V),
+    "softmax-first-axis": Case(lambda: nn.Softmax(1), M),
+    "softmax-of-one": Case(lambda: nn.Softmax(1), (1, 4)),
+    "log-softmax": Case(lambda: nn.LogSoftmax(1), V),
+    "log-softmax-first-axis": Case(lambda: nn.LogSoftmax(1), M),
+    "log-softmax-of-one": Case(lambda: nn.LogSoftmax(1), (1, 4)),
     "exp": Case(_op(torch.exp), V),
     "abs": Case(_op(torch.abs), V),
     "sin": Case(_op(torch.sin), V),
     "cos": Case(_op(torch.cos), V),
-    "log": Case(_op(torch.log), V, ("BoundLog",), inside=False, shift=2.0),
+    "log": Case(_op(torch.log), V, () if LEGACY else ("BoundLog",), inside=False, shift=2.0),
     "sqrt": Case(_op(torch.sqrt), V, ("BoundSqrt",), inside=False, shift=2.0),
     "square": Case(_op(lambda x: x**2), V, ("BoundPow",) if LEGACY else ("BoundSqr",)),
     "reciprocal": Case(_op(lambda x: 1 / x), V, ("BoundReciprocal",), inside=False, shift=2.0, slack=1e-6),
@@ -264,7 +289,6 @@ if LEGACY:
 
 # What this engine cannot build, and what nobody can: no model, no rule to test.
 REFUSED: dict[str, Callable[[], nn.Module]] = {
-    "elu": nn.ELU,
     "leaky-relu-negative": lambda: nn.LeakyReLU(-0.5),
     "leaky-relu-steep": lambda: nn.LeakyReLU(1.7),
     "slice-step": _op(lambda x: x[..., ::2]),
@@ -275,7 +299,7 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "reflection-pad": lambda: nn.ReflectionPad2d(1),
     "instance-norm": lambda: nn.InstanceNorm2d(2, affine=True),
 }
-NOT_ON_THIS_ENGINE = {"gelu", "tile", "min", "layer-norm", "cast"} if LEGACY else {"gelu-tanh"}
+NOT_ON_THIS_ENGINE = {"tile", "min", "layer-norm", "cast"} if LEGACY else set()
 
 # Rules without a model: nodes that do not exist on this engine, or that today's torch never gives it.
 EXEMPT = {
@@ -283,9 +307,9 @@ EXEMPT = {
     "BoundATenUnflatten": "written by the exporters of older torch alone",
     "BoundPad": "takes the constant's value as a number, which today's torch does not write; BoundAnyPad replaces it",
 } | (
-    dict.fromkeys(("BoundGelu", "BoundHardTanh", "BoundTile", "BoundReduceMin"), "0.7 only")
+    dict.fromkeys(("BoundHardTanh", "BoundTile", "BoundReduceMin"), "0.7 only")
     if LEGACY
-    else dict.fromkeys(("BoundClip", "BoundConv1d", "BoundDiv"), "0.3 only")
+    else dict.fromkeys(("BoundClip", "BoundConcaveLog", "BoundConv1d", "BoundDiv"), "0.3 only")
 )
 
 MODELS = {

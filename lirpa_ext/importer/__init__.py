@@ -13,7 +13,7 @@ from ..errors import InvalidInputError
 from .batching import add_batch_axis, fold_shapes, free_batch, lacks_batch_axis
 from .checking import Check, check
 from .converters import convert
-from .fusion import fuse_gelu
+from .fusion import fuse
 from .graph import Graph
 from .lowering import lower
 from .opsets import downgrade, upgrade
@@ -146,7 +146,7 @@ def normalize(graph: Graph) -> list[str]:
         notes += done
         if not done:
             break
-    return notes + downgrade(graph) + fuse_gelu(graph)
+    return notes + downgrade(graph) + fuse(graph)
 
 
 def _layout(graph: Graph) -> str:

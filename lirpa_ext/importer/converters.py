@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import DataError, OnnxError
 from ..torchvision_repair import torchvision_or_placeholder
-from .graph import Graph, Node
+from .graph import DOMAIN, Graph, Node
 
 
 def convert(graph: Graph) -> torch.fx.GraphModule:
@@ -74,10 +74,15 @@ def _register() -> None:
     from onnx2torch.node_converters.registry import _CONVERTER_REGISTRY, OperationDescription, add_converter
     from onnx2torch.utils.common import OperationConverterResult, onnx_mapping_from_node
 
-    if OperationDescription("lirpa_ext", "Gelu", 1) in _CONVERTER_REGISTRY:
-        return
+    def gelu(node: Any) -> nn.Module:
+        return nn.GELU(approximate=node.attributes.get("approximate", "none"))
 
-    @add_converter("Gelu", 1, "lirpa_ext")
-    def _(node: Any, graph: Any) -> Any:
-        module = nn.GELU(approximate=node.attributes.get("approximate", "none"))
-        return OperationConverterResult(module, onnx_mapping_from_node(node))
+    modules = {"Gelu": gelu, "Silu": lambda node: nn.SiLU(), "Mish": lambda node: nn.Mish()}
+    for op, build in modules.items():
+        if OperationDescription(DOMAIN, op, 1) in _CONVERTER_REGISTRY:
+            continue
+
+        def converter(node: Any, graph: Any, build: Any = build) -> Any:
+            return OperationConverterResult(build(node), onnx_mapping_from_node(node))
+
+        add_converter(op, 1, DOMAIN)(converter)

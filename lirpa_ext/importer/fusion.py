@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import numpy as np
 
-from .graph import Graph, Node
+from .graph import DOMAIN, Graph, Node
 
 
-def fuse_gelu(graph: Graph) -> list[str]:
-    """x/2 (1 + erf(x / sqrt 2)), however its products are ordered, becomes one node; Gelu of opset 20 as well."""
-    count = 0
+def fuse(graph: Graph) -> list[str]:
+    """GELU, SiLU and Mish, however their products are ordered, become one node each; notes of what was done."""
+    count: dict[str, int] = {}
     for node in list(graph.nodes):
-        if node.op == "Gelu":
-            graph.replace(node, [Node("Gelu", node.inputs, node.outputs, node.attributes, node.name, "lirpa_ext")])
-        elif node.op == "Erf":
-            found = _match_gelu(graph, node)
-            if found is not None:
-                x, last = found
-                graph.replace(last, [Node("Gelu", [x], last.outputs, {}, last.name, "lirpa_ext")])
-                count += 1
+        if not any(other is node for other in graph.nodes):
+            continue
+        found = _match_gelu(graph, node) if node.op == "Erf" else _match_gate(graph, node) if node.op == "Mul" else None
+        if found is not None:
+            op, x, last = found
+            graph.replace(last, [Node(op, [x], last.outputs, {}, last.name, DOMAIN)])
+            pieces = f"{node.op} -> {op}" if node.op == "Erf" else f"{op} from its pieces"
+            count[pieces] = count.get(pieces, 0) + 1
     graph.prune()
-    return [f"{count} Erf -> Gelu"] if count else []
+    return [f"{pieces} ({times} times)" if times > 1 else pieces for pieces, times in count.items()]
+
+
+def _match_gate(graph: Graph, product: Node) -> tuple[str, str, Node] | None:
+    """x sigmoid(x) and x tanh(softplus(x))."""
+    for x, gate in (product.inputs, product.inputs[::-1]):
+        node = graph.producer(gate)
+        if node is not None and node.op == "Sigmoid" and node.inputs == [x]:
+            return "Silu", x, product
+        inner = graph.producer(node.inputs[0]) if node is not None and node.op == "Tanh" else None
+        if inner is not None and inner.op == "Softplus" and inner.inputs == [x]:
+            return "Mish", x, product
+    return None
 
 
 def fuse_softplus(graph: Graph, node: Node) -> list[Node] | None:
@@ -35,7 +47,7 @@ def fuse_softplus(graph: Graph, node: Node) -> list[Node] | None:
     return [Node("Softplus", [x], node.outputs, {}, softplus.name)]
 
 
-def _match_gelu(graph: Graph, erf: Node) -> tuple[str, Node] | None:
+def _match_gelu(graph: Graph, erf: Node) -> tuple[str, str, Node] | None:
     scale = graph.producer(erf.inputs[0])
     if scale is None or scale.op not in ("Div", "Mul"):
         return None
@@ -55,7 +67,7 @@ def _match_gelu(graph: Graph, erf: Node) -> tuple[str, Node] | None:
         halved = graph.producer(other)
         if halved is not None and halved.op in ("Mul", "Div") and other != x:
             source, value = _with_constant(graph, halved)
-            return (x, first) if source == x and value == (0.5 if halved.op == "Mul" else 2) else None
+            return ("Gelu", x, first) if source == x and value == (0.5 if halved.op == "Mul" else 2) else None
     elif half != 0.5:
         return None
     second = graph.only_user(first.output)
@@ -63,8 +75,8 @@ def _match_gelu(graph: Graph, erf: Node) -> tuple[str, Node] | None:
         return None
     if half is None and other == x:
         value = _with_constant(graph, second)[1]
-        return (x, second) if value == (0.5 if second.op == "Mul" else 2) else None
-    return (x, second) if half == 0.5 and second.op == "Mul" and x in second.inputs else None
+        return ("Gelu", x, second) if value == (0.5 if second.op == "Mul" else 2) else None
+    return ("Gelu", x, second) if half == 0.5 and second.op == "Mul" and x in second.inputs else None
 
 
 def _with_constant(graph: Graph, node: Node) -> tuple[str, float | None]:

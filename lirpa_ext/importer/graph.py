@@ -14,6 +14,7 @@ from .reading import opset_of
 
 OPSET = 17  # of the normal form, the newest that onnx2torch knows in full
 IR_VERSION = 8
+DOMAIN = "lirpa_ext"  # of ops that opset 17 does not have, and `converters` does
 
 
 @dataclass(eq=False)

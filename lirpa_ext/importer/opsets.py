@@ -9,7 +9,7 @@ import onnx
 from onnx import version_converter
 
 from ..errors import OnnxError
-from .graph import IR_VERSION, OPSET, Graph, Node
+from .graph import DOMAIN, IR_VERSION, OPSET, Graph, Node
 from .reading import opset_of
 
 # Ops whose later versions differ in data types only, or in options whose default is the old meaning.
@@ -100,16 +100,9 @@ def _pad(graph: Graph, node: Node) -> list[Node] | None:
     return [node]
 
 
-def _gelu(graph: Graph, node: Node) -> list[Node] | None:
-    """Op of opset 20; kept under our own domain, where `converters` finds it."""
-    return [Node("Gelu", node.inputs, node.outputs, node.attributes, node.name, domain="lirpa_ext")]
-
-
-def _mish(graph: Graph, node: Node) -> list[Node] | None:
-    """x tanh(softplus(x)), op of opset 18."""
-    soft, tanh = graph.fresh(f"{node.output}/softplus"), graph.fresh(f"{node.output}/tanh")
-    x = node.inputs[0]
-    return [Node("Softplus", [x], [soft]), Node("Tanh", [soft], [tanh]), Node("Mul", [x, tanh], node.outputs)]
+def _ours(graph: Graph, node: Node) -> list[Node] | None:
+    """Gelu and Mish, of opsets 20 and 18, are kept under our own domain."""
+    return [Node(node.op, node.inputs, node.outputs, node.attributes, node.name, DOMAIN)]
 
 
 def _swish(graph: Graph, node: Node) -> list[Node] | None:
@@ -122,7 +115,7 @@ def _swish(graph: Graph, node: Node) -> list[Node] | None:
 _DOWN: dict[str, Callable[[Graph, Node], list[Node] | None]] = {
     "Split": _split,
     "Pad": _pad,
-    "Gelu": _gelu,
-    "Mish": _mish,
+    "Gelu": _ours,
+    "Mish": _ours,
     "Swish": _swish,
 }
