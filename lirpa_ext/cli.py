@@ -1,29 +1,17 @@
-"""The command line, ``lirpa-ext``. It parses, calls the API and prints; each subcommand is one function."""
+"""The command line, ``lirpa-ext``. It parses, calls the API and prints; each subcommand is a module `*_cli`."""
 
 from __future__ import annotations
 
 import argparse
-import ast
-import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
 
 from ._version import __version__
-from .certify import certify
-from .data import load_data
-from .errors import DataError, LirpaExtError
-from .loading import Normalization, load_model
-from .methods import known_methods
+from .certify_cli import add_certify
+from .errors import LirpaExtError
+from .inspect_cli import add_inspect
 from .verify_cli import add_verify
-
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,110 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lirpa-ext", description="Certified robustness on auto_LiRPA.")
     parser.add_argument("--version", action="version", version=f"lirpa-ext {__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
-    _add_certify(commands.add_parser("certify", help="certify a model on a data set"))
+    add_certify(commands.add_parser("certify", help="certify a model on a data set"))
+    add_inspect(commands.add_parser("inspect", help="what is in an ONNX file, and which methods can bound it"))
     add_verify(commands.add_parser("verify", help="verify a VNN-LIB property of an ONNX network"))
     return parser
-
-
-def _add_certify(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=_certify)
-    model = parser.add_argument_group("model")
-    model.add_argument("model", help="a .onnx file, a checkpoint of lirpa_ext.loading.save_model, or a state dict")
-    model.add_argument("--arch", metavar="MODULE:CALLABLE", help="builds the model of a state dict")
-    model.add_argument("--trust", action="store_true", help="unpickle whatever the file holds; it can run any code")
-    model.add_argument("--mean", type=_numbers, help="per-channel mean, put inside of the model: 0.49,0.48,0.45")
-    model.add_argument("--std", type=_numbers, help="per-channel standard deviation, likewise")
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", required=True, help="digits, a folder of IDX files, a .npz with x and y, or X.npy,Y.npy"
-    )
-    data.add_argument("--split", choices=("test", "train"), default="test")
-    data.add_argument("--limit", type=int, metavar="N", help="the first N samples only")
-    data.add_argument(
-        "--data-range",
-        type=_numbers,
-        default=[0.0, 1.0],
-        metavar="LO,HI",
-        help='default 0,1; "none" for no range',
-    )
-    task = parser.add_argument_group("certification")
-    task.add_argument("--norm", type=float, default=2.0, help="1 to inf, default 2")
-    task.add_argument(
-        "--eps", type=_numbers, required=True, help="one or more, in units of the raw input: 0.5,1.0,1.58"
-    )
-    task.add_argument("--method", default="bcp", help=f"default bcp; {', '.join(known_methods())}")
-    task.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the method; repeatable")
-    task.add_argument(
-        "--radius",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="certified radius of each sample",
-    )
-    task.add_argument("--radius-tolerance", type=float, default=1e-3)
-    task.add_argument("--attack-steps", type=int, default=40, help="of PGD; 0 for no attack")
-    task.add_argument("--attack-restarts", type=int, default=1)
-    task.add_argument("--dtype", choices=_DTYPES, default="float64")
-    task.add_argument("--batch-size", type=int, default=64)
-    task.add_argument("--device", help="default cpu")
-    task.add_argument("--seed", type=int, default=0)
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, metavar="DIR", help="results.jsonl (resumed), report.json, .csv and .png")
-    output.add_argument("--no-resume", action="store_true", help="put an existing results.jsonl aside")
-    output.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def _certify(arguments: argparse.Namespace) -> int:
-    if len(arguments.data_range) not in (0, 2):
-        raise DataError(f"--data-range takes LO,HI or none, got {arguments.data_range}")
-    sys.path.insert(0, os.getcwd())  # where --arch finds a user's own module, as with python -m
-    try:
-        model = load_model(arguments.model, arguments.arch, arguments.trust)
-    finally:
-        sys.path.remove(os.getcwd())
-    x, y = load_data(arguments.data, arguments.split)
-    if arguments.mean is not None or arguments.std is not None:
-        model = nn.Sequential(Normalization(arguments.mean or [0.0], arguments.std or [1.0], x.dim()), model).eval()
-    if arguments.limit is not None:
-        x, y = x[: max(arguments.limit, 0)], y[: max(arguments.limit, 0)]
-    x_L, x_U = arguments.data_range or (None, None)
-    report = certify(
-        model, (x, y), arguments.eps, arguments.norm, arguments.method,
-        options=_options(arguments.option), x_L=x_L, x_U=x_U, dtype=_DTYPES[arguments.dtype],
-        batch_size=arguments.batch_size, attack_steps=arguments.attack_steps,
-        attack_restarts=arguments.attack_restarts, radius=arguments.radius,
-        radius_tolerance=arguments.radius_tolerance, results=arguments.out and arguments.out / "results.jsonl",
-        resume=not arguments.no_resume, progress=not arguments.quiet, device=arguments.device, seed=arguments.seed,
-    )  # fmt: skip
-    print(
-        f"{arguments.model}: {len(report.records)} samples, method {arguments.method}, "
-        f"norm {arguments.norm:g}, {arguments.dtype}, data range {[x_L, x_U]}"
-    )
-    print(report.table())
-    if report.meta.get("fallbacks"):
-        print(f"bounded by the engine's interval rule: {json.dumps(report.meta['fallbacks'])}")
-    if arguments.out:
-        report.to_json(arguments.out / "report.json")
-        report.to_csv(arguments.out / "report.csv")
-        report.plot(arguments.out / "report.png")
-        print(f"written to {arguments.out}")
-    return 0
-
-
-def _numbers(text: str) -> list[float]:
-    return [] if text == "none" else [float(part) for part in text.split(",")]
-
-
-def _options(pairs: Sequence[str]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise DataError(f"--option takes KEY=VALUE, got {pair!r}")
-        try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):  # a plain word
-            options[key] = value
-    return options
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from itertools import accumulate
 
 import numpy as np
@@ -111,11 +110,9 @@ class Bounder:
         if not torch.equal(C.double(), torch.from_numpy(rows)):
             raise InvalidInputError("the property has coefficients that float32 does not hold; use float64")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # the graph is compared with the network
-                if size not in self._graphs:
-                    self._graphs[size] = BoundedModule(self.network, center)
-                found = [self._bound(self._graphs[size], method, x, part) for part in C.split(_MOST_ROWS)]
+            if size not in self._graphs:
+                self._graphs[size] = BoundedModule(self.network, center)
+            found = [self._bound(self._graphs[size], method, x, part) for part in C.split(_MOST_ROWS)]
             with torch.no_grad():
                 scale = self.network(center).abs() @ C.abs().T
         except BaseException:

@@ -88,6 +88,12 @@ def available_memory() -> int | None:
     return min(free, default=None)
 
 
+def spare_memory() -> int | None:
+    """Half of what is free, which a computation may take by default."""
+    free = available_memory()
+    return free and free // 2
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed; torch raises a RuntimeError for those of the host."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (

@@ -9,39 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import DataError
 
 _OWN = "lirpa_ext."
 _KEYS = {"architecture", "kwargs", "state_dict"}
-
-
-class Normalization(nn.Module):
-    """(x - mean) / std for each channel, inside of the model, so that eps is in units of the raw image.
-
-    Args:
-        mean: One number for each channel (axis 1), or one for all.
-        std: Likewise, positive.
-        dims: Number of axes of the input with the batch, default 4.
-
-    Raises:
-        DataError: A std that is not positive, or numbers that do not pair up.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: list[float], std: list[float], dims: int = 4) -> None:
-        super().__init__()
-        shape = (1, -1, *[1] * (dims - 2))
-        if not mean or len(mean) != len(std) or not all(value > 0 for value in std):
-            raise DataError(f"mean and std must be as many numbers each, std positive; got {mean} and {std}")
-        self.register_buffer("mean", torch.tensor(mean).view(shape))
-        self.register_buffer("std", torch.tensor(std).view(shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
 
 
 def save_model(model: nn.Module, path: str | Path, architecture: str, **kwargs: Any) -> None:
@@ -62,11 +35,11 @@ def save_model(model: nn.Module, path: str | Path, architecture: str, **kwargs: 
 
 
 def load_model(path: str | Path, architecture: str | None = None, trust: bool = False) -> nn.Module:
-    """Load a model, in eval mode.
+    """Load a classifier, in eval mode.
 
     Args:
-        path: A ``.onnx`` or ``.onnx.gz`` file (`lirpa_ext.load_onnx`), a checkpoint of `save_model`, or a state
-            dict.
+        path: A ``.onnx`` or ``.onnx.gz`` file (`lirpa_ext.load_onnx`, a softmax at its end cut off, for logits have
+            the same classes and tighter bounds), a checkpoint of `save_model`, or a state dict.
         architecture: ``package.module:callable`` that builds the model of a state dict; it takes precedence
             over the one that a checkpoint names.
         trust: Believe the file: unpickle a whole module, build whatever architecture the checkpoint names.
@@ -84,7 +57,7 @@ def load_model(path: str | Path, architecture: str | None = None, trust: bool = 
     if path.suffixes[-1:] == [".onnx"] or path.suffixes[-2:] == [".onnx", ".gz"]:
         from .importer import load_onnx
 
-        return load_onnx(path)
+        return load_onnx(path, logits=True)
     try:
         content = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:

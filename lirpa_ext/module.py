@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,7 +91,9 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         with self._engine_inside(), engine.untouched(model), engine.default_dtype(example[0].dtype), torch.no_grad():
             complaints: list[str] = []
             try:
-                with engine.captured_errors() as complaints, as_nodes():
+                with engine.captured_errors() as complaints, as_nodes(), warnings.catch_warnings():
+                    # of what a trace may miss; the graph is compared with the model below
+                    warnings.simplefilter("ignore", torch.jit.TracerWarning)
                     graph_input = example if len(example) > 1 else example[0]
                     super().__init__(shadow, graph_input, options, custom_ops=self._custom_ops, **rest)
             except Exception as error:  # the engine raises whatever comes

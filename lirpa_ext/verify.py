@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .errors import DataError, InvalidInputError
 from .falsify import Judge, Witness, falsify
 from .goals import Bounder, Goal
-from .limits import Deadline, OutOfTime, available_memory, is_out_of_memory, memory_limit
+from .limits import Deadline, OutOfTime, is_out_of_memory, memory_limit, spare_memory
 from .methods import find_method, known_methods
 from .splitting import MOST_INPUTS, split
 from .vnnlib import Case, Specification
@@ -145,8 +145,7 @@ def verify(
         if method != "split" and method.lower() not in map(str.lower, known_methods()):
             find_method(method)  # raises
     if max_memory is None:
-        free = available_memory()
-        max_memory = free and free // 2
+        max_memory = spare_memory()
     shape = input_shape or getattr(model, "input_shape", None) or (specification.inputs,)
     run = _Run(model, specification, tuple(shape), dtype, max_memory, start + (timeout or math.inf), seed)
     run.all_methods(list(methods), attack)

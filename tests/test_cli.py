@@ -16,7 +16,8 @@ from lirpa_ext import errors
 from lirpa_ext.certify import certify
 from lirpa_ext.cli import main
 from lirpa_ext.data import load_data, load_digits
-from lirpa_ext.loading import Normalization, load_model, save_model
+from lirpa_ext.loading import load_model, save_model
+from lirpa_ext.preprocessing import Normalization
 from lirpa_ext.torchvision_repair import torchvision_or_placeholder
 
 ARCHITECTURE = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +56,7 @@ class ImportedModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs of a batch; one by one where the network takes single samples."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer's, of the shape being looked at
-            batch, *sample = (int(size) for size in x.shape)
+        batch, *sample = (int(size) for size in x.shape)
         if tuple(sample) != self.input_shape:
             raise InvalidInputError(
                 f"the network takes (B, {', '.join(map(str, self.input_shape))}), got {(batch, *sample)}"

@@ -22,6 +22,7 @@ def convert(graph: Graph) -> torch.fx.GraphModule:
     from onnx2torch.node_converters.registry import get_converter
 
     for node in graph.nodes:
+        _fix_slice(graph, node)
         try:
             get_converter(node.op, graph.opset if not node.domain else 1, node.domain)
         except NotImplementedError as error:
@@ -39,6 +40,36 @@ def convert(graph: Graph) -> torch.fx.GraphModule:
             f"{str(error)[:300]}. Export the model without it",
             culprit.op if culprit else "", culprit.name if culprit else "", graph.opset,
         ) from error  # fmt: skip
+
+
+def _fix_slice(graph: Graph, node: Node) -> None:
+    """A slice with constant ends is ours: onnx2torch indexes with a list, which torch is about to read otherwise."""
+    values = [graph.optional(node, index) for index in range(1, 5)]
+    given = [graph.has(node, index) for index in range(1, 5)]
+    known = all(value is not None for value, there in zip(values, given, strict=True) if there)
+    if node.op != "Slice" or node.domain or not known or values[0] is None or values[1] is None:
+        return
+    count = len(values[0])
+    axes = range(count) if values[2] is None else values[2].tolist()
+    steps = [1] * count if values[3] is None else values[3].tolist()
+    if min(steps, default=1) < 1:
+        return
+    node.inputs, node.domain = node.inputs[:1], DOMAIN
+    node.attributes = {"axes": [*axes], "starts": values[0].tolist(), "ends": values[1].tolist(), "steps": steps}
+
+
+class Slice(nn.Module):
+    """x[start:end:step] along some axes."""
+
+    def __init__(self, axes: list[int], starts: list[int], ends: list[int], steps: list[int]) -> None:
+        super().__init__()
+        self.slices = {axis: slice(*ends) for axis, *ends in zip(axes, starts, ends, steps, strict=True)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        index = [slice(None)] * x.dim()
+        for axis, chosen in self.slices.items():
+            index[axis] = chosen
+        return x[tuple(index)]
 
 
 def _culprit(graph: Graph) -> Node | None:
@@ -77,7 +108,10 @@ def _register() -> None:
     def gelu(node: Any) -> nn.Module:
         return nn.GELU(approximate=node.attributes.get("approximate", "none"))
 
-    modules = {"Gelu": gelu, "Silu": lambda node: nn.SiLU(), "Mish": lambda node: nn.Mish()}
+    def cut(node: Any) -> nn.Module:
+        return Slice(**{name: list(value) for name, value in node.attributes.items()})
+
+    modules = {"Slice": cut, "Gelu": gelu, "Silu": lambda node: nn.SiLU(), "Mish": lambda node: nn.Mish()}
     for op, build in modules.items():
         if OperationDescription(DOMAIN, op, 1) in _CONVERTER_REGISTRY:
             continue
