@@ -26,6 +26,7 @@ class BoundErf(BoundScalar):
     """The error function."""
 
     turns = (0.0,)
+    rising = (True, False)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.erf(x)
@@ -35,10 +36,12 @@ class BoundErf(BoundScalar):
 
 
 class BoundStableSoftplus(BoundScalar):
-    """log(1 + exp(x)), which neither engine relaxes."""
+    """log(1 + exp(x)), which neither engine relaxes; torch returns x itself beyond 20."""
+
+    error = 2.1e-9  # log(1 + exp(-20))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.softplus(x)
+        return torch.logaddexp(x, torch.zeros_like(x))
 
     def derivative(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x)
@@ -46,6 +49,8 @@ class BoundStableSoftplus(BoundScalar):
 
 class BoundConcaveLog(BoundScalar):
     """log(x), whose relaxation in auto_LiRPA 0.3 does not hold; NaN, which certifies nothing, where x may be 0."""
+
+    rising = (False,)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.log(x)
@@ -58,12 +63,14 @@ class BoundElu(BoundScalar):
     """scale * (x where x > 0, else alpha (exp(x) - 1)): ELU and SELU."""
 
     turns = (0.0,)
+    rising = (True, True)
 
     def __init__(
-        self, attr: Any, inputs: Any, output_index: int, options: Any,
-        alpha: float = 1.0, scale: float = 1.0,
-    ) -> None:  # fmt: skip
+        self, attr: Any, inputs: Any, output_index: int, options: Any, alpha: float, scale: float = 1.0
+    ) -> None:
         super().__init__(attr, inputs, output_index, options)
+        if alpha < 0:
+            raise NotImplementedError(f"ELU with a negative alpha, {alpha}")
         self.leak, self.scale = alpha, scale  # `alpha` means slopes to the engine
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,6 +84,7 @@ class BoundPRelu(BoundScalar):
     """x where x > 0, else slope * x, the slope a constant of any shape that broadcasts."""
 
     turns = (0.0,)
+    rising = (True, True)
     monotone = False  # the slope may be negative
 
     def forward(self, x: Tensor, slope: Tensor) -> Tensor:
@@ -88,6 +96,8 @@ class BoundPRelu(BoundScalar):
 
 class BoundHardSigmoid(BoundScalar):
     """clip(alpha x + beta, 0, 1)."""
+
+    rising = (True, True, True)
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any) -> None:
         super().__init__(attr, inputs, output_index, options)
@@ -105,6 +115,7 @@ class BoundHardSwish(BoundScalar):
     """x clip(x / 6 + 1/2, 0, 1)."""
 
     turns = (-3.0, 3.0)
+    rising = (True, True, True)
     monotone = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,6 +127,8 @@ class BoundHardSwish(BoundScalar):
 
 class BoundClip(BoundScalar):
     """Clamp to constants, which auto_LiRPA 0.3 does not have."""
+
+    rising = (True, True, True)
 
     @property
     def turns(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -135,6 +148,7 @@ class BoundExactGelu(BoundScalar):
     """x Phi(x). Its slope rises between -sqrt 2 and sqrt 2 and falls outside."""
 
     turns = (-math.sqrt(2), math.sqrt(2))
+    rising = (False, True, False)
     monotone = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,6 +163,7 @@ class BoundTanhGelu(BoundScalar):
     """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), whose slope turns where that of GELU nearly does."""
 
     turns = (-1.4185040, 1.4185040)
+    rising = (False, True, False)
     monotone = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,6 +179,7 @@ class BoundSilu(BoundScalar):
     """x sigmoid(x)."""
 
     turns = (-2.3993572805154, 2.3993572805154)
+    rising = (False, True, False)
     monotone = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,13 +194,14 @@ class BoundMish(BoundScalar):
     """x tanh(softplus(x))."""
 
     turns = (-2.2563763963608, 1.4905711794854)
+    rising = (False, True, False)
     monotone = False
 
     def forward(self, x: Tensor) -> Tensor:
         return F.mish(x)
 
     def derivative(self, x: Tensor) -> Tensor:
-        gate = torch.tanh(F.softplus(x))
+        gate = torch.tanh(torch.logaddexp(x, torch.zeros_like(x)))
         return gate + x * (1 - gate**2) * torch.sigmoid(x)
 
 

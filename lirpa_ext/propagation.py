@@ -16,7 +16,7 @@ from .rules import Context, State, propagate_node
 from .sets import BallBox
 
 
-def propagate(module: nn.Module, context: Context, keep: bool = False) -> dict[str, State]:
+def propagate(module: nn.Module, context: Context, keep: bool = False, final: Any = None) -> dict[str, State]:
     """Sets of the graph's nodes for the input that the graph holds.
 
     Args:
@@ -24,6 +24,7 @@ def propagate(module: nn.Module, context: Context, keep: bool = False) -> dict[s
         context: Norms and switches.
         keep: Keep every node's set. Default False: only those of the final node and of its inputs, so that
             memory is that of the widest cut through the graph.
+        final: The node to end at, default the graph's output.
 
     Returns:
         Set of each kept perturbed node, value of each kept constant one, by node name.
@@ -32,7 +33,7 @@ def propagate(module: nn.Module, context: Context, keep: bool = False) -> dict[s
         UnsupportedNodeError: A node that neither a rule nor the engine can bound.
         InvalidInputError: A perturbed weight (these methods take perturbed inputs only).
     """
-    final = module.final_node()  # type: ignore[operator]
+    final = module.final_node() if final is None else final  # type: ignore[operator]
     order = engine.ancestors_in_order(final)
     keep_values = keep or engine.reads_old_values(order)
     uses = Counter(parent.name for node in order for parent in node.inputs)

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import engine
 
 _BISECTIONS = {torch.float64: 48, torch.float32: 22}
-_ULPS = 8  # that f(x) - kx may lose in floating point
+_ULPS = 32  # that f(x) - kx may lose in floating point
 
 
 class BoundRelaxed(engine.Bound):  # type: ignore[misc]
@@ -54,11 +54,15 @@ class BoundScalar(BoundRelaxed):
 
     Attributes:
         turns: Where f' turns from rising to falling or jumps, ascending: numbers, or tensors that broadcast.
+        rising: Whether f' rises (or stands still) before the first turn, between each two, and after the last.
         monotone: f does not decrease.
+        error: How far torch's function may be from the f that these describe.
     """
 
     turns: tuple[Any, ...] = ()
+    rising: tuple[bool, ...] = (True,)
     monotone = True
+    error = 0.0
 
     def derivative(self, x: Tensor) -> Tensor:
         """f'; either side's at a jump."""
@@ -71,7 +75,7 @@ class BoundScalar(BoundRelaxed):
     def interval_propagate(self, *v: Any) -> Any:
         lower, upper = v[0]
         if self.monotone:
-            return self.value(lower), self.value(upper)
+            return self.value(lower) - self.error, self.value(upper) + self.error
         return self.range_over(torch.zeros_like(lower), lower, upper)
 
     def below(self, rows: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,8 +106,13 @@ class BoundScalar(BoundRelaxed):
         points, gap = self._stationary(slope, lower, upper)
         values = torch.stack([self.value(x) - slope * x for x in (lower, upper, *points)])
         size = slope.abs() * torch.maximum(lower.abs(), upper.abs()) + values.abs().amax(0)
-        slack = (gap + _ULPS * torch.finfo(size.dtype).eps * size).detach()
-        return values.amin(0) - slack, values.amax(0) + slack
+        slack = (gap + _ULPS * torch.finfo(size.dtype).eps * size + self.error).detach()
+        # A point that was found next to an end stands still where the end moves: in doubt the end gives the gradient.
+        ends, inner = values[:2], values[2:]
+        low, high, least, most = ends.amin(0), ends.amax(0), inner.amin(0), inner.amax(0)
+        low = torch.where(least < low - slack, least, low - slack)
+        high = torch.where(most > high + slack, most, high + slack)
+        return low - slack, high + slack
 
     def _stationary(self, slope: Tensor, lower: Tensor, upper: Tensor) -> tuple[list[Tensor], Tensor]:
         """Points of [l, u] near every place where f' = k, jumps included, and how far off a value there may be."""
@@ -112,9 +121,7 @@ class BoundScalar(BoundRelaxed):
             turns = [torch.as_tensor(turn).to(slope) for turn in self.turns]
             ends = [lower, *(torch.minimum(torch.maximum(lower, turn), upper) for turn in turns), upper]
             points = ends[1:-1]
-            for a, b in itertools.pairwise(ends):
-                quarter = (b - a) / 4  # a jump at an end says nothing of what lies between
-                rising = self.derivative(a + quarter) <= self.derivative(b - quarter)
+            for (a, b), rising in zip(itertools.pairwise(ends), self.rising, strict=True):
                 for _ in range(_BISECTIONS.get(slope.dtype, 22)):
                     middle = a + (b - a) / 2
                     left = (self.derivative(middle) > slope) == rising

@@ -17,6 +17,7 @@ from ..perturbation import PerturbationLpNorm
 from ..propagation import propagate
 from ..rules import Context, State
 from ..sets import BallBox
+from ..softmax import BoundStableLogSoftmax
 
 Bounds = tuple[Tensor | None, Tensor | None]
 
@@ -45,8 +46,11 @@ class Problem:
 
     @property
     def final(self) -> Any:
-        """The graph's output node."""
-        return self.module.final_node()  # type: ignore[operator]
+        """The node that C is of: the graph's output, or where that is log p of a vector the logits before it, if the
+        rows of C sum to 0: C log p = C z - (C 1) LSE(z)."""
+        node = self.module.final_node()  # type: ignore[operator]
+        log_p = type(node) is BoundStableLogSoftmax and len(node.output_shape) == 2
+        return node.inputs[0] if log_p and self.C is not None and not self.C.sum(2).any() else node
 
     def context(self, norms: str = "bound", outward: bool | None = None, **switches: Any) -> Context:
         """Context of a propagation.
@@ -72,7 +76,7 @@ class Problem:
 
     def propagate(self, context: Context, keep: bool = False) -> dict[str, State]:
         """Sets of the nodes; the report of fallbacks and norms stays on the module for the user to see."""
-        states = propagate(self.module, context, keep)
+        states = propagate(self.module, context, keep, None if keep else self.final)
         object.__setattr__(self.module, "last_context", context)
         return states
 
