@@ -6,6 +6,7 @@ from ._version import __version__
 from .certify import certify
 from .engine import BoundedTensor
 from .importer import ImportedModel, load_onnx
+from .inspection import Inspection, inspect_onnx
 from .lipschitz import lipschitz
 from .losses import certified_loss, worst_translated_logits
 from .module import BoundedModule
@@ -22,6 +23,7 @@ __all__ = [
     "BoundedModule",
     "BoundedTensor",
     "ImportedModel",
+    "Inspection",
     "PerturbationLpNorm",
     "Report",
     "Specification",
@@ -29,6 +31,7 @@ __all__ = [
     "__version__",
     "certified_loss",
     "certify",
+    "inspect_onnx",
     "lipschitz",
     "load_onnx",
     "load_vnnlib",

@@ -1,13 +1,13 @@
-"""Real networks: those of VNN-COMP, Marabou, ERAN and others that convert as they are, bounded and attacked."""
+"""Real networks, of VNN-COMP, Marabou, ERAN and others: imported, checked against onnxruntime, bounded and attacked."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +15,7 @@ import torch
 from soundness import Extremes, assert_contains, extremes
 from torch import Tensor, nn
 
-from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm
-from lirpa_ext.errors import DataError, TraceError, UnsupportedNodeError
-from lirpa_ext.loading import load_model
+from lirpa_ext import BoundedModule, BoundedTensor, ImportedModel, PerturbationLpNorm, load_onnx
 
 _FOLDER = Path(__file__).resolve().parents[2] / "shared" / "onnx"
 NAMES = [
@@ -26,11 +24,6 @@ NAMES = [
     "tll_small", "verivital_maxpool", "vit_ibp",
 ]  # fmt: skip
 
-# Networks that our methods must bound, on either engine: none may slip away as skipped.
-MUST_BOUND = {
-    "eran_relu_9x200", "lsnc_state", "mar_leaky", "marabou_cifar_large", "mnist_fc_256x2", "nn4sys_mscn128",
-    "oval_base_gather", "resnet_2b", "tll_small", "verivital_maxpool",
-}  # fmt: skip
 OURS = ("bcp", "bcp-crown")
 ENGINES = ("IBP", "CROWN-IBP", "CROWN")
 EPS = {2: 0.05, math.inf: 0.005}
@@ -54,30 +47,20 @@ def table():
 
 
 @functools.cache
-def network(name: str) -> tuple[nn.Module, Tensor, float]:
-    """The network, two recorded inputs (one where it knows no other batch), and the scale of its inputs."""
+def network(name: str) -> tuple[ImportedModel, Tensor, float]:
+    """The network, two recorded inputs, and the scale of its inputs."""
     if not _FOLDER.is_dir():
         pytest.skip(f"the networks are not there ({_FOLDER})")
-    records = json.loads((_FOLDER / "manifest.json").read_text())["models"]
-    record = next(entry for entry in records if entry["name"] == name)
-    try:
-        model = load_model(_FOLDER / record["file"])
-    except DataError as error:
-        note(name, "refused by the converter")
-        pytest.skip(f"no network: {str(error)[:150]}")
+    record = record_of(name)
     stored = np.load(_FOLDER / record["io"])
-    inputs, outputs = torch.from_numpy(stored["X"]), torch.from_numpy(stored["Y"])
-    if inputs.dim() < 3:
-        note(name, "no batch axis")
-        pytest.skip("its input has no batch axis")
-    for batch in (2, 1):
-        x = inputs[:batch, 0]
-        with contextlib.suppress(RuntimeError), torch.no_grad():
-            y = model(x)
-            if y.shape == outputs[:batch].shape and torch.allclose(y, outputs[:batch], rtol=1e-3, atol=1e-3):
-                return model, x, float(inputs.abs().max())
-    note(name, "converted wrongly")
-    pytest.skip("the converter made another function of it")
+    x = torch.from_numpy(stored["X"])
+    model = load_onnx(_FOLDER / record["file"])
+    return model, x[:2].reshape(2, *model.input_shape), float(x.abs().max())
+
+
+def record_of(name: str) -> dict[str, Any]:
+    records = json.loads((_FOLDER / "manifest.json").read_text())["models"]
+    return next(entry for entry in records if entry["name"] == name)
 
 
 def note(name: str, outcome: str, *column: str) -> None:
@@ -87,14 +70,10 @@ def note(name: str, outcome: str, *column: str) -> None:
 
 @functools.cache
 def graph_of(name: str, dtype: torch.dtype) -> tuple[nn.Module, BoundedModule, Tensor, float]:
-    """The network and its graph in that dtype; skips where the engine has none."""
+    """The network and its graph in that dtype."""
     model, x, scale = network(name)
     model, x = copy.deepcopy(model).to(dtype), x.to(dtype)
-    try:
-        return model, BoundedModule(model, x), x, scale
-    except TraceError as error:
-        note(name, "not traced")
-        pytest.skip(str(error)[:200])
+    return model, BoundedModule(model, x), x, scale
 
 
 def perturbation_of(norm: float, scale: float, x: Tensor) -> PerturbationLpNorm:
@@ -114,9 +93,6 @@ def bound(name: str, method: str, norm: float, dtype: torch.dtype) -> None:
     column = (method, f"l{norm:g}", str(dtype).removeprefix("torch."))
     try:
         lower, upper = graph.compute_bounds(x=(BoundedTensor(x, perturbation_of(norm, scale, x)),), method=method)
-    except UnsupportedNodeError as error:
-        note(name, "unsupported", *column)
-        pytest.skip(str(error)[:200])
     except Exception as error:
         if method in OURS:
             raise
@@ -144,11 +120,12 @@ def test_engine_bounds_hold_in_l2(name, method):
     bound(name, method, 2, torch.float64)
 
 
-def test_enough_networks_are_bounded():
-    for name in sorted(MUST_BOUND):
-        try:
-            bound(name, "bcp", 2, torch.float64)
-        except pytest.skip.Exception as skipped:
-            if not _FOLDER.is_dir():
-                raise
-            pytest.fail(f"{name} is no longer bounded: {skipped}")
+@pytest.mark.parametrize("name", NAMES)
+def test_imported_networks_give_the_recorded_outputs(name):
+    model, _, _ = network(name)
+    stored = np.load(_FOLDER / record_of(name)["io"])
+    x, y = torch.from_numpy(stored["X"]), torch.from_numpy(stored["Y"])
+    with torch.no_grad():
+        found = model(x.reshape(len(x), *model.input_shape))
+    torch.testing.assert_close(found, y.reshape(found.shape), rtol=1e-4, atol=1e-4 * float(y.abs().max()))
+    assert model.batch_size is None and model.check.batch_sizes == (1, 3)
