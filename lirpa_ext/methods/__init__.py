@@ -1,6 +1,6 @@
 """Bound methods: a table from name to function. `base` says what one is; each further file is one method."""
 
-from . import bcp, bcp_crown  # noqa: F401  (they fill the table)
+from . import bcp, bcp_crown, slopes  # noqa: F401  (they fill the table)
 from .base import (
     METHODS,
     Bounds,
@@ -9,7 +9,9 @@ from .base import (
     check_options,
     check_specification,
     find_method,
+    is_ours,
     known_methods,
+    label_option,
     register_method,
 )
 from .run import run_method
@@ -22,7 +24,9 @@ __all__ = [
     "check_options",
     "check_specification",
     "find_method",
+    "is_ours",
     "known_methods",
+    "label_option",
     "register_method",
     "run_method",
 ]

@@ -28,6 +28,8 @@ class Affine(Rule):
             node is not affine in that input, which then takes the engine's interval rule.
     """
 
+    alike = True
+
     def __init__(self, linear_map: Callable[[Any, Sequence[State], int], LinearMap | None]) -> None:
         self.linear_map = linear_map
 
@@ -89,6 +91,9 @@ class Scaling(Affine):
     Args:
         inverse: Divide.
     """
+
+    homogeneous = True  # of a constant divided by the input there is no adjoint
+    alike = False
 
     def __init__(self, inverse: bool) -> None:
         super().__init__(_scaling(inverse))
