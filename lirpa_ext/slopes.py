@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,10 @@ from .sets import BallBox, flat
 
 # Elements of the widest coefficient tensor of one part of the batch. Convolutions of a few dozen rows take half
 # the time for each of what they take for a thousand, and temporaries of this size are not asked of the kernel anew.
-_MOST_ELEMENTS = 2**20
+_MOST_ELEMENTS = 2**22
+
+# Elements of a temporary of elementwise work.
+_CACHED = 2**17
 
 ACTIVATIONS = (*RELU_CLASSES, "BoundLeakyRelu")
 
@@ -59,43 +62,79 @@ class Lines:
         return cls(chord, offset, (lower < 0) & (upper > 0), leak)
 
     def lower_slope(self, a: Tensor) -> Tensor:
-        """Slope of the lower line for parameters a in [0, 1]."""
+        """Slope of the lower line for parameters a in [0, 1]; that of a stable neuron is a constant."""
         slope = a if not self.leak else self.leak + (1 - self.leak) * a
-        return torch.where(self.unstable, slope, self.line)
+        return torch.where(self.unstable, slope, self.line.detach())
 
 
 class _Relax(torch.autograd.Function):
     """Rows a (S, B, ...) -> rows lam and bias (S, B) with a.sigma(v) >= lam.v + bias on the box.
 
-    lam = slope max(a, 0) + line min(a, 0), bias = offset.min(a, 0). As one function, since rows are the largest
-    tensors of the pass: autograd's own graph of the same keeps five of them, this one.
+    lam = slope max(a, 0) + line min(a, 0), bias = offset.min(a, 0). As one function, and in pieces that stay in the
+    cache: rows are the largest tensors of the pass, and its time is that of moving them.
     """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, slope: Tensor, line: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(a, slope, line, offset)
-        negative = a.clamp(max=0)
-        lam = (a * slope).addcmul_(negative, line - slope)
-        return lam, _dot(negative, offset)
+        extra = line - slope
+        ctx.save_for_backward(a, slope, extra, offset)
+        lam, bias = torch.empty_like(a), a.new_empty(a.shape[:2])
+        rows, out = _in_memory(a), _in_memory(lam)
+        parts = (_in_memory(part, 1) for part in (slope, extra, offset))
+        for which, own_slope, own_extra, own_offset in _slices(rows, *parts):
+            some, piece = rows[:, which], out[:, which]
+            negative = some.clamp(max=0)
+            torch.mul(some, own_slope, out=piece)
+            piece.addcmul_(negative, own_extra)
+            bias[:, which] = (negative.transpose(0, 1) @ own_offset.unsqueeze(2)).squeeze(2).t()
+        return lam, bias
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, to_lam: Tensor, to_bias: Tensor) -> Any:
-        a, slope, line, offset = ctx.saved_tensors
-        needs_a, needs_slope, needs_line, needs_offset = ctx.needs_input_grad
-        negative = a.clamp(max=0)
-        to_bias = to_bias.view(*to_bias.shape, *[1] * (a.dim() - 2))
-        to_a = to_slope = to_line = to_offset = None
-        if needs_line:
-            to_line = (negative * to_lam).sum(0)
-        if needs_offset:
-            to_offset = (negative * to_bias).sum(0)
-        if needs_slope:
-            to_slope = ((a - negative) * to_lam).sum(0)
-        if needs_a:
-            below = (to_lam * (line - slope)).addcmul_(to_bias, offset).mul_(a < 0)
-            to_a = below.addcmul_(to_lam, slope)
+        a, slope, extra, offset = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        to_lam = _like(to_lam, a)
+        to_a = torch.empty_like(a) if needs[0] else None
+        to_slope, to_line, to_offset = (torch.empty_like(slope) if need else None for need in needs[1:])
+        rows, gradient = _in_memory(a), _in_memory(to_lam)
+        out = None if to_a is None else _in_memory(to_a)
+        sums = [None if total is None else _in_memory(total, 1) for total in (to_slope, to_line, to_offset)]
+        parts = (_in_memory(part, 1) for part in (slope, extra, offset))
+        for which, own_slope, own_extra, own_offset in _slices(rows, *parts):
+            some, into, weight = rows[:, which], gradient[:, which], to_bias[:, which]
+            negative = some.clamp(max=0)
+            if sums[2] is not None:
+                sums[2][which] = (weight.t().unsqueeze(1) @ negative.transpose(0, 1)).squeeze(1)
+            if out is not None:
+                # sign() and products: where() and masks take several times as long
+                below = (into * own_extra).addcmul_(weight.unsqueeze(2), own_offset).mul_(negative.sign())
+                piece = torch.mul(into, own_slope, out=out[:, which])
+                piece.sub_(below)
+            if sums[0] is not None:
+                torch.sum((some - negative).mul_(into), 0, out=sums[0][which])
+            if sums[1] is not None:
+                torch.sum(negative.mul_(into), 0, out=sums[1][which])
         return to_a, to_slope, to_line, to_offset
+
+
+def _like(rows: Tensor, other: Tensor) -> Tensor:
+    """The same rows in the memory format of others."""
+    return rows if rows.stride() == other.stride() else torch.empty_like(other).copy_(rows)
+
+
+def _in_memory(values: Tensor, lead: int = 2) -> Tensor:
+    """Values with `lead` axes before a sample's own, those flattened as they lie in memory: a view."""
+    last = values.dim() == lead + 3 and values.stride(lead) == 1 and values.shape[lead] > 1
+    return (values.movedim(lead, -1) if last else values).flatten(lead)
+
+
+def _slices(rows: Tensor, *values: Tensor) -> Iterator[tuple[slice, ...]]:
+    """Consecutive samples of rows (S, B, n) whose temporaries fit into the cache, and their values (b, n)."""
+    size = max(1, _CACHED // (rows.shape[0] * max(rows.shape[2], 1)))
+    for start in range(0, rows.shape[1], size):
+        which = slice(start, start + size)
+        yield which, *(value[which] for value in values)
 
 
 class SlopePass(BackwardPass):
@@ -185,7 +224,10 @@ class SlopePass(BackwardPass):
 
     def lower(self, C: Tensor) -> Tensor:
         """Lower bound of C f, (B, S), for rows C (B, S, outputs): `bound` in parts of the batch."""
-        return torch.cat([part.bound(rows) for part, rows in self.split(C)])
+        bound = torch.cat([part.bound(rows) for part, rows in self.split(C)])
+        if bound.requires_grad:
+            bound.register_hook(_without_denormals)
+        return bound
 
     def _step(self, node: Any, a: Tensor, relax: Any) -> tuple[list[Tensor | None], Tensor]:
         if type(node).__name__ in ACTIVATIONS and node.perturbed:
@@ -201,6 +243,11 @@ class SlopePass(BackwardPass):
             lam, bias = _Relax.apply(_dense_rows(a), slope, lines.line, lines.offset)
             return [lam], bias
         return super()._step(node, _dense_rows(a), relax)
+
+
+def _without_denormals(gradient: Tensor) -> Tensor:
+    """0 for what would underflow on its way: the softmax of a loose margin; CPUs take tenfold time over denormals."""
+    return torch.where(gradient.abs() < torch.finfo(gradient.dtype).tiny ** 0.5, 0.0, gradient)
 
 
 def _pieces(state: State, sizes: list[int], batched: bool) -> list[Any]:
@@ -229,10 +276,3 @@ def _dense(values: Tensor) -> Tensor:
 def _dense_rows(rows: Tensor) -> Tensor:
     """Rows (S, B, C, H, W) of images with channels last."""
     return _dense(rows.flatten(0, 1)).unflatten(0, rows.shape[:2]) if rows.dim() == 5 else rows
-
-
-def _dot(rows: Tensor, values: Tensor) -> Tensor:
-    """Dot product of rows (S, B, ...) with each sample's values (B, ...), (S, B)."""
-    if rows.dim() == 5:
-        rows, values = rows.movedim(2, -1), values.movedim(1, -1)
-    return (flat_rows(rows) @ flat(values).unsqueeze(2)).squeeze(2).t()

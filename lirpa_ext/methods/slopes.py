@@ -306,7 +306,7 @@ class _Work:
         with _saveable(), torch.enable_grad():
             own = {name: value.clone().requires_grad_() for name, value in slopes.items()}
             for part, some in self.detached.with_slopes(own).split(rows):
-                loss = (-part.bound(some)).logsumexp(1).sum()
+                loss = (-part.lower(some)).logsumexp(1).sum()
                 nodes = part.activations
                 leaves = [part.slopes[node.name] for node in nodes]  # type: ignore[index]
                 gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
