@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import engine
-from .linear_maps import Conv, ConvTranspose, Dense
+from .linear_maps import Conv, ConvTranspose, Dense, LinearMap
 from .propagation import input_set
 from .rounding import gamma, summands, widened
 from .rules import RULES, Context, State, propagate_node
@@ -104,7 +104,7 @@ def _center(state: BallBox) -> Tensor:
 
 
 def _cut(
-    lower: Tensor, upper: Tensor, center: Tensor, linear_map: Dense | Conv | ConvTranspose, state: BallBox, loss: float
+    lower: Tensor, upper: Tensor, center: Tensor, linear_map: LinearMap, state: BallBox, loss: float
 ) -> tuple[Tensor, Tensor]:
     """The box cut with the image of the ball, whose radius grows by what the products may lose."""
     radius = state.radius

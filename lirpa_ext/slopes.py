@@ -80,8 +80,8 @@ class _Relax(torch.autograd.Function):
         ctx.save_for_backward(a, slope, extra, offset)
         lam, bias = torch.empty_like(a), a.new_empty(a.shape[:2])
         rows, out = _in_memory(a), _in_memory(lam)
-        parts = (_in_memory(part, 1) for part in (slope, extra, offset))
-        for which, own_slope, own_extra, own_offset in _slices(rows, *parts):
+        parts = [_in_memory(part, 1) for part in (slope, extra, offset)]
+        for which, own_slope, own_extra, own_offset in _slices(rows, parts):
             some, piece = rows[:, which], out[:, which]
             negative = some.clamp(max=0)
             torch.mul(some, own_slope, out=piece)
@@ -100,8 +100,8 @@ class _Relax(torch.autograd.Function):
         rows, gradient = _in_memory(a), _in_memory(to_lam)
         out = None if to_a is None else _in_memory(to_a)
         sums = [None if total is None else _in_memory(total, 1) for total in (to_slope, to_line, to_offset)]
-        parts = (_in_memory(part, 1) for part in (slope, extra, offset))
-        for which, own_slope, own_extra, own_offset in _slices(rows, *parts):
+        parts = [_in_memory(part, 1) for part in (slope, extra, offset)]
+        for which, own_slope, own_extra, own_offset in _slices(rows, parts):
             some, into, weight = rows[:, which], gradient[:, which], to_bias[:, which]
             negative = some.clamp(max=0)
             if sums[2] is not None:
@@ -129,12 +129,13 @@ def _in_memory(values: Tensor, lead: int = 2) -> Tensor:
     return (values.movedim(lead, -1) if last else values).flatten(lead)
 
 
-def _slices(rows: Tensor, *values: Tensor) -> Iterator[tuple[slice, ...]]:
-    """Consecutive samples of rows (S, B, n) whose temporaries fit into the cache, and their values (b, n)."""
+def _slices(rows: Tensor, values: list[Tensor]) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Consecutive samples of rows (S, B, n) whose temporaries fit into the cache, and their three values (b, n)."""
     size = max(1, _CACHED // (rows.shape[0] * max(rows.shape[2], 1)))
     for start in range(0, rows.shape[1], size):
         which = slice(start, start + size)
-        yield which, *(value[which] for value in values)
+        first, second, third = (value[which] for value in values)
+        yield which, first, second, third
 
 
 class SlopePass(BackwardPass):
@@ -180,13 +181,13 @@ class SlopePass(BackwardPass):
         return self._lines[node.name]
 
     def detached(self) -> SlopePass:
-        """The same pass without gradients in weights and boxes."""
+        """The same pass without gradients in weights and boxes, and without outward rounding."""
 
         def cut(value: Tensor) -> Tensor:
             return value.clone() if value.is_inference() else value.detach()
 
         states = {name: _mapped(state, cut) for name, state in self.states.items()}
-        return SlopePass(self.module, states, self.slopes, self.perturbations, self.outward, self.final)
+        return SlopePass(self.module, states, self.slopes, self.perturbations, False, self.final)
 
     def with_slopes(self, slopes: Slopes | None) -> SlopePass:
         """The same pass with other slopes."""
@@ -245,8 +246,10 @@ class SlopePass(BackwardPass):
         return super()._step(node, _dense_rows(a), relax)
 
 
-def _without_denormals(gradient: Tensor) -> Tensor:
+def _without_denormals(gradient: Tensor | None) -> Tensor | None:
     """0 for what would underflow on its way: the softmax of a loose margin; CPUs take tenfold time over denormals."""
+    if gradient is None:
+        return None
     return torch.where(gradient.abs() < torch.finfo(gradient.dtype).tiny ** 0.5, 0.0, gradient)
 
 

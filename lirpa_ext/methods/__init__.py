@@ -14,7 +14,7 @@ from .base import (
     label_option,
     register_method,
 )
-from .run import run_method
+from .run import run_activation_bounds, run_method
 
 __all__ = [
     "METHODS",
@@ -28,5 +28,6 @@ __all__ = [
     "known_methods",
     "label_option",
     "register_method",
+    "run_activation_bounds",
     "run_method",
 ]

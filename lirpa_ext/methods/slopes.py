@@ -23,7 +23,7 @@ from ..intervals import propagate_intervals
 from ..sets import BallBox
 from ..slopes import ACTIVATIONS, Lines, SlopePass, Slopes
 from ..specifications import check_labels, margin_rows
-from .base import FAMILIES, Bounds, Family, Method, Problem, register_method
+from .base import FAMILIES, Bounds, Family, Method, Problem, register_method, set_of
 from .bcp import tightened
 
 # Without C the bounds of so many outputs are those of a box, as in "bcp".
@@ -218,10 +218,16 @@ def cap(problem: Problem, *, outward: bool | None = None) -> Bounds:
         As `sparse_slope`.
     """
     context = problem.context("bound", outward)
-    names = frozenset(
-        node.inputs[0].name
+    activations = [
+        node
         for node in engine.ancestors_in_order(problem.final)
         if type(node).__name__ in ACTIVATIONS and node.perturbed
+    ]
+    # The boxes before the first activations are exact (but for a cut lp ball): nothing to gain there.
+    names = frozenset(
+        node.inputs[0].name
+        for node in activations
+        if any(other in activations for other in engine.ancestors_in_order(node.inputs[0]))
     )
 
     def refine(node: Any, states: dict[str, Any]) -> BallBox:
@@ -244,7 +250,9 @@ def cap(problem: Problem, *, outward: bool | None = None) -> Bounds:
 def _parallel(problem: Problem, states: dict[str, Any], outward: bool, final: Any = None) -> SlopePass:
     """The pass whose lower lines are parallel to the upper ones."""
     plain = SlopePass(problem.module, states, {}, outward=outward, final=final)
-    return plain.with_slopes({node.name: _chord(plain.states[node.inputs[0].name].box()) for node in plain.activations})
+    return plain.with_slopes(
+        {node.name: _chord(set_of(plain.states[node.inputs[0].name]).box()) for node in plain.activations}
+    )
 
 
 class _Work:
@@ -294,7 +302,7 @@ class _Work:
 
     def box(self, node: Any) -> tuple[Tensor, Tensor]:
         """Box of an activation's input, without gradient."""
-        return self.detached.states[node.inputs[0].name].box()  # type: ignore[union-attr]
+        return set_of(self.detached.states[node.inputs[0].name]).box()
 
     def descent(self, slopes: Slopes) -> dict[str, Tensor]:
         """Sign of the gradient of each sample's loss in the slopes; 0 where it is 0 or NaN, and for stable neurons.

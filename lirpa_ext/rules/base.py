@@ -160,7 +160,7 @@ def adjoint_and_bias(node: Any, inputs: Sequence[State], rows: Tensor) -> tuple[
     """Rows of an affine node's inputs, and rows times its value at 0, (S, B); None where the node is not affine."""
     rule = RULES.get(type(node).__name__)
     passed = None if rule is None else rule.adjoint(node, inputs, rows)
-    if passed is None:
+    if rule is None or passed is None:
         return None
     if rule.homogeneous or all(isinstance(state, BallBox) for state in inputs):  # type: ignore[union-attr]
         return passed, rows.new_zeros(rows.shape[:2])
