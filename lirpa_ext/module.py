@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import engine
 from .errors import OptionError, TraceError
 from .methods import check_options, find_method, run_activation_bounds, run_method
+from .methods.slopes import Relaxation
 from .norms import NormCache, PowerIteration
 from .operators import BoundBallBoxRelu, BoundPowerIteration
 from .repairs import CUSTOM_OPS
@@ -42,6 +43,10 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         device: Device of the graph, default that of the model's parameters.
         custom_ops: Further custom operators of the engine, by ONNX op name.
 
+    Attributes:
+        last_relaxation: Slopes of the last call of "sparse-slope" or "slope:...", None before
+            (`lirpa_ext.methods.slopes.Relaxation`).
+
     Raises:
         TraceError: The engine cannot build the graph, or its graph computes something else than the model.
         TrainModeError: A batch norm is in train mode.
@@ -56,6 +61,8 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         >>> bool((lower <= model(torch.zeros(1, 2))).all())
         True
     """
+
+    last_relaxation: Relaxation | None = None
 
     def __init__(
         self,
