@@ -220,7 +220,8 @@ class _Convolution(WeightedMap):
 class _ConvAdjoint(torch.autograd.Function):
     """A^T y of a convolution A, whose gradients are those of A itself: <g, A^T y> = <A g, y>.
 
-    torch differentiates a transposed convolution by a weight gradient that takes ten times as long on the CPU.
+    torch differentiates a transposed convolution by a weight gradient that takes ten times as long on the CPU. To
+    one channel, a matrix product and the sum of its patches take half the time of the transposed convolution.
     """
 
     @staticmethod
@@ -229,6 +230,15 @@ class _ConvAdjoint(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(y, weight)
         ctx.geometry = stride, padding, dilation, groups
+        if weight.dim() == 4 and weight.shape[1] == groups == 1:
+            sizes = [
+                (n - 1) * s - 2 * p + d * (k - 1) + 1 + extra
+                for n, s, p, d, k, extra in zip(
+                    y.shape[2:], stride, padding, dilation, weight.shape[2:], unreached, strict=True
+                )
+            ]
+            patches = y.flatten(2).transpose(1, 2) @ weight.flatten(1)  # shape: (B, positions, kernel)
+            return F.fold(patches.transpose(1, 2), sizes, weight.shape[2:], dilation, padding, stride)
         transpose = _CONV_TRANSPOSE[weight.dim() - 2]
         return transpose(y, weight, None, stride, padding, unreached, groups, dilation)
 
