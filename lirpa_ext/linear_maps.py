@@ -231,12 +231,12 @@ class _ConvAdjoint(torch.autograd.Function):
         ctx.save_for_backward(y, weight)
         ctx.geometry = stride, padding, dilation, groups
         if weight.dim() == 4 and weight.shape[1] == groups == 1:
-            sizes = [
+            sizes = tuple(
                 (n - 1) * s - 2 * p + d * (k - 1) + 1 + extra
                 for n, s, p, d, k, extra in zip(
                     y.shape[2:], stride, padding, dilation, weight.shape[2:], unreached, strict=True
                 )
-            ]
+            )
             patches = y.flatten(2).transpose(1, 2) @ weight.flatten(1)  # shape: (B, positions, kernel)
             return F.fold(patches.transpose(1, 2), sizes, weight.shape[2:], dilation, padding, stride)
         transpose = _CONV_TRANSPOSE[weight.dim() - 2]

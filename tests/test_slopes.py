@@ -11,11 +11,13 @@ from soundness import assert_sound, samples, values
 from torch import nn
 from torch.nn import functional as F
 
+import lirpa_ext
 from lirpa_ext import (
     BoundedModule,
     BoundedTensor,
     PerturbationLpNorm,
     certified_loss,
+    engine,
     fused_cross_entropy,
     mixed_loss,
     relu_stability_loss,
@@ -621,6 +623,57 @@ def test_relu_stability_loss_is_that_of_the_boxes():
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(loss, model[0].weight)[0] for loss in (found, expected)]
     torch.testing.assert_close(*gradients)
+
+
+# --- elsewhere in the package ------------------------------------------------------------------------------------
+
+
+def test_certify_gives_the_labels(x):
+    """A data set is certified with labels that the caller need not repeat; and never against PGD."""
+    model = network("conv")
+    labels = model(x).argmax(1)
+    report = lirpa_ext.certify(
+        model, (x, labels), eps=[0.01, 0.05], norm=math.inf, method="sparse-slope", options={"seed": 0}
+    )
+    rows = report.summary()
+    assert rows[0]["verified"] > 0
+    for row in rows:
+        assert row["verified"] <= row["pgd"] <= row["clean"]
+
+
+def test_the_engines_own_class_gets_them_too(x):
+    model = network("conv")
+    expected = BoundedModule(model, x).compute_bounds(x=(ball(x),), method="sparse-slope", labels=Y, seed=0)
+    lirpa_ext.register()
+    try:
+        with engine.default_dtype(x.dtype):
+            graph = engine.EngineBoundedModule(model, x, device="cpu")
+            plain_ball = BoundedTensor(x, engine.EnginePerturbationLpNorm(norm=math.inf, eps=0.1))
+            bounds = graph.compute_bounds(x=(plain_ball,), method="sparse-slope", labels=Y, seed=0)
+    finally:
+        lirpa_ext.unregister()
+    torch.testing.assert_close(bounds, expected)
+
+
+def test_outputs_that_are_images_keep_their_shape():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3, 1, 1), nn.ReLU(), nn.Conv2d(3, 2, 3, 1, 1)).double()
+    x = torch.rand(2, 1, 4, 4, dtype=torch.float64)
+    for method in ("slope:crown", "slope:ibp", "cap"):
+        bounds = BoundedModule(model, x).compute_bounds(x=(ball(x),), method=method)
+        assert bounds[0].shape == bounds[1].shape == (2, 2, 4, 4)
+        assert_sound(model, x, PerturbationLpNorm(0.1), bounds)
+    with pytest.raises(InvalidInputError, match="logits"):
+        BoundedModule(model, x).compute_bounds(x=(ball(x),), method="sparse-slope", labels=torch.tensor([0, 1]))
+
+
+def test_nothing_of_a_call_holds_a_graph(x):
+    graph = BoundedModule(network("conv"), x)
+    lower, _ = graph.compute_bounds(x=(ball(x),), method="sparse-slope", labels=Y, seed=0)
+    assert lower.requires_grad
+    found = graph.last_relaxation
+    for table in (found.slopes, found.unstable, found.gradients):
+        assert not any(value.requires_grad for value in table.values())
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------
