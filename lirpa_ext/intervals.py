@@ -21,6 +21,30 @@ from .sets import BallBox
 Refine = Callable[[Any, dict[str, State]], "BallBox"]
 
 
+class _SumAndDifference(torch.autograd.Function):
+    """scale (a + b) and scale (b - a): ends of a box to middle and half width (scale 1/2), and back (scale 1).
+
+    In one function, since in autograd's own graph the backward pass moves twice as much memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        ctx.scale = scale
+        return _scaled(a + b, scale), _scaled(b - a, scale)
+
+    @staticmethod
+    def backward(ctx: Any, to_sum: Tensor, to_difference: Tensor) -> Any:  # type: ignore[override]
+        return (
+            _scaled(to_sum - to_difference, ctx.scale),
+            _scaled(to_sum + to_difference, ctx.scale),
+            None,
+        )
+
+
+def _scaled(values: Tensor, scale: float) -> Tensor:
+    return values if scale == 1 else values * scale if values.requires_grad else values.mul_(scale)
+
+
 def propagate_intervals(
     module: nn.Module, context: Context, refine: tuple[Refine, frozenset[str]] | None = None
 ) -> dict[str, State]:
@@ -77,14 +101,13 @@ def _step(node: Any, inputs: list[State], ball: bool, context: Context) -> tuple
             state = inputs[index]
             assert isinstance(state, BallBox)
             lower, upper = state.box()
-            half, loss = 0.5 * (upper - lower), 0.0
+            (middle_of, half), loss = _SumAndDifference.apply(lower, upper, 0.5), 0.0
             if context.outward:  # |W x - fl(W x)| <= loss |W| |x|, and the bias errs no more (lirpa_ext.rounding)
                 loss = gamma(lower.dtype, summands(linear_map))
                 half = half + loss * torch.maximum(lower.abs(), upper.abs())
-            middle_of = 0.5 * (lower + upper)
             middle, spread = apply(node, inputs, lambda _: middle_of), linear_map.abs()(half)
             if linear_map.output_shape == middle.shape[1:] and len(middle) == len(lower):  # else it mixes samples
-                lower, upper = middle - spread, middle + spread
+                upper, lower = _SumAndDifference.apply(spread, middle, 1.0)
                 if ball:
                     lower, upper = _cut(lower, upper, apply(node, inputs, _center), linear_map, state, loss)
                 if context.outward:

@@ -225,6 +225,8 @@ class SlopePass(BackwardPass):
 
     def lower(self, C: Tensor) -> Tensor:
         """Lower bound of C f, (B, S), for rows C (B, S, outputs): `bound` in parts of the batch."""
+        if self.slopes is None:  # rows go no further than the last layers
+            return self.bound(C)
         bound = torch.cat([part.bound(rows) for part, rows in self.split(C)])
         if bound.requires_grad:
             bound.register_hook(_without_denormals)
