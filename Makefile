@@ -10,7 +10,7 @@ STAMP := $(VENV)/.ready
 RUN := $(if $(AUTO_LIRPA),PYTHONPATH=$(abspath $(AUTO_LIRPA))$(if $(PYTHONPATH),:$(PYTHONPATH)),) $(BIN)/
 PYTEST_ARGS ?= -n 2
 
-.PHONY: env demo test check docs benchmark clean
+.PHONY: env demo test check docs benchmark benchmark-slopes clean
 
 env: $(STAMP)
 
@@ -38,6 +38,9 @@ docs: env
 
 benchmark: env
 	OMP_NUM_THREADS=1 $(RUN)python benchmarks/bcp.py
+
+benchmark-slopes: env
+	OMP_NUM_THREADS=1 $(RUN)python benchmarks/slopes.py
 
 clean:
 	rm -rf $(VENV) build docs/_build demo_results *.egg-info

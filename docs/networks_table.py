@@ -90,7 +90,7 @@ def document(figures: dict[str, dict[str, Any]]) -> str:
                 reasons = dict.fromkeys(cell.partition(": ")[2] for cell in pair if cell.startswith("no"))
                 notes += [f"* {name}, {method}: {reason}" for reason in reasons]
             parts.append(f"| {name} | {entry['opset']} | {entry['error']:.0e} | {' | '.join(cells)} |")
-        parts.append("\n" + "\n".join(notes) if notes else "")
+        parts.append("\n".join(["", *notes, ""]) if notes else "")
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lirpa_ext import BoundedModule, Report, certified_loss, certify, worst_translated_logits
+from lirpa_ext import BoundedModule, Report, certified_loss, certify, worst_case_logits
 from lirpa_ext.data import load_digits
 from lirpa_ext.loading import load_model, save_model
 
@@ -47,7 +47,7 @@ def train(x: Tensor, y: Tensor, epochs: int) -> nn.Module:
         for index in torch.randperm(len(x)).split(BATCH)[: len(x) // BATCH]:  # whole batches: one graph for all
             images, labels = x[index], y[index]
             logits = model(images)
-            worst = worst_translated_logits(
+            worst = worst_case_logits(
                 bounded, images, labels, ramp * TRAINING_EPS, x_L=0.0, x_U=1.0, logits=logits, norms="estimate"
             )
             optimizer.zero_grad()

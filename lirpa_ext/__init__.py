@@ -8,7 +8,7 @@ from .engine import BoundedTensor
 from .importer import ImportedModel, load_onnx
 from .inspection import Inspection, inspect_onnx
 from .lipschitz import lipschitz
-from .losses import certified_loss, worst_translated_logits
+from .losses import certified_loss, fused_cross_entropy, mixed_loss, relu_stability_loss, worst_case_logits
 from .module import BoundedModule
 from .patch import register, unregister
 from .perturbation import PerturbationLpNorm
@@ -32,11 +32,14 @@ __all__ = [
     "certified_loss",
     "certify",
     "inspect_onnx",
+    "fused_cross_entropy",
     "lipschitz",
     "load_onnx",
     "load_vnnlib",
+    "mixed_loss",
     "register",
+    "relu_stability_loss",
     "unregister",
     "verify",
-    "worst_translated_logits",
+    "worst_case_logits",
 ]

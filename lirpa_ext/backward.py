@@ -91,6 +91,7 @@ class BackwardPass:
         perturbations: Perturbation of each input node, default what the graph holds.
         all_coordinates: Let rows be chosen at every coordinate of a ReLU, not at the open ones alone.
         outward: Subtract what the sums with rows may lose in floating-point arithmetic.
+        final: The node whose value is bounded, default the graph's output.
     """
 
     def __init__(
@@ -100,12 +101,13 @@ class BackwardPass:
         perturbations: dict[str, PerturbationLpNorm] | None = None,
         all_coordinates: bool = False,
         outward: bool = False,
+        final: Any = None,
     ) -> None:
         self.module = module
         self.states = states
         self.all_coordinates = all_coordinates
         self.outward = outward
-        self.final = module.final_node()  # type: ignore[operator]
+        self.final = module.final_node() if final is None else final  # type: ignore[operator]
         self.order = engine.ancestors_in_order(self.final)
         self._parts: dict[str, Part] = {}
         self.perturbations = perturbations or {
@@ -117,13 +119,7 @@ class BackwardPass:
     def take(self, index: Tensor, all_coordinates: bool = False) -> BackwardPass:
         """The same pass for some samples of the batch (an index may repeat)."""
 
-        batched = set()
-        for node in self.order:
-            own = self.states[node.name]
-            for parent in engine.aligned_constants(node) if isinstance(own, BallBox) else []:
-                shape = self.states[parent.name].shape  # type: ignore[union-attr]
-                if len(shape) == own.center.dim() and shape[0] == len(own.center):  # type: ignore[union-attr]
-                    batched.add(parent.name)
+        batched = self._batched()
 
         def some(node: Any) -> State:
             state = self.states[node.name]
@@ -138,7 +134,18 @@ class BackwardPass:
         }
         return BackwardPass(self.module, states, perturbations, all_coordinates, self.outward)
 
-    def bound(self, C: Tensor, relax: Relax | None) -> Tensor:
+    def _batched(self) -> set[str]:
+        """Names of the constants that differ by sample."""
+        names = set()
+        for node in self.order:
+            own = self.states[node.name]
+            for parent in engine.aligned_constants(node) if isinstance(own, BallBox) else []:
+                shape = self.states[parent.name].shape  # type: ignore[union-attr]
+                if len(shape) == own.center.dim() and shape[0] == len(own.center):  # type: ignore[union-attr]
+                    names.add(parent.name)
+        return names
+
+    def bound(self, C: Tensor, relax: Relax | None = None) -> Tensor:
         """Lower bound of C f.
 
         Args:

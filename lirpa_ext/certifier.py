@@ -23,6 +23,7 @@ from .errors import (
     UnknownMethodError,
     UnsupportedNodeError,
 )
+from .methods import label_option
 from .module import BoundedModule
 from .perturbation import PerturbationLpNorm
 from .report import Record
@@ -226,7 +227,7 @@ class Certifier:
                 C=rows,
                 method=self.method,
                 bound_upper=False,
-                **self.options,
+                **label_option(self.method, y) | self.options,
             )
         except BaseException:
             self.bounded = None  # a graph that failed half-way may hold anything

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -217,6 +217,44 @@ class _Convolution(WeightedMap):
         return peak * safe_sqrt(one_channel(one_channel._ones(one_channel.input_shape))[0])
 
 
+class _ConvAdjoint(torch.autograd.Function):
+    """A^T y of a convolution A, whose gradients are those of A itself: <g, A^T y> = <A g, y>.
+
+    torch differentiates a transposed convolution by a weight gradient that takes ten times as long on the CPU. To
+    one channel, a matrix product and the sum of its patches take half the time of the transposed convolution.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, unreached: Any
+    ) -> Tensor:
+        ctx.save_for_backward(y, weight)
+        ctx.geometry = stride, padding, dilation, groups
+        if weight.dim() == 4 and weight.shape[1] == groups == 1:
+            sizes = tuple(
+                (n - 1) * s - 2 * p + d * (k - 1) + 1 + extra
+                for n, s, p, d, k, extra in zip(
+                    y.shape[2:], stride, padding, dilation, weight.shape[2:], unreached, strict=True
+                )
+            )
+            patches = y.flatten(2).transpose(1, 2) @ weight.flatten(1)  # shape: (B, positions, kernel)
+            return F.fold(patches.transpose(1, 2), sizes, weight.shape[2:], dilation, padding, stride)
+        transpose = _CONV_TRANSPOSE[weight.dim() - 2]
+        return transpose(y, weight, None, stride, padding, unreached, groups, dilation)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        y, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        to_y = to_weight = None
+        if ctx.needs_input_grad[0]:
+            to_y = _CONV[weight.dim() - 2](gradient, weight, None, *ctx.geometry)
+        if ctx.needs_input_grad[1]:
+            args = (y, gradient, weight, None, stride, padding, dilation, False, [0] * len(stride), groups)
+            to_weight = torch.ops.aten.convolution_backward(*args, [False, True, False])[1]
+        return to_y, to_weight, None, None, None, None, None
+
+
 class Conv(_Convolution):
     """Convolution (1-D to 3-D) with symmetric zero padding, without bias.
 
@@ -238,11 +276,9 @@ class Conv(_Convolution):
         return conv(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        transpose = _CONV_TRANSPOSE[len(self.kernel)]
         # Trailing inputs that no window reaches get zeros.
         unreached = tuple(reach % s for reach, s in zip(self._reaches(), self.stride, strict=True))
-        args = (self.stride, self.padding, unreached, self.groups, self.dilation)
-        return transpose(y, self.weight, None, *args)
+        return _ConvAdjoint.apply(y, self.weight, self.stride, self.padding, self.dilation, self.groups, unreached)
 
     def _kernels(self) -> Tensor:
         return self.weight

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from . import engine, repairs, softmax  # noqa: F401  (which fill CUSTOM_OPS)
 from .activations import as_nodes
 from .errors import OptionError, TraceError
-from .methods import check_options, find_method, run_method
+from .methods import check_options, find_method, run_activation_bounds, run_method
+from .methods.slopes import Relaxation
 from .norms import NormCache, PowerIteration
 from .operators import CUSTOM_OPS, BoundBallBoxRelu, BoundPowerIteration
 from .rules.linear import power_iterable
@@ -43,6 +44,10 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         device: Device of the graph, default that of the model's parameters.
         custom_ops: Further custom operators of the engine, by ONNX op name.
 
+    Attributes:
+        last_relaxation: Slopes of the last call of "sparse-slope" or "slope:...", None before
+            (`lirpa_ext.methods.slopes.Relaxation`).
+
     Raises:
         TraceError: The engine cannot build the graph, or its graph computes something else than the model.
         TrainModeError: A batch norm is in train mode.
@@ -57,6 +62,8 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         >>> bool((lower <= model(torch.zeros(1, 2))).all())
         True
     """
+
+    last_relaxation: Relaxation | None = None
 
     def __init__(
         self,
@@ -177,8 +184,8 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
             x: Inputs, (B, ...), `BoundedTensor` where perturbed. Default: those of the last call.
             aux: The engine's.
             C: Specification rows, (B, S, outputs). Default: the outputs themselves.
-            method: "lipschitz", "bcp", "bcp-crown", "bcp-alpha-crown", another registered one, or any of the
-                engine's ("IBP", "CROWN-IBP", "CROWN", "alpha-CROWN", ...).
+            method: "lipschitz", "bcp", "bcp-crown", "bcp-alpha-crown", "sparse-slope", "slope:...", "cap", another
+                registered one, or any of the engine's ("IBP", "CROWN-IBP", "CROWN", "alpha-CROWN", ...).
             bound_lower: Compute the lower side; else it is None.
             bound_upper: Compute the upper side; else it is None.
             **options: Options of the method (`lirpa_ext.methods`), or the engine's further arguments.
@@ -212,6 +219,19 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
                 self, str(method), self._inputs, C, bound_lower, bound_upper, options,
                 self.norm_cache, self.power_iterations, self.source.training,
             )  # fmt: skip
+
+    def activation_bounds(self, x: Tensor | tuple[Tensor, ...] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """IBP boxes of the inputs of every ReLU and LeakyReLU, differentiable in the model's parameters.
+
+        Args:
+            x: As in `compute_bounds`.
+
+        Returns:
+            (lower, upper), each (B, ...), by the activation's name in the order of the graph.
+        """
+        self._set_inputs(x)
+        with self._engine_inside(), engine.default_dtype(self._inputs[0].dtype):
+            return run_activation_bounds(self, self._inputs, self.norm_cache)
 
     def forward(self, *x: Tensor, **kwargs: Any) -> Tensor:
         """The model's function through the graph (the engine's, with its arguments)."""

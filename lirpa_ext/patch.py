@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import engine
 from .errors import OptionError
-from .methods import METHODS, run_method
+from .methods import is_ours, run_method
 from .norms import NormCache, PowerIteration
 from .tracing import as_tuple, check_inputs, with_our_perturbation
 
@@ -35,7 +35,7 @@ def register() -> None:
         self: nn.Module, x: Any = None, aux: Any = None, C: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         method = kwargs.get("method", args[0] if args else None)
-        if not isinstance(method, str) or method.lower() not in METHODS or hasattr(self, "source"):
+        if method is None or not is_ours(method) or hasattr(self, "source"):
             return _original(self, x, aux, C, *args, **kwargs)
         if x is None or aux is not None or len(args) > 1:
             raise OptionError(f"method {method!r} on the engine's own class needs x, and its options by name")

@@ -44,7 +44,7 @@ def propagate(module: nn.Module, context: Context, keep: bool = False, final: An
         if not node.perturbed or engine.is_shape(node):
             states[node.name] = center
         elif isinstance(node, engine.BoundInput):
-            states[node.name] = _input_set(node, context)
+            states[node.name] = input_set(node, context)
         else:
             inputs = [states[parent.name] for parent in node.inputs]
             states[node.name] = propagate_node(node, inputs, center, context)
@@ -57,7 +57,8 @@ def propagate(module: nn.Module, context: Context, keep: bool = False, final: An
     return states
 
 
-def _input_set(node: Any, context: Context) -> BallBox:
+def input_set(node: Any, context: Context) -> BallBox:
+    """Ball and box of an input node's perturbation."""
     if isinstance(node, (engine.BoundParams, engine.BoundBuffers)):
         raise InvalidInputError(f"{node.ori_name!r} is perturbed; the ball-box methods take perturbed inputs only")
     perturbation = PerturbationLpNorm.of(node.perturbation)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, certified_loss, worst_translated_logits
+from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, certified_loss, worst_case_logits
 from lirpa_ext.errors import InvalidInputError, LirpaExtError
 
 
@@ -27,7 +27,7 @@ def test_of_a_linear_model_is_the_exact_worst_case() -> None:
     """min of (w_y - w_m).x' over the ball is that of the center minus eps ||w_y - w_m||_2."""
     torch.manual_seed(0)
     linear, x, y, eps = nn.Linear(3, 4).double(), torch.rand(2, 3, dtype=torch.float64), torch.tensor([2, 0]), 0.3
-    worst = worst_translated_logits(BoundedModule(linear, x), x, y, eps)
+    worst = worst_case_logits(BoundedModule(linear, x), x, y, eps)
     for sample, label in enumerate(y):
         lengths = torch.linalg.vector_norm(linear.weight[label] - linear.weight, dim=1)
         torch.testing.assert_close(worst[sample], linear(x)[sample] + eps * lengths)
@@ -36,7 +36,7 @@ def test_of_a_linear_model_is_the_exact_worst_case() -> None:
 @pytest.mark.parametrize("method", ["lipschitz", "bcp", "bcp-crown", "CROWN-IBP"])
 def test_its_entries_are_label_minus_worst_margin(model: nn.Module, x: Tensor, method: str) -> None:
     bounded, eps = BoundedModule(model, x), 0.1
-    worst = worst_translated_logits(bounded, x, Y, eps, method=method)
+    worst = worst_case_logits(bounded, x, Y, eps, method=method)
     logits = model(x)
     ball = BoundedTensor(x, PerturbationLpNorm(eps, 2))
     for other in range(4):
@@ -48,13 +48,13 @@ def test_its_entries_are_label_minus_worst_margin(model: nn.Module, x: Tensor, m
 
 
 def test_radius_zero_gives_the_logits(model: nn.Module, x: Tensor) -> None:
-    torch.testing.assert_close(worst_translated_logits(BoundedModule(model, x), x, Y, 0.0), model(x))
+    torch.testing.assert_close(worst_case_logits(BoundedModule(model, x), x, Y, 0.0), model(x))
 
 
 def test_its_cross_entropy_is_never_below_that_of_a_sample(model: nn.Module, x: Tensor) -> None:
     """Proposition 3.1.1, with one eps for each sample and a data range."""
     eps = torch.linspace(0.0, 0.8, 5, dtype=torch.float64)
-    worst = worst_translated_logits(BoundedModule(model, x), x, Y, eps, x_L=0.0, x_U=1.0)
+    worst = worst_case_logits(BoundedModule(model, x), x, Y, eps, x_L=0.0, x_U=1.0)
     bound = functional.cross_entropy(worst, Y, reduction="none")
     directions = functional.normalize(torch.randn(500, 5, 6, generator=torch.Generator().manual_seed(2)), dim=-1)
     for direction in directions.double():
@@ -64,8 +64,8 @@ def test_its_cross_entropy_is_never_below_that_of_a_sample(model: nn.Module, x: 
 
 def test_given_logits_spare_a_pass_and_change_nothing(model: nn.Module, x: Tensor) -> None:
     bounded = BoundedModule(model, x)
-    expected = worst_translated_logits(bounded, x, Y, 0.2)
-    torch.testing.assert_close(worst_translated_logits(bounded, x, Y, 0.2, logits=model(x)), expected)
+    expected = worst_case_logits(bounded, x, Y, 0.2)
+    torch.testing.assert_close(worst_case_logits(bounded, x, Y, 0.2, logits=model(x)), expected)
 
 
 def test_gradients_are_those_of_finite_differences(model: nn.Module, x: Tensor) -> None:
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_finite_differences(model: nn.Module, x: Tensor) 
     weight = model[0].weight
 
     def loss() -> Tensor:
-        return certified_loss(model(x), worst_translated_logits(bounded, x, Y, 0.2), Y, 0.7)
+        return certified_loss(model(x), worst_case_logits(bounded, x, Y, 0.2), Y, 0.7)
 
     (gradient,) = torch.autograd.grad(loss(), weight)
     direction, step = torch.randn_like(weight), 1e-6
@@ -91,7 +91,7 @@ def test_training_with_estimates_lowers_the_loss(model: nn.Module, x: Tensor) ->
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     losses = []
     for _ in range(60):
-        worst = worst_translated_logits(bounded, x, Y, 0.1, norms="estimate")
+        worst = worst_case_logits(bounded, x, Y, 0.1, norms="estimate")
         loss = certified_loss(model(x), worst, Y, 0.5)
         optimizer.zero_grad()
         loss.backward()
@@ -131,4 +131,4 @@ def test_a_weight_outside_of_the_unit_interval_is_refused(weight: float) -> None
 )
 def test_bad_arguments_are_refused(model: nn.Module, x: Tensor, y: Tensor, eps: float, options: dict) -> None:
     with pytest.raises(LirpaExtError):
-        worst_translated_logits(BoundedModule(model, x), x, y, eps, **options)
+        worst_case_logits(BoundedModule(model, x), x, y, eps, **options)

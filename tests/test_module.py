@@ -367,13 +367,13 @@ def test_200_classes_at_batch_128_stay_under_4_gib():
     peak = peak_gib("""
         import torch
         from torch import nn
-        from lirpa_ext import BoundedModule, worst_translated_logits, certified_loss
+        from lirpa_ext import BoundedModule, worst_case_logits, certified_loss
         torch.manual_seed(0)
         torch.set_num_threads(1)
         model = nn.Sequential(nn.Linear(64, 4096), nn.ReLU(), nn.Linear(4096, 200)).train()
         x, y = torch.rand(128, 64), torch.arange(128) % 200
         graph = BoundedModule(model, x)
-        worst = worst_translated_logits(graph, x, y, 0.1, method="bcp", norms="estimate")
+        worst = worst_case_logits(graph, x, y, 0.1, method="bcp", norms="estimate")
         assert worst.shape == (128, 200)
         certified_loss(model(x), worst, y, 0.5).backward()
         assert all(torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for p in model.parameters())

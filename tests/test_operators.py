@@ -8,7 +8,7 @@ from soundness import assert_contains, assert_sound, extremes
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine, worst_translated_logits
+from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine, worst_case_logits
 from lirpa_ext.operators import BoundBallBoxLinear, BoundBallBoxRelu, BoundPowerIteration, relu_backward
 from lirpa_ext.sets import BallBox
 
@@ -284,7 +284,7 @@ def test_parametrized_layers_are_trained(make, method, norms):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     losses, start = [], {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for _ in range(12):
-        worst = worst_translated_logits(graph, x, y, 0.1, method=method, norms=norms)
+        worst = worst_case_logits(graph, x, y, 0.1, method=method, norms=norms)
         loss = nn.functional.cross_entropy(worst, y)
         optimizer.zero_grad()
         loss.backward()

@@ -190,6 +190,9 @@ def test_random_network(blocks, shape, head, norm, eps, ranged, dtype, seed):
     back = check(graph, "bcp-crown", bounded, found)
     assert (both[0] >= ball[0] - slack).all() and (both[1] <= ball[1] + slack).all(), "bcp looser than lipschitz"
     assert (back[0] >= both[0] - slack).all() and (back[1] <= both[1] + slack).all(), "bcp-crown looser than bcp"
+    for method in ("slope:ibp", "slope:crown", "cap"):
+        check(graph, method, bounded, found)
+    check(graph, "slope:random", bounded, found, seed=seed)
 
 
 ENGINE_RUNS: dict[str, list[str]] = {"IBP": [], "CROWN-IBP": [], "CROWN": []}

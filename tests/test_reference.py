@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, lipschitz, worst_translated_logits
+from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, lipschitz, worst_case_logits
 from lirpa_ext.attacks import PGD
 from lirpa_ext.data import load_data
 from lirpa_ext.specifications import margin_rows
@@ -42,7 +42,7 @@ class Reference:
 
     @torch.no_grad()
     def worst(self, method: str, eps: float = 1.0, **options: object) -> torch.Tensor:
-        return worst_translated_logits(self.graph, self.x, self.y, eps, method=method, **options)
+        return worst_case_logits(self.graph, self.x, self.y, eps, method=method, **options)
 
     @torch.no_grad()
     def verified(self, method: str, eps: float, count: int = 200, **options: object) -> torch.Tensor:
@@ -107,7 +107,7 @@ def test_worst_logits_are_the_official_ones(reference, method):
 def test_float32_gives_the_official_values_too(reference, method):
     net, x = copy.deepcopy(reference.net).float(), reference.x.float()
     with torch.no_grad():
-        worst = worst_translated_logits(BoundedModule(net, x), x, reference.y, 1.0, method=method, **OFFICIAL[method])
+        worst = worst_case_logits(BoundedModule(net, x), x, reference.y, 1.0, method=method, **OFFICIAL[method])
     official = reference.values[f"eps1.0_{NAMES[method]}"]
     assert relative(worst, official) <= 2e-5
     assert torch.equal(certified(worst, reference.y), reference.values[f"eps1.0_{NAMES[method]}_certified"])

@@ -1,6 +1,6 @@
 """Bound methods: a table from name to function. `base` says what one is; each further file is one method."""
 
-from . import bcp, bcp_crown  # noqa: F401  (they fill the table)
+from . import bcp, bcp_crown, slopes  # noqa: F401  (they fill the table)
 from .base import (
     METHODS,
     Bounds,
@@ -9,10 +9,12 @@ from .base import (
     check_options,
     check_specification,
     find_method,
+    is_ours,
     known_methods,
+    label_option,
     register_method,
 )
-from .run import run_method
+from .run import run_activation_bounds, run_method
 
 __all__ = [
     "METHODS",
@@ -22,7 +24,10 @@ __all__ = [
     "check_options",
     "check_specification",
     "find_method",
+    "is_ours",
     "known_methods",
+    "label_option",
     "register_method",
+    "run_activation_bounds",
     "run_method",
 ]

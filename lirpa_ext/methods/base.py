@@ -91,6 +91,22 @@ Method = Callable[..., Bounds]
 METHODS: dict[str, Method] = {}
 
 
+@dataclass(frozen=True)
+class Family:
+    """Methods that differ in a variant, ``"family:variant"``, or need options to run.
+
+    Attributes:
+        find: Variant ("" for the bare name) -> method; raises UnknownMethodError where there is none.
+        names: What the list of known methods says.
+    """
+
+    find: Callable[[str], Method]
+    names: tuple[str, ...]
+
+
+FAMILIES: dict[str, Family] = {}
+
+
 def register_method(name: str, function: Method, overwrite: bool = False) -> None:
     """Add a bound method, to be used as ``compute_bounds(method=name)``.
 
@@ -107,6 +123,8 @@ def register_method(name: str, function: Method, overwrite: bool = False) -> Non
         raise RegistrationError(f"method names are lower case, got {name!r}")
     if name in engine.ENGINE_METHODS:
         raise RegistrationError(f"{name!r} is a method of the engine")
+    if name.partition(":")[0] in FAMILIES:
+        raise RegistrationError(f"{name!r} belongs to a family of methods")
     if name in METHODS and not overwrite:
         raise RegistrationError(f"method {name!r} exists already; pass overwrite=True to replace it")
     METHODS[name] = function
@@ -114,7 +132,8 @@ def register_method(name: str, function: Method, overwrite: bool = False) -> Non
 
 def known_methods() -> list[str]:
     """Names of all methods, this package's and the engine's."""
-    return sorted(METHODS) + sorted(engine.ENGINE_METHODS)
+    families = [name for family in FAMILIES.values() for name in family.names]
+    return sorted(METHODS) + families + sorted(engine.ENGINE_METHODS)
 
 
 def find_method(name: str) -> Method:
@@ -123,15 +142,33 @@ def find_method(name: str) -> Method:
     Raises:
         UnknownMethodError: Neither the package nor the engine has one.
     """
-    try:
-        return METHODS[name.lower()]
-    except (KeyError, AttributeError):
-        raise UnknownMethodError(f"unknown method {name!r}; known are {', '.join(known_methods())}") from None
+    if isinstance(name, str):
+        if name.lower() in METHODS:
+            return METHODS[name.lower()]
+        family, _, variant = name.lower().partition(":")
+        if family in FAMILIES:
+            return FAMILIES[family].find(variant)
+    raise UnknownMethodError(f"unknown method {name!r}; known are {', '.join(known_methods())}")
+
+
+def is_ours(name: Any) -> bool:
+    """Whether a method of that name is this package's, not the engine's."""
+    return isinstance(name, str) and (name.lower() in METHODS or name.lower().partition(":")[0] in FAMILIES)
+
+
+def option_names(method: Method) -> list[str]:
+    """Names of a method's options."""
+    return [p.name for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def label_option(name: str, labels: Tensor) -> dict[str, Tensor]:
+    """{"labels": labels} for a method that has such an option, else {}."""
+    return {"labels": labels} if is_ours(name) and "labels" in option_names(find_method(name)) else {}
 
 
 def check_options(name: str, method: Method, options: dict[str, Any]) -> None:
     """Raise OptionError unless the method has every option."""
-    known = [p.name for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known = option_names(method)
     unknown = [option for option in options if option not in known]
     if unknown:
         raise OptionError(f"method {name!r} has no option {unknown[0]!r}; its options are {', '.join(known) or 'none'}")
@@ -156,4 +193,4 @@ def set_of(state: State) -> BallBox:
     return state if isinstance(state, BallBox) else BallBox.point(state)
 
 
-__all__ = ["METHODS", "Bounds", "Method", "PerturbationLpNorm", "Problem", "register_method"]
+__all__ = ["FAMILIES", "METHODS", "Bounds", "Family", "Method", "PerturbationLpNorm", "Problem", "register_method"]

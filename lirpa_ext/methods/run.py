@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from .. import engine
 from ..errors import InvalidInputError, OptionError
+from ..intervals import propagate_intervals
 from ..norms import NormCache, PowerIteration
-from .base import Bounds, Problem, check_options, check_specification, find_method
+from ..rules import Context
+from ..slopes import ACTIVATIONS
+from .base import Bounds, Problem, check_options, check_specification, find_method, set_of
 
 
 def run_method(
@@ -46,8 +49,7 @@ def run_method(
     check_options(method, function, options)
     if not bound_lower and not bound_upper:
         raise OptionError("at least one of bound_lower and bound_upper must be True")
-    if not any(getattr(x, "ptb", None) is not None for x in inputs):
-        raise InvalidInputError("no input is perturbed: wrap it in BoundedTensor(x, PerturbationLpNorm(...))")
+    _check_perturbed(inputs)
     try:
         engine.set_input(module, *inputs)
         if C is not None:
@@ -57,3 +59,23 @@ def run_method(
         return function(problem, **options)
     finally:
         engine.free_graphs(module)
+
+
+def run_activation_bounds(
+    module: nn.Module, inputs: tuple[Tensor, ...], cache: NormCache
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """IBP boxes of the inputs of the graph's ReLUs and LeakyReLUs, by the activation's name."""
+    _check_perturbed(inputs)
+    try:
+        engine.set_input(module, *inputs)
+        states = propagate_intervals(module, Context(cache, {}))
+        order = engine.ancestors_in_order(module.final_node())  # type: ignore[operator]
+        activations = [node for node in order if node.perturbed and type(node).__name__ in ACTIVATIONS]
+        return {node.name: set_of(states[node.inputs[0].name]).box() for node in activations}
+    finally:
+        engine.free_graphs(module)
+
+
+def _check_perturbed(inputs: tuple[Tensor, ...]) -> None:
+    if not any(getattr(x, "ptb", None) is not None for x in inputs):
+        raise InvalidInputError("no input is perturbed: wrap it in BoundedTensor(x, PerturbationLpNorm(...))")

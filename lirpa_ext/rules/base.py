@@ -83,6 +83,8 @@ class Rule:
 
     exact = False  # whether values and box are computed without rounding
     homogeneous = False  # whether the node maps 0 to 0 wherever `adjoint` applies
+    alike = False  # whether the node's value at 0 is the same for every sample,
+    by_channel = False  # and, of an image, at every position
 
     def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None] | None:
         """Coefficient rows of the inputs, if the node is affine in its perturbed inputs; else None.
@@ -158,10 +160,18 @@ def adjoint_and_bias(node: Any, inputs: Sequence[State], rows: Tensor) -> tuple[
     """Rows of an affine node's inputs, and rows times its value at 0, (S, B); None where the node is not affine."""
     rule = RULES.get(type(node).__name__)
     passed = None if rule is None else rule.adjoint(node, inputs, rows)
-    if passed is None:
+    if rule is None or passed is None:
         return None
     if rule.homogeneous or all(isinstance(state, BallBox) for state in inputs):  # type: ignore[union-attr]
         return passed, rows.new_zeros(rows.shape[:2])
+    if rule.alike:
+        value = apply(node, inputs, lambda state: rows.new_zeros(1, *state.center.shape[1:]))
+        if len(value) == 1:  # else a constant has a batch axis
+            if rule.by_channel:
+                return passed, rows.flatten(3).sum(3) @ value.flatten(2)[0, :, 0]
+            if rows.dim() == 5:  # channels last, in which convolutions keep their rows
+                rows, value = rows.movedim(2, -1), value.movedim(1, -1)
+            return passed, rows.flatten(2) @ value.flatten()
     value = apply(node, inputs, lambda state: rows.new_zeros(state.center.shape))
     return passed, (rows * value).reshape(*rows.shape[:2], -1).sum(2)
 

@@ -26,10 +26,16 @@ class Affine(Rule):
     Args:
         linear_map: Builds the linear part from (node, inputs, index of the perturbed input); None where the
             node is not affine in that input, which then takes the engine's interval rule.
+        by_channel: Whether its bias is one number for each channel.
     """
 
-    def __init__(self, linear_map: Callable[[Any, Sequence[State], int], LinearMap | None]) -> None:
+    alike = True
+
+    def __init__(
+        self, linear_map: Callable[[Any, Sequence[State], int], LinearMap | None], by_channel: bool = False
+    ) -> None:
         self.linear_map = linear_map
+        self.by_channel = by_channel
 
     def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         index = only_perturbed(inputs)
@@ -89,6 +95,9 @@ class Scaling(Affine):
     Args:
         inverse: Divide.
     """
+
+    homogeneous = True  # of a constant divided by the input there is no adjoint
+    alike = False
 
     def __init__(self, inverse: bool) -> None:
         super().__init__(_scaling(inverse))
@@ -243,8 +252,8 @@ def power_iterable(node: Any) -> tuple[str, Any, Callable[[Tensor], LinearMap]] 
 register_rule("BoundLinear", Affine(_dense))
 register_rule("BoundBallBoxLinear", Affine(_dense))
 register_rule("BoundMatMul", Affine(_matmul))
-register_rule("BoundConv", Affine(_conv))
-register_rule("BoundConvTranspose", Affine(_conv_transpose))
+register_rule("BoundConv", Affine(_conv, by_channel=True))
+register_rule("BoundConvTranspose", Affine(_conv_transpose, by_channel=True))
 register_rule("BoundBatchNormalization", Affine(_batch_norm))
 register_rule("BoundMul", Scaling(inverse=False))
 register_rule("BoundDiv", Quotient(inverse=True))

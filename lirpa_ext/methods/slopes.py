@@ -1,0 +1,429 @@
+"""CROWN-IBP and its relatives: one backward pass whose lower slopes are chosen by a rule or by one gradient step.
+
+S. Lee, W. Lee, J. Park, J. Lee, Towards better understanding of training certifiably robust models against
+adversarial examples, NeurIPS 2021; S. Lee's dissertation (2021), 3.3.3, C.3, C.4, C.8. Proof of soundness: the
+intermediate boxes are sound, and on them the bound holds for every choice of slopes in [0, 1]
+(`lirpa_ext.slopes.Lines`), so also for one that depends on the labels, on chance or on a gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import engine
+from ..errors import InvalidInputError, OptionError, UnknownMethodError
+from ..fusion import chords_of_margins, cross_entropy_bound
+from ..intervals import propagate_intervals
+from ..sets import BallBox
+from ..slopes import ACTIVATIONS, Lines, SlopePass, Slopes
+from ..specifications import check_labels, margin_rows
+from .base import FAMILIES, Bounds, Family, Method, Problem, register_method, set_of
+from .bcp import tightened
+
+# Without C the bounds of so many outputs are those of a box, as in "bcp".
+_LARGEST_IDENTITY = 1024
+
+# Rows that one pass of "cap" carries from a hidden layer, of which each neuron is one.
+_ROWS_AT_ONCE = 64
+
+VARIANTS = ("slope:crown", "slope:cap", "slope:random", "slope:P,Q", "slope:ibp", "slope:same")
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """The slopes that a call used; the graph keeps that of its last call as `BoundedModule.last_relaxation`.
+
+    Attributes:
+        slopes: Parameters of the lower lines in [0, 1], by the activation's name in the order of the graph, each of
+            the shape of its input (B, ...), without gradient. To be given to ``method="slope:same"``.
+        unstable: Neurons whose box contains 0 inside, likewise, bool: only their slopes count.
+        gradients: Signs of the last step's gradient, likewise; None for slopes that took no step.
+    """
+
+    slopes: dict[str, Tensor]
+    unstable: dict[str, Tensor]
+    gradients: dict[str, Tensor] | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the unstable neurons whose slope is 0; NaN if there is none."""
+        return self._share({name: slope == 0 for name, slope in self.slopes.items()})
+
+    @property
+    def zero_gradients(self) -> float:
+        """Share of the unstable neurons whose gradient was 0, and whose slope was left as it was; NaN if none."""
+        if self.gradients is None:
+            return float("nan")
+        return self._share({name: sign == 0 for name, sign in self.gradients.items()})
+
+    def _share(self, marked: dict[str, Tensor]) -> float:
+        unstable = sum(int(mask.sum()) for mask in self.unstable.values())
+        found = sum(int((marked[name] & mask).sum()) for name, mask in self.unstable.items())
+        return found / unstable if unstable else float("nan")
+
+
+def sparse_slope(
+    problem: Problem,
+    *,
+    labels: Tensor | None = None,
+    eta: float = 1.0,
+    steps: int = 1,
+    alpha: float = 0.1,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+    intermediate: str = "ibp",
+    norms: str = "bound",
+    outward: bool | None = None,
+    loss_fusion: bool = False,
+) -> Bounds:
+    """Slopes by one projected sign-gradient step of the cross entropy of the upper margins, (3.3.24) and (C.8.7).
+
+    a0 ~ U[0, 1]; a = clip(a0 - eta sign(d CE / d a0), 0, 1); the bound has gradients in the weights, through the
+    boxes too, but none through a. The step takes the sign alone, so the cross entropy may be replaced by
+    anything that grows with it, sample by sample: here by the log-sum-exp of the other classes' margins, whose
+    gradient does not vanish in floating point where every margin is verified by far.
+
+    Args:
+        problem: What to bound.
+        labels: The classes whose margins the step is for, (B,). Required.
+        eta: Size of the one step, at least 1: it takes every slope with a gradient to 0 or 1.
+        steps: Number of steps, default 1. More than one have size `alpha`.
+        alpha: Size of each of several steps; the source takes 7 of 0.1.
+        generator: Source of the random start; default torch's own.
+        seed: Or the seed of a new one.
+        intermediate: Boxes of the hidden layers: "ibp" (default) or "bcp", which is tighter for l2.
+        norms: Spectral norms of "bcp": "bound" (default), or "estimate" for training, which is no certificate.
+        outward: Outward rounding of what floating-point arithmetic may lose. Default: in float64, with "bound".
+        loss_fusion: Bound the cross entropy of the labels itself, with one row in place of classes - 1
+            (`lirpa_ext.fusion`): returns (None, upper bound (B, 1)). Then C is not taken, nor the lower side.
+
+    Returns:
+        Lower and upper bounds, (B, S), or of the output's shape without C.
+    """
+    if labels is None:
+        raise OptionError('"sparse-slope" takes its step for a class: pass labels=y, of shape (B,)')
+    if not eta >= 1:
+        raise OptionError(f"eta must be at least 1, for slopes of 0 or 1, got {eta}; for smaller steps: steps, alpha")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1 or not alpha > 0:
+        raise OptionError(f"steps must be a whole number from 1 and alpha positive, got {steps} and {alpha}")
+    work = _Work(problem, labels, intermediate, norms, outward, loss_fusion)
+    source = _source(generator, seed)
+    slopes = {node.name: _uniform(work.lines(node).line, source) for node in work.plain.activations}
+    signs: dict[str, Tensor] = {}
+    for _ in range(steps):
+        signs = work.descent(slopes)
+        size = eta if steps == 1 else alpha
+        slopes = {name: (value - size * signs[name]).clamp(0, 1) for name, value in slopes.items()}
+    return work.bounds(slopes, signs)
+
+
+def _fixed(choose: Callable[[tuple[Tensor, Tensor]], Tensor]) -> Method:
+    """The method that chooses each activation's slopes by a rule of its box."""
+
+    def method(
+        problem: Problem,
+        *,
+        labels: Tensor | None = None,
+        intermediate: str = "ibp",
+        norms: str = "bound",
+        outward: bool | None = None,
+        loss_fusion: bool = False,
+    ) -> Bounds:
+        work = _Work(problem, labels, intermediate, norms, outward, loss_fusion)
+        return work.bounds({node.name: choose(work.box(node)) for node in work.plain.activations})
+
+    return method
+
+
+def _drawn(draw: Callable[[tuple[Tensor, Tensor], torch.Generator | None], Tensor]) -> Method:
+    """The method that draws each activation's slopes from a distribution given by its box."""
+
+    def method(
+        problem: Problem,
+        *,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        intermediate: str = "ibp",
+        norms: str = "bound",
+        outward: bool | None = None,
+        loss_fusion: bool = False,
+    ) -> Bounds:
+        work = _Work(problem, labels, intermediate, norms, outward, loss_fusion)
+        source = _source(generator, seed)
+        return work.bounds({node.name: draw(work.box(node), source) for node in work.plain.activations})
+
+    return method
+
+
+def slope_same(
+    problem: Problem,
+    *,
+    slopes: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
+    labels: Tensor | None = None,
+    intermediate: str = "ibp",
+    norms: str = "bound",
+    outward: bool | None = None,
+    loss_fusion: bool = False,
+) -> Bounds:
+    """The slopes that the caller gives.
+
+    Args:
+        problem: What to bound.
+        slopes: In [0, 1], each of the shape of its activation's input (B, ...): by the activation's name, or one for
+            each activation in the order of the graph, as in `Relaxation`. Those of stable neurons are not read.
+        labels: Of `loss_fusion` alone.
+        intermediate: As in `sparse_slope`.
+        norms: As in `sparse_slope`.
+        outward: As in `sparse_slope`.
+        loss_fusion: As in `sparse_slope`.
+
+    Returns:
+        As `sparse_slope`.
+    """
+    work = _Work(problem, labels, intermediate, norms, outward, loss_fusion)
+    shapes = {node.name: work.lines(node).line.shape for node in work.plain.activations}
+    if slopes is None:
+        raise OptionError(f'"slope:same" needs slopes=, for {", ".join(shapes) or "no activation at all"}')
+    named = dict(slopes) if isinstance(slopes, Mapping) else dict(zip(shapes, slopes, strict=False))
+    if set(named) != set(shapes) or len(slopes) != len(shapes):
+        raise InvalidInputError(f"there are slopes for {sorted(named)}, the activations are {sorted(shapes)}")
+    for name, value in named.items():
+        if value.shape != shapes[name]:
+            raise InvalidInputError(f"slopes of {name!r} must be {tuple(shapes[name])}, got {tuple(value.shape)}")
+        if not ((value >= 0) & (value <= 1)).all():
+            raise InvalidInputError(f"slopes of {name!r} leave [0, 1], where alone the bound holds, or are NaN")
+    return work.bounds({name: named[name].detach().to(work.output) for name in shapes})
+
+
+def slope_ibp(problem: Problem, *, outward: bool | None = None) -> Bounds:
+    """Interval bound propagation with the last layer merged into C: both lines level (3.3.2)."""
+    return _Work(problem, None, "ibp", "bound", outward, False).bounds(None)
+
+
+def cap(problem: Problem, *, outward: bool | None = None) -> Bounds:
+    """Fast-Lin, the bound of CAP (Wong and Kolter 2018): both lines parallel, for the hidden layers' boxes too.
+
+    Args:
+        problem: What to bound.
+        outward: As in `sparse_slope`.
+
+    Returns:
+        As `sparse_slope`.
+    """
+    context = problem.context("bound", outward)
+    activations = [
+        node
+        for node in engine.ancestors_in_order(problem.final)
+        if type(node).__name__ in ACTIVATIONS and node.perturbed
+    ]
+    # The boxes before the first activations are exact (but for a cut lp ball): nothing to gain there.
+    names = frozenset(
+        node.inputs[0].name
+        for node in activations
+        if any(other in activations for other in engine.ancestors_in_order(node.inputs[0]))
+    )
+
+    def refine(node: Any, states: dict[str, Any]) -> BallBox:
+        known = states[node.name]
+        chosen = _parallel(problem, tightened(states) if context.outward else states, context.outward, node)
+        size, total = known.center[0].numel(), known.center.shape
+        eye = torch.eye(size, dtype=known.center.dtype, device=known.center.device)
+        ends = []
+        for sign in (1, -1):
+            rows = (sign * eye).split(_ROWS_AT_ONCE)
+            bounds = [chosen.lower(some.expand(len(known.center), -1, -1)) for some in rows]
+            ends.append(sign * torch.cat(bounds, dim=1).view(total))
+        return BallBox(0.5 * (ends[0] + ends[1]), known.radius, *ends)
+
+    states = propagate_intervals(problem.module, context, (refine, names))
+    states = tightened(states) if context.outward else states
+    return _both_sides(problem, _parallel(problem, states, context.outward))
+
+
+def _parallel(problem: Problem, states: dict[str, Any], outward: bool, final: Any = None) -> SlopePass:
+    """The pass whose lower lines are parallel to the upper ones."""
+    plain = SlopePass(problem.module, states, {}, outward=outward, final=final)
+    return plain.with_slopes(
+        {node.name: _chord(set_of(plain.states[node.inputs[0].name]).box()) for node in plain.activations}
+    )
+
+
+class _Work:
+    """Boxes of the hidden layers, and what is done on them."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        labels: Tensor | None,
+        intermediate: str,
+        norms: str,
+        outward: bool | None,
+        loss_fusion: bool,
+    ) -> None:
+        if intermediate not in ("ibp", "bcp"):
+            raise OptionError(f'intermediate must be "ibp" or "bcp", got {intermediate!r}')
+        output = problem.final.output_shape
+        if labels is not None:
+            if len(output) != 2:
+                raise InvalidInputError(f"labels are for logits (B, classes), the output is {tuple(output)}")
+            check_labels(labels, output[1])
+            if len(labels) != output[0]:
+                raise InvalidInputError(f"there are {len(labels)} labels for a batch of {output[0]}")
+        if loss_fusion and (labels is None or problem.C is not None or problem.lower):
+            raise OptionError("loss_fusion bounds the cross entropy of labels=y from above: no C, bound_lower=False")
+        self.problem, self.labels, self.loss_fusion = problem, labels, loss_fusion
+        context = problem.context(norms, outward)
+        if intermediate == "bcp":
+            states = tightened(problem.propagate(context, keep=True))
+        else:
+            states = propagate_intervals(problem.module, context)
+            states = tightened(states) if context.outward else states
+            object.__setattr__(problem.module, "last_context", context)
+        self.plain = SlopePass(problem.module, states, {}, outward=context.outward)
+        self.output: Tensor = states[problem.final.name].center  # type: ignore[union-attr]
+        with _saveable():
+            self.detached = self.plain.detached()
+        if labels is not None:
+            self.margins = margin_rows(labels, output[1], self.output.dtype, self.output.device)
+        if loss_fusion:
+            self.chords = chords_of_margins(self.plain, self.margins)
+
+    def lines(self, node: Any) -> Lines:
+        """Relaxation of an activation, without gradient."""
+        with _saveable():
+            return self.detached.lines(node)
+
+    def box(self, node: Any) -> tuple[Tensor, Tensor]:
+        """Box of an activation's input, without gradient."""
+        return set_of(self.detached.states[node.inputs[0].name]).box()
+
+    def descent(self, slopes: Slopes) -> dict[str, Tensor]:
+        """Sign of the gradient of each sample's loss in the slopes; 0 where it is 0 or NaN, and for stable neurons.
+
+        No gradient of weights or boxes is formed, and each part of the batch frees its graph at once.
+        """
+        signs: dict[str, list[Tensor]] = {name: [] for name in slopes}
+        rows = self.chords.detach().rows(self.margins) if self.loss_fusion else self.margins
+        with _saveable(), torch.enable_grad():
+            own = {name: value.clone().requires_grad_() for name, value in slopes.items()}
+            for part, some in self.detached.with_slopes(own).split(rows):
+                loss = (-part.lower(some)).logsumexp(1).sum()
+                nodes = part.activations
+                leaves = [part.slopes[node.name] for node in nodes]  # type: ignore[index]
+                gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
+                for node, leaf, gradient in zip(nodes, leaves, gradients, strict=True):
+                    known = torch.zeros_like(leaf) if gradient is None else gradient * part.lines(node).unstable
+                    signs[node.name].append((known > 0).to(leaf) - (known < 0).to(leaf))
+        return {name: torch.cat(values) for name, values in signs.items()}
+
+    def bounds(self, slopes: Slopes | None, signs: dict[str, Tensor] | None = None) -> Bounds:
+        """What was asked, with these slopes; they stay on the module."""
+        if slopes is not None:
+            unstable = {node.name: self.lines(node).unstable for node in self.plain.activations}
+            relaxation = Relaxation(dict(slopes), unstable, signs)
+            object.__setattr__(self.problem.module, "last_relaxation", relaxation)
+        chosen = self.plain.with_slopes(slopes)
+        if self.loss_fusion:
+            return None, cross_entropy_bound(chosen, self.chords, self.margins).unsqueeze(1)
+        return _both_sides(self.problem, chosen)
+
+
+def _both_sides(problem: Problem, chosen: SlopePass) -> Bounds:
+    """The asked sides of C f, or of f."""
+    output = chosen.states[problem.final.name]
+    assert isinstance(output, BallBox)
+    shape = output.center.shape
+
+    def minimum(C: Tensor | None, sign: int) -> Tensor:
+        if C is not None:
+            return chosen.lower(C.expand(shape[0], -1, -1))
+        outputs = shape[1:].numel()
+        if outputs > _LARGEST_IDENTITY:
+            lower, upper = output.box()
+            return lower if sign > 0 else -upper
+        eye = sign * torch.eye(outputs, dtype=output.center.dtype, device=output.center.device)
+        return chosen.lower(eye.expand(shape[0], -1, -1)).view(shape)
+
+    return problem.both_sides(minimum)
+
+
+def _saveable() -> contextlib.AbstractContextManager[Any]:
+    """Leaves torch's inference mode, whose tensors no gradient can be taken through; else nothing."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+
+
+def _source(generator: torch.Generator | None, seed: int | None) -> torch.Generator | None:
+    if generator is not None and seed is not None:
+        raise OptionError("give a generator or a seed, not both")
+    return generator if seed is None else torch.Generator().manual_seed(seed)
+
+
+def _uniform(like: Tensor, source: torch.Generator | None) -> Tensor:
+    """U[0, 1] of the shape of `like`, drawn on the generator's device."""
+    device = like.device if source is None else source.device
+    return torch.rand(like.shape, generator=source, dtype=like.dtype, device=device).to(like.device)
+
+
+def _adaptive(box: tuple[Tensor, Tensor]) -> Tensor:
+    """CROWN's: 1[u+ + l- > 0], the smaller of the two areas."""
+    lower, upper = box
+    return (upper.clamp(min=0) + lower.clamp(max=0) > 0).to(upper)
+
+
+def _chord(box: tuple[Tensor, Tensor]) -> Tensor:
+    """CAP's: u+ / (u+ - l-), parallel to the upper line."""
+    lower, upper = box
+    above, below = upper.detach().clamp(min=0), lower.detach().clamp(max=0)
+    return above / (above - below).clamp(min=torch.finfo(upper.dtype).tiny)
+
+
+def _bernoulli(p: float, q: float) -> Callable[[tuple[Tensor, Tensor], torch.Generator | None], Tensor]:
+    """C.4: P(a = 1 | |l| > |u|) = p, P(a = 1 | |l| <= |u|) = q."""
+
+    def draw(box: tuple[Tensor, Tensor], source: torch.Generator | None) -> Tensor:
+        lower, upper = box
+        chance = torch.where(lower.abs() > upper.abs(), p, q)
+        return (_uniform(upper, source) < chance).to(upper)
+
+    return draw
+
+
+_FIXED: dict[str, Method] = {
+    "crown": _fixed(_adaptive),
+    "cap": _fixed(_chord),
+    "random": _drawn(lambda box, source: _uniform(box[1], source)),
+    "same": slope_same,
+    "ibp": slope_ibp,
+}
+
+
+def _variant(name: str) -> Method:
+    """Method "slope:name"."""
+    if name in _FIXED:
+        return _FIXED[name]
+    parts = name.split(",")
+    try:
+        p, q = (float(part) for part in parts)
+    except ValueError:
+        raise UnknownMethodError(f'unknown variant "slope:{name}"; known are {", ".join(VARIANTS)}') from None
+    if not (0 <= p <= 1 and 0 <= q <= 1):
+        raise InvalidInputError(f'"slope:{name}": P and Q are probabilities, from 0 to 1')
+    return _drawn(_bernoulli(p, q))
+
+
+def _the_step(name: str) -> Method:
+    if name:
+        raise UnknownMethodError(f'"sparse-slope" has no variant {name!r}; fixed slopes are {", ".join(VARIANTS)}')
+    return sparse_slope
+
+
+register_method("cap", cap)
+FAMILIES["sparse-slope"] = Family(_the_step, ("sparse-slope",))
+FAMILIES["slope"] = Family(_variant, VARIANTS)

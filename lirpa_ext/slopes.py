@@ -1,0 +1,283 @@
+"""The backward pass with one lower slope for each sample and neuron, shared by all rows (3.3 and C.3 of the source)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import engine
+from .backward import RELU_CLASSES, BackwardPass
+from .operators import flat_rows
+from .perturbation import PerturbationLpNorm
+from .rules import State
+from .sets import BallBox, flat
+
+# Elements of the widest coefficient tensor of one part of the batch. Convolutions of a few dozen rows take half
+# the time for each of what they take for a thousand, and temporaries of this size are not asked of the kernel anew.
+_MOST_ELEMENTS = 2**22
+
+# Elements of a temporary of elementwise work.
+_CACHED = 2**17
+
+ACTIVATIONS = (*RELU_CLASSES, "BoundLeakyRelu")
+
+Slopes = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The relaxation of an activation on its box: v -> max(v, leak v) with two lines.
+
+    Lower line: s v with s = leak + (1 - leak) a for *any* a in [0, 1], which is below the activation everywhere.
+    Upper line: through its values at both ends, line (v - l-) for a ReLU; it is convex, so below its chord.
+    Where the box does not contain 0 inside, both are the activation itself, whatever a is.
+
+    Attributes:
+        line: Slope of the upper line, the shape of the input (B, ...).
+        offset: Its value at 0, likewise, at least 0.
+        unstable: Where the box contains 0 inside, likewise, bool.
+        leak: Slope below 0, 0 for a ReLU.
+    """
+
+    line: Tensor
+    offset: Tensor
+    unstable: Tensor
+    leak: float
+
+    @classmethod
+    def of(cls, node: Any, state: BallBox) -> Lines:
+        """Of a ReLU or LeakyReLU node, on the box of its input's set."""
+        lower, upper = (_dense(end) for end in state.box())
+        leak = engine.slope_below_zero(node)
+        below, above = lower.clamp(max=0), upper.clamp(min=0)
+        chord = above / (above - below).clamp(min=torch.finfo(upper.dtype).tiny)
+        offset = -chord * below
+        if leak:
+            chord, offset = leak + (1 - leak) * chord, (1 - leak) * offset
+        return cls(chord, offset, (lower < 0) & (upper > 0), leak)
+
+    def lower_slope(self, a: Tensor) -> Tensor:
+        """Slope of the lower line for parameters a in [0, 1]; that of a stable neuron is a constant."""
+        slope = a if not self.leak else self.leak + (1 - self.leak) * a
+        return torch.where(self.unstable, slope, self.line.detach())
+
+
+class _Relax(torch.autograd.Function):
+    """Rows a (S, B, ...) -> rows lam and bias (S, B) with a.sigma(v) >= lam.v + bias on the box.
+
+    lam = slope max(a, 0) + line min(a, 0), bias = offset.min(a, 0). As one function, and in pieces that stay in the
+    cache: rows are the largest tensors of the pass, and its time is that of moving them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, slope: Tensor, line: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        extra = line - slope
+        ctx.save_for_backward(a, slope, extra, offset)
+        lam, bias = torch.empty_like(a), a.new_empty(a.shape[:2])
+        rows, out = _in_memory(a), _in_memory(lam)
+        parts = [_in_memory(part, 1) for part in (slope, extra, offset)]
+        for which, own_slope, own_extra, own_offset in _slices(rows, parts):
+            some, piece = rows[:, which], out[:, which]
+            negative = some.clamp(max=0)
+            torch.mul(some, own_slope, out=piece)
+            piece.addcmul_(negative, own_extra)
+            bias[:, which] = (negative.transpose(0, 1) @ own_offset.unsqueeze(2)).squeeze(2).t()
+        return lam, bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, to_lam: Tensor, to_bias: Tensor) -> Any:
+        a, slope, extra, offset = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        to_lam = _like(to_lam, a)
+        to_a = torch.empty_like(a) if needs[0] else None
+        to_slope, to_line, to_offset = (torch.empty_like(slope) if need else None for need in needs[1:])
+        rows, gradient = _in_memory(a), _in_memory(to_lam)
+        out = None if to_a is None else _in_memory(to_a)
+        sums = [None if total is None else _in_memory(total, 1) for total in (to_slope, to_line, to_offset)]
+        parts = [_in_memory(part, 1) for part in (slope, extra, offset)]
+        for which, own_slope, own_extra, own_offset in _slices(rows, parts):
+            some, into, weight = rows[:, which], gradient[:, which], to_bias[:, which]
+            negative = some.clamp(max=0)
+            if sums[2] is not None:
+                sums[2][which] = (weight.t().unsqueeze(1) @ negative.transpose(0, 1)).squeeze(1)
+            if out is not None:
+                # sign() and products: where() and masks take several times as long
+                below = (into * own_extra).addcmul_(weight.unsqueeze(2), own_offset).mul_(negative.sign())
+                piece = torch.mul(into, own_slope, out=out[:, which])
+                piece.sub_(below)
+            if sums[0] is not None:
+                torch.sum((some - negative).mul_(into), 0, out=sums[0][which])
+            if sums[1] is not None:
+                torch.sum(negative.mul_(into), 0, out=sums[1][which])
+        return to_a, to_slope, to_line, to_offset
+
+
+def _like(rows: Tensor, other: Tensor) -> Tensor:
+    """The same rows in the memory format of others."""
+    return rows if rows.stride() == other.stride() else torch.empty_like(other).copy_(rows)
+
+
+def _in_memory(values: Tensor, lead: int = 2) -> Tensor:
+    """Values with `lead` axes before a sample's own, those flattened as they lie in memory: a view."""
+    last = values.dim() == lead + 3 and values.stride(lead) == 1 and values.shape[lead] > 1
+    return (values.movedim(lead, -1) if last else values).flatten(lead)
+
+
+def _slices(rows: Tensor, values: list[Tensor]) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Consecutive samples of rows (S, B, n) whose temporaries fit into the cache, and their three values (b, n)."""
+    size = max(1, _CACHED // (rows.shape[0] * max(rows.shape[2], 1)))
+    for start in range(0, rows.shape[1], size):
+        which = slice(start, start + size)
+        first, second, third = (value[which] for value in values)
+        yield which, first, second, third
+
+
+class SlopePass(BackwardPass):
+    """Lower bound of rows of the output by the two lines of `Lines` at every ReLU and LeakyReLU.
+
+    Sound for every choice of slopes in [0, 1]: see `Lines`; the rest is `BackwardPass`.
+
+    Args:
+        module: The graph, with the input set on it.
+        states: Sets of all nodes; of a set only the box is used.
+        slopes: Parameters a of the lower lines by the activation's name, each of the shape of its input (B, ...);
+            None ends the rows at the last activations instead, at the minimum over their boxes (IBP with the
+            last layer merged).
+        perturbations: As in `BackwardPass`.
+        outward: As in `BackwardPass`.
+        final: As in `BackwardPass`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        states: dict[str, State],
+        slopes: Slopes | None,
+        perturbations: dict[str, PerturbationLpNorm] | None = None,
+        outward: bool = False,
+        final: Any = None,
+    ) -> None:
+        super().__init__(module, states, perturbations, outward=outward, final=final)
+        self.slopes = slopes
+        self._lines: dict[str, Lines] = {}
+
+    @property
+    def activations(self) -> list[Any]:
+        """The nodes that are relaxed, inputs before users."""
+        return [node for node in self.order if node.perturbed and type(node).__name__ in ACTIVATIONS]
+
+    def lines(self, node: Any) -> Lines:
+        """The relaxation of an activation."""
+        if node.name not in self._lines:
+            state = self.states[node.inputs[0].name]
+            assert isinstance(state, BallBox)
+            self._lines[node.name] = Lines.of(node, state)
+        return self._lines[node.name]
+
+    def detached(self) -> SlopePass:
+        """The same pass without gradients in weights and boxes, and without outward rounding."""
+
+        def cut(value: Tensor) -> Tensor:
+            return value.clone() if value.is_inference() else value.detach()
+
+        states = {name: _mapped(state, cut) for name, state in self.states.items()}
+        return SlopePass(self.module, states, self.slopes, self.perturbations, False, self.final)
+
+    def with_slopes(self, slopes: Slopes | None) -> SlopePass:
+        """The same pass with other slopes."""
+        other = SlopePass(self.module, self.states, slopes, self.perturbations, self.outward, self.final)
+        other._lines = self._lines
+        return other
+
+    def split(self, C: Tensor) -> list[tuple[SlopePass, Tensor]]:
+        """Passes and rows of consecutive parts of the batch, small enough for the rows C (B, S, outputs)."""
+        sets = [state for state in self.states.values() if isinstance(state, BallBox)]
+        width = max(state.center[0].numel() for state in sets)
+        rows = C.split(max(1, _MOST_ELEMENTS // (width * C.shape[1])))
+        if len(rows) == 1:
+            return [(self, C)]
+        sizes = [len(some) for some in rows]
+        batched = self._batched()
+        parts: list[dict[str, State]] = [{} for _ in rows]
+        for name, state in self.states.items():
+            for part, piece in zip(parts, _pieces(state, sizes, name in batched), strict=True):
+                part[name] = piece
+        slopes: list[dict[str, Tensor]] = [{} for _ in rows]
+        for name, value in (self.slopes or {}).items():
+            for own, piece in zip(slopes, value.split(sizes), strict=True):
+                own[name] = piece
+        passes = []
+        index = torch.arange(len(C), device=C.device).split(sizes)
+        for which, states, own in zip(index, parts, slopes, strict=True):
+            perturbations = {
+                name: perturbation.take(which, self.states[name].center)  # type: ignore[union-attr]
+                for name, perturbation in self.perturbations.items()
+            }
+            some = None if self.slopes is None else own
+            passes.append(SlopePass(self.module, states, some, perturbations, self.outward, self.final))
+        return list(zip(passes, rows, strict=True))
+
+    def lower(self, C: Tensor) -> Tensor:
+        """Lower bound of C f, (B, S), for rows C (B, S, outputs): `bound` in parts of the batch."""
+        if self.slopes is None:  # rows go no further than the last layers
+            return self.bound(C)
+        bound = torch.cat([part.bound(rows) for part, rows in self.split(C)])
+        if bound.requires_grad:
+            bound.register_hook(_without_denormals)
+        return bound
+
+    def _step(self, node: Any, a: Tensor, relax: Any) -> tuple[list[Tensor | None], Tensor]:
+        if type(node).__name__ in ACTIVATIONS and node.perturbed:
+            if self.slopes is None:
+                state = self.states[node.name]
+                assert isinstance(state, BallBox)
+                lower, upper = (flat(end).unsqueeze(2) for end in state.box())
+                rows = flat_rows(a)
+                bias = rows @ (0.5 * (lower + upper)) - rows.abs() @ (0.5 * (upper - lower))
+                return [None], bias.squeeze(2).t()
+            lines = self.lines(node)
+            slope = lines.lower_slope(_dense(self.slopes[node.name]))
+            lam, bias = _Relax.apply(_dense_rows(a), slope, lines.line, lines.offset)
+            return [lam], bias
+        return super()._step(node, _dense_rows(a), relax)
+
+
+def _without_denormals(gradient: Tensor | None) -> Tensor | None:
+    """0 for what would underflow on its way: the softmax of a loose margin; CPUs take tenfold time over denormals."""
+    if gradient is None:
+        return None
+    return torch.where(gradient.abs() < torch.finfo(gradient.dtype).tiny ** 0.5, 0.0, gradient)
+
+
+def _pieces(state: State, sizes: list[int], batched: bool) -> list[Any]:
+    """Parts of a set, or of a constant that differs by sample; other constants as they are."""
+    if isinstance(state, Tensor):
+        return list(state.split(sizes)) if batched else [state] * len(sizes)
+    fields = [[None] * len(sizes) if value is None else value.split(sizes) for value in _fields(state)]
+    return [BallBox(*values) for values in zip(*fields, strict=True)]  # type: ignore[arg-type]
+
+
+def _fields(state: BallBox) -> tuple[Tensor | None, ...]:
+    return state.center, state.radius, state.lower, state.upper
+
+
+def _mapped(state: State, function: Callable[[Tensor], Tensor]) -> State:
+    if isinstance(state, Tensor):
+        return function(state)
+    return BallBox(*(None if value is None else function(value) for value in _fields(state)))  # type: ignore[arg-type]
+
+
+def _dense(values: Tensor) -> Tensor:
+    """Images (B, C, H, W) with channels last, in which convolutions of the CPU take half the time."""
+    return values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values
+
+
+def _dense_rows(rows: Tensor) -> Tensor:
+    """Rows (S, B, C, H, W) of images with channels last."""
+    return _dense(rows.flatten(0, 1)).unflatten(0, rows.shape[:2]) if rows.dim() == 5 else rows
