@@ -274,7 +274,7 @@ class as_nodes(TorchFunctionMode):
 
 for kind in (BoundErf, BoundStableSoftplus, BoundConcaveLog, BoundElu, BoundPRelu, BoundHardSigmoid, BoundHardSwish,
              BoundExactGelu, BoundTanhGelu, BoundSilu, BoundMish):  # fmt: skip
-    register_rule(kind.__name__, Elementwise(_steepest, monotone=kind.monotone))
+    register_rule(kind.__name__, Elementwise(_steepest, monotone=kind.monotone and not kind.error))
 CUSTOM_OPS |= {
     "onnx::Erf": BoundErf, "onnx::Softplus": BoundStableSoftplus, "onnx::Elu": _elu,
     "onnx::Selu": _selu, "lirpa_ext::PRelu": BoundPRelu, "onnx::HardSigmoid": BoundHardSigmoid,

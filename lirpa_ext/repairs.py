@@ -101,6 +101,14 @@ class BoundAnyPad(BoundAffine):
         return F.pad(x, widths, value=filled)
 
 
+class BoundFill(engine.bound_ops.BoundConstantOfShape):  # type: ignore[misc]
+    """A constant of some shape, whose interval in auto_LiRPA 0.3 is of one axis only."""
+
+    def interval_propagate(self, *v: Any) -> Any:
+        value = self.forward(v[0][0])
+        return value, value
+
+
 def _conv(attr: Any, inputs: Any, output_index: int, options: Any) -> Any:
     """The engine's convolution where it can; the symmetric 1-D one here."""
     pads = attr["pads"]
@@ -151,5 +159,6 @@ for ours, theirs in (
     register_rule(ours, RULES[theirs])
 CUSTOM_OPS |= {"onnx::Conv": _conv, "onnx::ConvTranspose": _conv_transpose, "onnx::Pad": _pad}
 if engine.IS_LEGACY:
+    CUSTOM_OPS["onnx::ConstantOfShape"] = BoundFill
     for op in ("Add", "Sub", "Mul", "Div"):
         CUSTOM_OPS[f"onnx::{op}"] = _by_adjoint(getattr(engine.bound_ops, f"Bound{op}"))
