@@ -115,8 +115,8 @@ def test_our_bounds_hold(name, norm, dtype, method):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", ENGINES)
 def test_engine_bounds_hold_in_l2(name, method):
-    if (name, method) == ("marabou_cifar_large", "CROWN"):
-        pytest.skip("takes the engine 20 s")
+    if method == "CROWN" and name in ("marabou_cifar_large", "vit_ibp", "cntk_mnist8"):
+        pytest.skip("takes the engine 20 s and more")
     bound(name, method, 2, torch.float64)
 
 

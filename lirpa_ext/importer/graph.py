@@ -115,10 +115,19 @@ class Graph:
             nodes, "network", [helper.make_tensor_value_info(self.input, kind, shape)],
             [onnx.ValueInfoProto(name=name) for name in wanted],
             [numpy_helper.from_array(value, name) for name, value in self.constants.items()],
+            value_info=[self._known(name) for node in self.nodes if node.domain for name in node.outputs],
         )  # fmt: skip
         domains = {node.domain for node in self.nodes} - {""}
         opsets = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+
+    def _known(self, name: str) -> onnx.ValueInfoProto:
+        """Shape and type of a tensor behind an op of our own, past which onnx cannot infer."""
+        one, two = self.shapes.get(name), self.shapes_of_two.get(name)
+        if one is None or two is None or len(one) != len(two):
+            return onnx.ValueInfoProto(name=name)
+        dims = [size if size == other else None for size, other in zip(one, two, strict=True)]
+        return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(self.types[name]), dims)
 
     def producer(self, name: str) -> Node | None:
         """The node that computes a tensor, None for input and constants."""
