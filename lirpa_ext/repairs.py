@@ -101,7 +101,7 @@ class BoundAnyPad(BoundAffine):
         return F.pad(x, widths, value=filled)
 
 
-class BoundFill(engine.bound_ops.BoundConstantOfShape):  # type: ignore[misc]
+class BoundFill(engine.bound_ops.BoundConstantOfShape):  # type: ignore[misc, name-defined]
     """A constant of some shape, whose interval in auto_LiRPA 0.3 is of one axis only."""
 
     def interval_propagate(self, *v: Any) -> Any:
