@@ -319,8 +319,8 @@ class _Work:
                 leaves = [part.slopes[node.name] for node in nodes]  # type: ignore[index]
                 gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
                 for node, leaf, gradient in zip(nodes, leaves, gradients, strict=True):
-                    known = torch.zeros_like(leaf) if gradient is None else gradient * part.lines(node).unstable
-                    signs[node.name].append((known > 0).to(leaf) - (known < 0).to(leaf))
+                    sign = torch.zeros_like(leaf) if gradient is None else gradient.sign().nan_to_num_(0.0)
+                    signs[node.name].append(sign)
         return {name: torch.cat(values) for name, values in signs.items()}
 
     def bounds(self, slopes: Slopes | None, signs: dict[str, Tensor] | None = None) -> Bounds:
