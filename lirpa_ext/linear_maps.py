@@ -240,8 +240,8 @@ class _ConvAdjoint(torch.autograd.Function):
                     y.shape[2:], stride, padding, dilation, weight.shape[2:], unreached, strict=True
                 )
             )
-            patches = y.flatten(2).transpose(1, 2) @ weight.flatten(1)  # shape: (B, positions, kernel)
-            passed = F.fold(patches.transpose(1, 2), sizes, weight.shape[2:], dilation, padding, stride)
+            patches = weight.flatten(1).t() @ y.flatten(2)  # shape: (B, kernel, positions)
+            passed = F.fold(patches, sizes, weight.shape[2:], dilation, padding, stride)
         else:
             transpose = _CONV_TRANSPOSE[weight.dim() - 2]
             passed = transpose(y, weight, None, stride, padding, unreached, groups, dilation)

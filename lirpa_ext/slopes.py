@@ -68,7 +68,7 @@ class Lines:
     def split(self, sizes: list[int]) -> list[Lines]:
         """Those of consecutive parts of the batch."""
         parts = zip(*(part.split(sizes) for part in (self.line, self.offset, self.unstable)), strict=True)
-        return [Lines(*part, self.leak) for part in parts]
+        return [Lines(line, offset, unstable, self.leak) for line, offset, unstable in parts]
 
     def lower_slope(self, a: Tensor) -> Tensor:
         """Slope of the lower line for parameters a in [0, 1]; that of a stable neuron is a constant."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -288,12 +289,16 @@ class _Work:
             object.__setattr__(problem.module, "last_context", context)
         self.plain = SlopePass(problem.module, states, {}, outward=context.outward)
         self.output: Tensor = states[problem.final.name].center  # type: ignore[union-attr]
-        with _saveable():
-            self.detached = self.plain.detached()
         if labels is not None:
             self.margins = margin_rows(labels, output[1], self.output.dtype, self.output.device)
         if loss_fusion:
             self.chords = chords_of_margins(self.plain, self.margins)
+
+    @cached_property
+    def detached(self) -> SlopePass:
+        """The pass without gradients in weights and boxes."""
+        with _saveable():
+            return self.plain.detached()
 
     def lines(self, node: Any) -> Lines:
         """Relaxation of an activation, without gradient."""
