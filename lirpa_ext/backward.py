@@ -110,6 +110,7 @@ class BackwardPass:
         self.final = module.final_node() if final is None else final  # type: ignore[operator]
         self.order = engine.ancestors_in_order(self.final)
         self._parts: dict[str, Part] = {}
+        self._handed = False  # whether the engine's nodes have the bounds of this pass
         self.perturbations = perturbations or {
             node.name: PerturbationLpNorm.of(node.perturbation)
             for node in self.order
@@ -155,7 +156,7 @@ class BackwardPass:
         Returns:
             (B, S), differentiable in whatever `relax` depends on.
         """
-        self._hand_bounds_to_engine()
+        self._handed = False
         output = self.states[self.final.name]
         assert isinstance(output, BallBox)
         start = C.transpose(0, 1).reshape(C.shape[1], C.shape[0], *output.center.shape[1:])
@@ -193,6 +194,8 @@ class BackwardPass:
         try:
             if name not in RELAXED_BY_ENGINE and not isinstance(node, BoundRelaxed):
                 raise NotImplementedError("not trusted")
+            if not self._handed:
+                self._hand_bounds_to_engine()
             pairs, bias, _ = engine.bound_backward(node, a, self.final)
             passed = [None if pair[0] is None else pair[0].to(a.dtype) for pair in pairs]
             bias = torch.as_tensor(bias, dtype=a.dtype, device=a.device).expand(a.shape[:2])
@@ -245,3 +248,4 @@ class BackwardPass:
             engine.set_bounds(node, lower, upper)
             if not isinstance(state, BallBox) and not node.inputs:
                 object.__setattr__(node, "value", state)
+        self._handed = True

@@ -218,7 +218,9 @@ class _Convolution(WeightedMap):
 
 
 class _ConvAdjoint(torch.autograd.Function):
-    """A^T y of a convolution A, whose gradients are those of A itself: <g, A^T y> = <A g, y>.
+    """A^T y of a convolution A, whose gradients are those of A itself: <g, A^T y> = <A g, y>; and y's channel sums.
+
+    The sums, (B, C_out), times a bias are <y, bias>; here their gradient costs no tensor of its own.
 
     torch differentiates a transposed convolution by a weight gradient that takes ten times as long on the CPU. To
     one channel, a matrix product and the sum of its patches take half the time of the transposed convolution.
@@ -227,7 +229,8 @@ class _ConvAdjoint(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, y: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, unreached: Any
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(y, weight)
         ctx.geometry = stride, padding, dilation, groups
         if weight.dim() == 4 and weight.shape[1] == groups == 1:
@@ -237,19 +240,26 @@ class _ConvAdjoint(torch.autograd.Function):
                     y.shape[2:], stride, padding, dilation, weight.shape[2:], unreached, strict=True
                 )
             )
-            patches = y.flatten(2).transpose(1, 2) @ weight.flatten(1)  # shape: (B, positions, kernel)
-            return F.fold(patches.transpose(1, 2), sizes, weight.shape[2:], dilation, padding, stride)
-        transpose = _CONV_TRANSPOSE[weight.dim() - 2]
-        return transpose(y, weight, None, stride, padding, unreached, groups, dilation)
+            patches = weight.flatten(1).t() @ y.flatten(2)  # shape: (B, kernel, positions)
+            passed = F.fold(patches, sizes, weight.shape[2:], dilation, padding, stride)
+        else:
+            transpose = _CONV_TRANSPOSE[weight.dim() - 2]
+            passed = transpose(y, weight, None, stride, padding, unreached, groups, dilation)
+        return passed, y.flatten(2).sum(2)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor | None, to_sums: Tensor | None) -> Any:  # type: ignore[override]
         y, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         to_y = to_weight = None
         if ctx.needs_input_grad[0]:
-            to_y = _CONV[weight.dim() - 2](gradient, weight, None, *ctx.geometry)
-        if ctx.needs_input_grad[1]:
+            spread = None if to_sums is None else to_sums.view(*to_sums.shape, *[1] * len(stride))
+            if gradient is None:
+                to_y = None if spread is None else spread.expand_as(y)
+            else:
+                to_y = _CONV[weight.dim() - 2](gradient, weight, None, *ctx.geometry)
+                to_y = to_y if spread is None else to_y.add_(spread)
+        if ctx.needs_input_grad[1] and gradient is not None:
             args = (y, gradient, weight, None, stride, padding, dilation, False, [0] * len(stride), groups)
             to_weight = torch.ops.aten.convolution_backward(*args, [False, True, False])[1]
         return to_y, to_weight, None, None, None, None, None
@@ -276,6 +286,10 @@ class Conv(_Convolution):
         return conv(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
 
     def adjoint(self, y: Tensor) -> Tensor:
+        return self.adjoint_and_sums(y)[0]
+
+    def adjoint_and_sums(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """A^T y, (B, *input_shape), and the sums of y's channels, (B, C_out)."""
         # Trailing inputs that no window reaches get zeros.
         unreached = tuple(reach % s for reach, s in zip(self._reaches(), self.stride, strict=True))
         return _ConvAdjoint.apply(y, self.weight, self.stride, self.padding, self.dilation, self.groups, unreached)

@@ -91,8 +91,11 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         """Raise unless `x` is finite, lies in the data range, and has as many samples as `eps` has entries."""
         if not torch.isfinite(x).all():
             raise InvalidInputError("the input has NaN or infinite entries")
+        if self.radius is None or (self.range_lower is None and self.range_upper is None):
+            self.eps_of(x)  # x is the center, so inside
+            return
         lower, upper = self.box(x)
-        if self.radius is not None and ((lower > x) | (upper < x)).any():
+        if ((lower > x) | (upper < x)).any():
             raise InvalidInputError(
                 f"the input leaves the data range: it spans [{x.min():.6g}, {x.max():.6g}], the range is "
                 f"x_L={self.range_lower}, x_U={self.range_upper}. Normalize inside of the model, not in the data."

@@ -23,8 +23,14 @@ from lirpa_ext import (
     relu_stability_loss,
     worst_case_logits,
 )  # fmt: skip
+from lirpa_ext.backward import BackwardPass
 from lirpa_ext.data import load_data
 from lirpa_ext.errors import InvalidInputError, LirpaExtError, OptionError, TrainModeError, UnknownMethodError
+from lirpa_ext.fusion import chords_of_margins
+from lirpa_ext.intervals import propagate_intervals
+from lirpa_ext.norms import NormCache
+from lirpa_ext.rules import Context
+from lirpa_ext.slopes import SlopePass
 from lirpa_ext.specifications import margin_rows
 
 RELAXED = ("slope:crown", "slope:cap", "slope:random", "slope:0.5,1", "slope:0,0.5", "slope:1,1", "sparse-slope")
@@ -357,6 +363,51 @@ def test_its_signs_are_those_of_finite_differences(name, x):
     assert checked > 5
 
 
+class PlainPass(BackwardPass):
+    """The backward pass with the two lines of each activation, by torch's own functions."""
+
+    def __init__(self, graph, states, slopes):
+        super().__init__(graph, states)
+        self.slopes = slopes
+
+    def _step(self, node, a, relax):
+        if node.name not in self.slopes:
+            return super()._step(node, a, relax)
+        (lower, upper), leak = self.states[node.inputs[0].name].box(), engine.slope_below_zero(node)
+        unstable, constant = (lower < 0) & (upper > 0), torch.where(lower >= 0, 1.0, leak)
+        below, above = (F.leaky_relu(end, leak) for end in (lower, upper))
+        line = torch.where(unstable, (above - below) / (upper - lower), constant)
+        slope = torch.where(unstable, leak + (1 - leak) * self.slopes[node.name], constant)
+        bias = a.clamp(max=0) * torch.where(unstable, below - line * lower, 0.0)
+        return [a.clamp(min=0) * slope + a.clamp(max=0) * line], bias.flatten(2).sum(2)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["dense", "fused"])
+@pytest.mark.parametrize("name", ["dense", "conv", "leaky", "residual", "grouped"])
+def test_its_signs_are_those_of_plain_autograd(name, fused, x):
+    """The step's own functions against the definition of the relaxation, differentiated by torch."""
+    graph, start = BoundedModule(network(name), x), torch.Generator()
+    more = {"loss_fusion": True, "bound_lower": False} if fused else {}
+    more["outward"] = False
+    graph.compute_bounds(x=(ball(x, 0.3),), method="sparse-slope", labels=Y, generator=start.manual_seed(5), **more)
+    found, rows = graph.last_relaxation, margin_rows(Y, 3)
+    start.manual_seed(5)
+    slopes = {
+        key: torch.rand(value.shape, generator=start, dtype=x.dtype).requires_grad_()
+        for key, value in found.slopes.items()
+    }
+    states = propagate_intervals(graph, Context(NormCache(), {}))
+    boxes = SlopePass(graph, states, {})
+    if fused:
+        rows = chords_of_margins(boxes, rows).detach().rows(rows)
+    loss = (-PlainPass(graph, states, slopes).bound(rows)).logsumexp(1).sum()
+    for key, gradient in zip(slopes, torch.autograd.grad(loss, list(slopes.values())), strict=True):
+        clear = found.unstable[key] & (gradient.abs() > 1e-12)
+        assert torch.equal(found.gradients[key][clear], gradient[clear].sign())
+        assert (found.gradients[key][~found.unstable[key]] == 0).all()
+        assert clear.any()
+
+
 def test_its_signs_survive_margins_that_are_verified_by_far(x):
     """The cross entropy's own gradient, exp(-margin), underflows to 0: a bias of the label must not change the step."""
     model, labels = network("conv"), torch.zeros(4, dtype=torch.long)
@@ -674,6 +725,24 @@ def test_nothing_of_a_call_holds_a_graph(x):
     found = graph.last_relaxation
     for table in (found.slopes, found.unstable, found.gradients):
         assert not any(value.requires_grad for value in table.values())
+
+
+def test_a_call_leaves_torchs_settings_as_they_were(x):
+    """Threads, dtype, gradient mode, and denormal numbers, also where the call fails."""
+
+    def settings():
+        denormal = float(torch.tensor([1e-310], dtype=torch.float64) * 0.5)
+        return torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), denormal
+
+    before, graph = settings(), BoundedModule(network("conv"), x)
+    assert before[-1] != 0
+    for method in EVERY:
+        lower, _ = graph.compute_bounds(x=(ball(x),), method=method, **options(method, Y))
+        lower.sum().backward()
+        assert settings() == before
+    with pytest.raises(InvalidInputError):
+        graph.compute_bounds(x=(ball(x),), method="sparse-slope", labels=Y + 7)
+    assert settings() == before
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -288,12 +289,16 @@ class _Work:
             object.__setattr__(problem.module, "last_context", context)
         self.plain = SlopePass(problem.module, states, {}, outward=context.outward)
         self.output: Tensor = states[problem.final.name].center  # type: ignore[union-attr]
-        with _saveable():
-            self.detached = self.plain.detached()
         if labels is not None:
             self.margins = margin_rows(labels, output[1], self.output.dtype, self.output.device)
         if loss_fusion:
             self.chords = chords_of_margins(self.plain, self.margins)
+
+    @cached_property
+    def detached(self) -> SlopePass:
+        """The pass without gradients in weights and boxes."""
+        with _saveable():
+            return self.plain.detached()
 
     def lines(self, node: Any) -> Lines:
         """Relaxation of an activation, without gradient."""
@@ -319,8 +324,8 @@ class _Work:
                 leaves = [part.slopes[node.name] for node in nodes]  # type: ignore[index]
                 gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
                 for node, leaf, gradient in zip(nodes, leaves, gradients, strict=True):
-                    known = torch.zeros_like(leaf) if gradient is None else gradient * part.lines(node).unstable
-                    signs[node.name].append((known > 0).to(leaf) - (known < 0).to(leaf))
+                    sign = torch.zeros_like(leaf) if gradient is None else gradient.sign().nan_to_num_(0.0)
+                    signs[node.name].append(sign)
         return {name: torch.cat(values) for name, values in signs.items()}
 
     def bounds(self, slopes: Slopes | None, signs: dict[str, Tensor] | None = None) -> Bounds:

@@ -5,6 +5,26 @@ the engine's interval arithmetic and the ball around its box. Add one with `regi
 """
 
 from . import elementwise, linear, structure  # noqa: F401  (they fill the table)
-from .base import RULES, Context, Rule, State, adjoint_and_bias, frobenius, propagate_node, register_rule
+from .base import (
+    RULES,
+    Context,
+    Rule,
+    State,
+    adjoint_and_bias,
+    frobenius,
+    propagate_node,
+    register_rule,
+    rows_times_constant,
+)
 
-__all__ = ["RULES", "Context", "Rule", "State", "adjoint_and_bias", "frobenius", "propagate_node", "register_rule"]
+__all__ = [
+    "RULES",
+    "Context",
+    "Rule",
+    "State",
+    "adjoint_and_bias",
+    "frobenius",
+    "propagate_node",
+    "register_rule",
+    "rows_times_constant",
+]

@@ -85,6 +85,7 @@ class Rule:
     homogeneous = False  # whether the node maps 0 to 0 wherever `adjoint` applies
     alike = False  # whether the node's value at 0 is the same for every sample,
     by_channel = False  # and, of an image, at every position
+    weight: int | None = None  # index of an input that does not count in the value at 0, and gets no gradient from it
 
     def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None] | None:
         """Coefficient rows of the inputs, if the node is affine in its perturbed inputs; else None.
@@ -98,6 +99,12 @@ class Rule:
             Rows (S, B, ...) of each perturbed input, None at the constant ones.
         """
         return None
+
+    def adjoint_and_sums(
+        self, node: Any, inputs: Sequence[State], rows: Tensor
+    ) -> tuple[list[Tensor | None] | None, Tensor]:
+        """`adjoint`, and the sums of the rows over positions, (S, B, C), for rules `by_channel`."""
+        return self.adjoint(node, inputs, rows), rows.flatten(3).sum(3)
 
 
 RULES: dict[str, Rule] = {}
@@ -158,22 +165,39 @@ def propagate_interval(node: Any, inputs: Sequence[State], center: Tensor) -> Ba
 
 def adjoint_and_bias(node: Any, inputs: Sequence[State], rows: Tensor) -> tuple[list[Tensor | None], Tensor] | None:
     """Rows of an affine node's inputs, and rows times its value at 0, (S, B); None where the node is not affine."""
-    rule = RULES.get(type(node).__name__)
-    passed = None if rule is None else rule.adjoint(node, inputs, rows)
-    if rule is None or passed is None:
+    rule, sums = RULES.get(type(node).__name__), None
+    if rule is None:
         return None
+    if rule.by_channel:
+        passed, sums = rule.adjoint_and_sums(node, inputs, rows)
+    else:
+        passed = rule.adjoint(node, inputs, rows)
+    return None if passed is None else (passed, rows_times_constant(node, inputs, rows, sums))
+
+
+def rows_times_constant(node: Any, inputs: Sequence[State], rows: Tensor, sums: Tensor | None = None) -> Tensor:
+    """Rows (S, B, ...) times an affine node's value at 0, (S, B).
+
+    Args:
+        node: The node, of a class with a rule.
+        inputs: As in `Rule.propagate`.
+        rows: Rows of its output.
+        sums: Theirs over positions, (S, B, C), of a rule `by_channel`.
+    """
+    rule = RULES[type(node).__name__]
     if rule.homogeneous or all(isinstance(state, BallBox) for state in inputs):  # type: ignore[union-attr]
-        return passed, rows.new_zeros(rows.shape[:2])
+        return rows.new_zeros(rows.shape[:2])
     if rule.alike:
-        value = apply(node, inputs, lambda state: rows.new_zeros(1, *state.center.shape[1:]))
+        known = [s.detach() if i == rule.weight else s for i, s in enumerate(inputs)]  # type: ignore[union-attr]
+        value = apply(node, known, lambda state: rows.new_zeros(1, *state.center.shape[1:]))
         if len(value) == 1:  # else a constant has a batch axis
-            if rule.by_channel:
-                return passed, rows.flatten(3).sum(3) @ value.flatten(2)[0, :, 0]
+            if sums is not None:
+                return sums @ value.flatten(2)[0, :, 0]
             if rows.dim() == 5:  # channels last, in which convolutions keep their rows
                 rows, value = rows.movedim(2, -1), value.movedim(1, -1)
-            return passed, rows.flatten(2) @ value.flatten()
+            return rows.flatten(2) @ value.flatten()
     value = apply(node, inputs, lambda state: rows.new_zeros(state.center.shape))
-    return passed, (rows * value).reshape(*rows.shape[:2], -1).sum(2)
+    return (rows * value).reshape(*rows.shape[:2], -1).sum(2)
 
 
 def frobenius(node: Any, inputs: Sequence[State]) -> Tensor | float:

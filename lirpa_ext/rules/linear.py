@@ -27,15 +27,20 @@ class Affine(Rule):
         linear_map: Builds the linear part from (node, inputs, index of the perturbed input); None where the
             node is not affine in that input, which then takes the engine's interval rule.
         by_channel: Whether its bias is one number for each channel.
+        weight: Index of the input that multiplies the perturbed one and nothing else, if there is one.
     """
 
     alike = True
 
     def __init__(
-        self, linear_map: Callable[[Any, Sequence[State], int], LinearMap | None], by_channel: bool = False
+        self,
+        linear_map: Callable[[Any, Sequence[State], int], LinearMap | None],
+        by_channel: bool = False,
+        weight: int | None = None,
     ) -> None:
         self.linear_map = linear_map
         self.by_channel = by_channel
+        self.weight = weight
 
     def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         index = only_perturbed(inputs)
@@ -87,6 +92,16 @@ class Affine(Rule):
             return None
         passed = linear_map.adjoint(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
         return [passed if i == index else None for i in range(len(inputs))]
+
+    def adjoint_and_sums(
+        self, node: Any, inputs: Sequence[State], rows: Tensor
+    ) -> tuple[list[Tensor | None] | None, Tensor]:
+        index = only_perturbed(inputs)
+        linear_map = None if index is None else self.linear_map(node, inputs, index)
+        if not isinstance(linear_map, Conv) or linear_map.output_shape != rows.shape[2:]:
+            return super().adjoint_and_sums(node, inputs, rows)
+        passed, sums = (part.unflatten(0, rows.shape[:2]) for part in linear_map.adjoint_and_sums(rows.flatten(0, 1)))
+        return [passed if i == index else None for i in range(len(inputs))], sums
 
 
 class Scaling(Affine):
@@ -249,11 +264,11 @@ def power_iterable(node: Any) -> tuple[str, Any, Callable[[Tensor], LinearMap]] 
     return weight_name(node), node.inputs[1], linear_map
 
 
-register_rule("BoundLinear", Affine(_dense))
-register_rule("BoundBallBoxLinear", Affine(_dense))
+register_rule("BoundLinear", Affine(_dense, weight=1))
+register_rule("BoundBallBoxLinear", Affine(_dense, weight=1))
 register_rule("BoundMatMul", Affine(_matmul))
-register_rule("BoundConv", Affine(_conv, by_channel=True))
-register_rule("BoundConvTranspose", Affine(_conv_transpose, by_channel=True))
+register_rule("BoundConv", Affine(_conv, by_channel=True, weight=1))
+register_rule("BoundConvTranspose", Affine(_conv_transpose, by_channel=True, weight=1))
 register_rule("BoundBatchNormalization", Affine(_batch_norm))
 register_rule("BoundMul", Scaling(inverse=False))
 register_rule("BoundDiv", Quotient(inverse=True))
