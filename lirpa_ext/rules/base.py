@@ -171,7 +171,7 @@ def adjoint_and_bias(node: Any, inputs: Sequence[State], rows: Tensor) -> tuple[
                 return passed, rows.flatten(3).sum(3) @ value.flatten(2)[0, :, 0]
             if rows.dim() == 5:  # channels last, in which convolutions keep their rows
                 rows, value = rows.movedim(2, -1), value.movedim(1, -1)
-            return passed, rows.flatten(2) @ value.flatten()
+            return passed, rows.reshape(*rows.shape[:2], -1) @ value.flatten()  # of one number a sample too
     value = apply(node, inputs, lambda state: rows.new_zeros(state.center.shape))
     return passed, (rows * value).reshape(*rows.shape[:2], -1).sum(2)
 
