@@ -107,6 +107,8 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
             except Exception as error:  # the engine raises whatever comes
                 ops = sorted({op for line in complaints for op in re.findall(r"op='([^']+)'", line)})
                 unknown = f" (it does not know {', '.join(ops)})" if ops else ""
+                cause = error.__cause__ or error.__context__  # 0.7 says only that there is no trace
+                unknown += f" ({type(cause).__name__}: {cause})" if cause is not None else ""
                 raise TraceError(
                     f"the engine (auto_LiRPA {engine.engine_version()}) cannot build a graph of "
                     f"{type(model).__name__}: {type(error).__name__}: {error}{unknown}. The forward must be traceable "
