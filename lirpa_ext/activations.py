@@ -214,7 +214,7 @@ def _selu(attr: Any, inputs: Any, output_index: int, options: Any) -> BoundElu:
     return BoundElu(attr, inputs, output_index, options, alpha=alpha, scale=gamma)
 
 
-def _steepest(node: BoundScalar, lower: Tensor, upper: Tensor) -> Tensor:
+def steepest(node: BoundScalar, lower: Tensor, upper: Tensor) -> Tensor:
     """Largest |f'| over the box: f' is monotone between its turns, on both sides of which it is looked at."""
     slopes = [node.derivative(lower), node.derivative(upper)]
     for turn in node.turns:
@@ -274,7 +274,7 @@ class as_nodes(TorchFunctionMode):
 
 for kind in (BoundErf, BoundStableSoftplus, BoundConcaveLog, BoundElu, BoundPRelu, BoundHardSigmoid, BoundHardSwish,
              BoundExactGelu, BoundTanhGelu, BoundSilu, BoundMish):  # fmt: skip
-    register_rule(kind.__name__, Elementwise(_steepest, monotone=kind.monotone and not kind.error))
+    register_rule(kind.__name__, Elementwise(steepest, monotone=kind.monotone and not kind.error))
 CUSTOM_OPS |= {
     "onnx::Erf": BoundErf, "onnx::Softplus": BoundStableSoftplus, "onnx::Elu": _elu,
     "onnx::Selu": _selu, "lirpa_ext::PRelu": BoundPRelu, "onnx::HardSigmoid": BoundHardSigmoid,

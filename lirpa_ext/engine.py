@@ -238,6 +238,18 @@ def bound_backward(node: Any, rows: Tensor, start: Any) -> Any:
     return node.bound_backward(rows, None, *node.inputs)
 
 
+def honest_bias(node: Any, A: Any, bias: Any) -> Any:
+    """The engine's `get_bias`, which drops the terms of all samples where one of them is NaN.
+
+    That is meant for 0 * inf, which is 0 here; a NaN stays with its sample.
+    """
+    total = type(node).get_bias(node, A, bias)
+    if isinstance(total, Tensor) or not isinstance(A, Tensor):
+        return total
+    terms = torch.where((A == 0) & ~bias.isnan(), 0.0, A * bias)
+    return terms.reshape(*A.shape[:2], -1).sum(2)
+
+
 def set_bounds(node: Any, lower: Tensor, upper: Tensor) -> None:
     """Hand bounds to the engine's relaxations, differentiably (its own argument for them detaches)."""
     node.lower, node.upper = lower, upper

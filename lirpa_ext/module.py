@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import engine, repairs, softmax  # noqa: F401  (which fill CUSTOM_OPS)
+from . import engine, powers, repairs, softmax  # noqa: F401  (which fill CUSTOM_OPS)
 from .activations import as_nodes
 from .errors import OptionError, TraceError
 from .methods import check_options, find_method, run_activation_bounds, run_method
@@ -106,6 +107,8 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
             except Exception as error:  # the engine raises whatever comes
                 ops = sorted({op for line in complaints for op in re.findall(r"op='([^']+)'", line)})
                 unknown = f" (it does not know {', '.join(ops)})" if ops else ""
+                cause = error.__cause__ or error.__context__  # 0.7 says only that there is no trace
+                unknown += f" ({type(cause).__name__}: {cause})" if cause is not None else ""
                 raise TraceError(
                     f"the engine (auto_LiRPA {engine.engine_version()}) cannot build a graph of "
                     f"{type(model).__name__}: {type(error).__name__}: {error}{unknown}. The forward must be traceable "
@@ -117,6 +120,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
             object.__setattr__(self, "_readers", engine.make_live(self, model))
             for node in list(self._modules.values()):
                 object.__setattr__(node, "users", [self._modules[name] for name in node.output_name])
+                object.__setattr__(node, "get_bias", functools.partial(engine.honest_bias, node))
             engine.learn_relu(self, BoundBallBoxRelu)
             self._check_same_function(shadow, example)
             self._add_power_iterations()
@@ -315,6 +319,13 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
             if saved is not None:
                 iteration.load_state_dict({"u": saved})
         return self.source.load_state_dict(own, strict=strict, **kwargs)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The model's own; one of the inputs' dtype for an engine that reads the dtype off a model without any."""
+        own = list(super().parameters(recurse))
+        if not own and self._inside:
+            own = [nn.Parameter(plain(self._inputs[0]).new_zeros(()), requires_grad=False)]
+        return iter(own)
 
     def _named_members(self, get_members_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # 0.3 lacks `remove_duplicate`, without which torch's parameters() fails

@@ -193,9 +193,9 @@ CASES: dict[str, Case] = {
     "sin": Case(_op(torch.sin), V),
     "cos": Case(_op(torch.cos), V),
     "log": Case(_op(torch.log), V, () if LEGACY else ("BoundLog",), inside=False, shift=2.0),
-    "sqrt": Case(_op(torch.sqrt), V, ("BoundSqrt",), inside=False, shift=2.0),
+    "sqrt": Case(_op(torch.sqrt), V, () if LEGACY else ("BoundSqrt",), inside=False, shift=2.0),
     "square": Case(_op(lambda x: x**2), V, ("BoundPow",) if LEGACY else ("BoundSqr",)),
-    "reciprocal": Case(_op(lambda x: 1 / x), V, ("BoundReciprocal",), inside=False, shift=2.0, slack=1e-6),
+    "reciprocal": Case(_op(lambda x: 1 / x), V, (), inside=False, shift=2.0, slack=1e-6),
     # pools
     "average-pool": Case(lambda: nn.AvgPool2d(2), (2, 4, 4)),
     "average-pool-overlap": Case(lambda: nn.AvgPool2d(3, stride=1), IMAGE),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidInputError
-from .batching import add_batch_axis, fold_shapes, free_batch, lacks_batch_axis
+from .batching import add_batch_axis, add_output_axis, fold_shapes, free_batch, lacks_batch_axis
 from .checking import Check, check
 from .converters import convert
 from .fusion import fuse
@@ -125,6 +125,9 @@ def load_onnx(
         add_batch_axis(graph)
         rewrites.append("batch axis added")
     rewrites += normalize(graph)
+    if len(graph.shapes.get(graph.output, ())) == 1:
+        rewrites.append("output of one number a sample -> (batch, 1)")
+        add_output_axis(graph)
     network = convert(graph)
     sizes = (1, batch_size or 3) if any_batch and batch_size != 1 else (1,)
     result = check(network, graph, reference, sizes, opset)

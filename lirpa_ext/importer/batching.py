@@ -90,6 +90,14 @@ def add_batch_axis(graph: Graph) -> None:
         batched.update(node.outputs)
 
 
+def add_output_axis(graph: Graph) -> None:
+    """Give a vector of outputs, one a sample, the second axis that the engine's backward bounds need."""
+    column = graph.fresh(f"{graph.output}/column")
+    shape = graph.add_constant([-1, 1], f"{column}/shape", np.int64)
+    graph.nodes.append(Node("Reshape", [graph.output, shape], [column]))
+    graph.output = column
+
+
 def _with_batch(graph: Graph, node: Node, batched: set[str], shapes: dict[str, tuple[int, ...]]) -> list[Node]:
     x = node.inputs[0]
     rank = len(shapes.get(x, ()))

@@ -89,7 +89,10 @@ def _inputs(shape: tuple[int, ...], dtype: np.dtype) -> list[Tensor]:
 def _forward(network: nn.Module, x: Tensor, graph: Graph, reference: Reference, opset: int) -> Tensor:
     try:
         with torch.no_grad():
-            return network(x)
+            output = network(x)
+        if not isinstance(output, Tensor):
+            raise TypeError("its last node has several outputs")
+        return output
     except Exception as error:  # whatever torch raises
         where = _first_difference(network, graph, reference, x[:1])
         raise OnnxError(

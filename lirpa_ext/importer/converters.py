@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import onnx
 import torch
+from onnx import helper
 from torch import nn
 
 from ..errors import DataError, OnnxError
@@ -32,7 +35,7 @@ def convert(graph: Graph) -> torch.fx.GraphModule:
                 node.op, node.name, graph.opset,
             ) from error  # fmt: skip
     try:
-        return onnx2torch.convert(graph.to_model()).eval().requires_grad_(False)
+        return onnx2torch.convert(_with_shapes(graph)).eval().requires_grad_(False)
     except Exception as error:  # onnx2torch has no exception of its own
         culprit = _culprit(graph)
         raise OnnxError(
@@ -40,6 +43,19 @@ def convert(graph: Graph) -> torch.fx.GraphModule:
             f"{str(error)[:300]}. Export the model without it",
             culprit.op if culprit else "", culprit.name if culprit else "", graph.opset,
         ) from error  # fmt: skip
+
+
+def _with_shapes(graph: Graph) -> onnx.ModelProto:
+    """The model with the shapes of its tensors, which onnx cannot infer behind ops of our own domain."""
+    model = graph.to_model()
+    for name in {name for node in graph.nodes for name in node.outputs} - {"", graph.output}:
+        shape, kind = graph.shapes.get(name), graph.types.get(name)
+        if shape is not None and kind is not None:
+            two = graph.shapes_of_two.get(name, shape)
+            sizes = [size if size == other else None for size, other in zip(shape, two, strict=True)]
+            element = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+            model.graph.value_info.append(helper.make_tensor_value_info(name, element, sizes))
+    return model
 
 
 def _fix_slice(graph: Graph, node: Node) -> None:
@@ -77,7 +93,7 @@ def _culprit(graph: Graph) -> Node | None:
     from onnx2torch.node_converters.registry import get_converter
     from onnx2torch.onnx_graph import OnnxGraph
 
-    model = OnnxGraph(graph.to_model().graph)
+    model = OnnxGraph(_with_shapes(graph).graph)
     for (_, onnx_node), node in zip(model.nodes.items(), graph.nodes, strict=True):
         try:
             get_converter(node.op, graph.opset if not node.domain else 1, node.domain)(onnx_node, model)

@@ -1,7 +1,7 @@
 """Rewrites of single nodes into ones that torch and the engine treat rightly. Each is exact, or leaves the node.
 
 A rule takes the graph and a node and returns the nodes to put in its place, or None to leave it; the new nodes
-compute the same output names. `RULES` is the table; rules that concern windows are in `windows`.
+compute the same output names. `RULES` is the table; some rules are in `windows`, `shaping` and `normalizing`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from collections.abc import Callable
 import numpy as np
 
 from ..errors import OnnxError
-from . import windows
+from . import normalizing, shaping, windows
 from .fusion import fuse_softplus
 from .graph import Graph, Node
+from .shaping import reshape
 
 Rule = Callable[[Graph, Node], "list[Node] | None"]
 _FLOATS = (np.float32, np.float64)
+_LARGE = 1e4  # in a + relu(b - a) a larger a costs b its last digits
 
 
 def lower(graph: Graph) -> list[str]:
@@ -28,6 +30,8 @@ def lower(graph: Graph) -> list[str]:
         rule = RULES.get(node.op)
         try:
             nodes = rule(graph, node) if rule else None
+        except OnnxError:
+            raise
         except (TypeError, ValueError, IndexError, KeyError, ZeroDivisionError) as error:
             raise OnnxError(
                 f"{node} is malformed: {type(error).__name__}: {error}. Export the model again",
@@ -63,6 +67,12 @@ def _cast(graph: Graph, node: Node) -> list[Node] | None:
     from_input = node.inputs[0] == graph.input and source is not None and source.kind in "ui"
     if target in _FLOATS and (source in _FLOATS or from_input):
         return _drop(graph, node)
+    if source in _FLOATS and target is not None and target not in _FLOATS:
+        raise OnnxError(
+            f"{node} rounds to {target}, and between what it rounds to there are no bounds: export the model "
+            "without it, in float32",
+            node.op, node.name, graph.opset,
+        )  # fmt: skip
     return None
 
 
@@ -74,11 +84,6 @@ def _transpose(graph: Graph, node: Node) -> list[Node] | None:
     if before is not None and before.op == "Transpose" and perm and before.get("perm"):
         return [Node("Transpose", before.inputs, node.outputs, {"perm": [before.get("perm")[p] for p in perm]})]
     return None
-
-
-def reshape(graph: Graph, x: str, sample: tuple[int, ...], outputs: list[str]) -> Node:
-    """Reshape to (batch, *sample)."""
-    return Node("Reshape", [x, graph.add_constant([0, *sample], f"{outputs[0]}/shape", np.int64)], outputs)
 
 
 def _flatten(graph: Graph, node: Node) -> list[Node] | None:
@@ -220,6 +225,54 @@ def _softsign(graph: Graph, node: Node) -> list[Node]:
     return [Node("Abs", [x], [size]), Node("Add", [size, one], [more]), Node("Div", [x, more], node.outputs)]
 
 
+def _leaky_relu(graph: Graph, node: Node) -> list[Node] | None:
+    """Slopes outside of [0, 1], for which the engine's bounds do not hold, as those of PRelu."""
+    alpha = node.get("alpha", 0.01)
+    if 0 <= alpha <= 1:
+        return None
+    slope = graph.add_constant(alpha, f"{node.output}/slope", graph.types.get(node.inputs[0], np.float32))
+    return _prelu(graph, Node("PRelu", [node.inputs[0], slope], node.outputs, name=node.name))
+
+
+def _clip(graph: Graph, node: Node) -> list[Node] | None:
+    """With one end, or one that is no number's limit, Max or Min; with ends that are computed, both."""
+    x, kind = node.inputs[0], graph.types.get(node.inputs[0], np.dtype(np.float32))
+    if not graph.has(node, 1) and not graph.has(node, 2):
+        return _drop(graph, node)
+    if graph.has(node, 1) and graph.has(node, 2):
+        return None
+    index, limit = (1, np.inf) if graph.has(node, 1) else (2, -np.inf)
+    end = graph.optional(node, index)
+    if end is None or kind.kind != "f":
+        return None
+    other = graph.add_constant(np.finfo(kind).max * np.sign(limit), f"{node.output}/end", kind)
+    if end == 0 and index == 1:
+        return [Node("Relu", [x], node.outputs, name=node.name)]
+    ends = [node.inputs[index], other] if index == 1 else [other, node.inputs[index]]
+    return [Node("Clip", [x, *ends], node.outputs, name=node.name)]
+
+
+def _div(graph: Graph, node: Node) -> list[Node] | None:
+    """By what is computed: a product with 1 / y, for 0.3's bounds of a quotient do not hold."""
+    x, y = node.inputs
+    if y in graph.constants or graph.types.get(y) not in _FLOATS:
+        return None
+    inverse = graph.fresh(f"{node.output}/inverse")
+    return [Node("Reciprocal", [y], [inverse]), Node("Mul", [x, inverse], node.outputs, name=node.name)]
+
+
+def _pow(graph: Graph, node: Node) -> list[Node] | None:
+    """The first power, and exponents that are whole numbers by type."""
+    exponent, kind = graph.optional(node, 1), graph.types.get(node.inputs[0])
+    if exponent is None or kind not in _FLOATS:
+        return None
+    if exponent.size == 1 and exponent == 1 and exponent.ndim <= len(graph.shapes.get(node.inputs[0], ())):
+        return _drop(graph, node)
+    if exponent.dtype == kind:
+        return None
+    return [Node("Pow", [node.inputs[0], graph.add_constant(exponent, "exponent", kind)], node.outputs, name=node.name)]
+
+
 def _thresholded_relu(graph: Graph, node: Node) -> list[Node] | None:
     return [Node("Relu", node.inputs, node.outputs)] if node.get("alpha", 1.0) == 0 else None
 
@@ -248,8 +301,8 @@ def _extreme(graph: Graph, node: Node) -> list[Node] | None:
         return _variadic(node.op)(graph, node)
     a, b = node.inputs if graph.constant(node.inputs[0]) is not None else node.inputs[::-1]
     values = [graph.constant(name) for name in (a, b)]
-    if any(value is not None and not np.isfinite(value).all() for value in values):
-        return None
+    if any(value is not None and not (np.abs(value) < _LARGE).all() for value in values):
+        return _limit(graph, node, a, b, values[0])
     gap, part = graph.fresh(f"{node.output}/gap"), graph.fresh(f"{node.output}/part")
     ends, last = ([b, a], "Add") if node.op == "Max" else ([a, b], "Sub")
     return [
@@ -257,17 +310,15 @@ def _extreme(graph: Graph, node: Node) -> list[Node] | None:
     ]  # fmt: skip
 
 
-def _norm(graph: Graph, node: Node) -> list[Node]:
-    """Sums of absolute values or of squares, and their root."""
-    x, inner, total = node.inputs[0], graph.fresh(f"{node.output}/inner"), graph.fresh(f"{node.output}/sum")
-    first = Node("Abs", [x], [inner]) if node.op == "ReduceL1" else Node("Mul", [x, x], [inner])
-    attributes = {key: value for key, value in node.attributes.items() if key != "axes"}
-    axes = node.inputs[1:2]
-    if "axes" in node.attributes:
-        axes = [graph.add_constant(node.get("axes"), f"{node.output}/axes", np.int64)]
-    last = node.op == "ReduceL2"
-    nodes = [first, Node("ReduceSum", [inner, *axes], [total] if last else node.outputs, attributes, node.name)]
-    return [*nodes, Node("Sqrt", [total], node.outputs)] if last else nodes
+def _limit(graph: Graph, node: Node, end: str, x: str, value: np.ndarray | None) -> list[Node] | None:
+    """Max or Min with a number that is so large that x would be lost in the difference: Clip."""
+    if value is None or value.size != 1:
+        return None
+    kind = graph.types.get(x, np.dtype(np.float32))
+    most = np.finfo(kind).max
+    ends = (value, most) if node.op == "Max" else (-most, value)
+    names = [graph.add_constant(np.clip(end, -most, most).reshape(()), f"{node.output}/end", kind) for end in ends]
+    return [Node("Clip", [x, *names], node.outputs, name=node.name)]
 
 
 def _reduce_min(graph: Graph, node: Node) -> list[Node]:
@@ -286,84 +337,23 @@ def _mean(graph: Graph, node: Node) -> list[Node]:
     return [Node("Sum", node.inputs, [total]), Node("Mul", [total, share], node.outputs)]
 
 
-def _split(graph: Graph, node: Node) -> list[Node] | None:
-    """Into slices, so that each node has one output."""
-    axis, size = node.get("axis", 0), [graph.shapes.get(name, ()) for name in node.outputs]
-    if not all(size):
+def _where(graph: Graph, node: Node) -> list[Node] | None:
+    """With a constant condition: products with masks, or torch's softplus."""
+    chosen = graph.optional(node, 0)
+    if chosen is None:
+        return fuse_softplus(graph, node)
+    kind, terms, nodes = graph.types.get(node.output), [], []
+    if kind not in _FLOATS:
         return None
-    ends = np.cumsum([shape[axis] for shape in size]).tolist()
-    return [
-        windows.slice_node(graph, node.inputs[0], axis, start, end, output)
-        for start, end, output in zip([0, *ends], ends, node.outputs, strict=False)
-    ]
-
-
-def _depth_to_space(graph: Graph, node: Node) -> list[Node] | None:
-    """Reshape, transpose, reshape."""
-    shape = graph.shapes.get(node.inputs[0])
-    if shape is None or len(shape) != 4:
-        return None
-    s, (_, c, h, w) = node.get("blocksize"), shape
-    if node.op == "SpaceToDepth":
-        split, perm, last = (c, h // s, s, w // s, s), [0, 3, 5, 1, 2, 4], (c * s * s, h // s, w // s)
-    elif node.get("mode", "DCR") == "DCR":
-        split, perm, last = (s, s, c // s**2, h, w), [0, 3, 4, 1, 5, 2], (c // s**2, h * s, w * s)
-    else:
-        split, perm, last = (c // s**2, s, s, h, w), [0, 1, 4, 2, 5, 3], (c // s**2, h * s, w * s)
-    parts, turned = graph.fresh(f"{node.output}/parts"), graph.fresh(f"{node.output}/turned")
-    return [
-        reshape(graph, node.inputs[0], split, [parts]), Node("Transpose", [parts], [turned], {"perm": perm}),
-        reshape(graph, turned, last, node.outputs),
-    ]  # fmt: skip
-
-
-def reduce_mean(graph: Graph, x: str, axes: list[int], output: str) -> Node:
-    """Mean over axes that stay with size 1; where the axes are told changed with opset 18."""
-    if graph.opset < 18:
-        return Node("ReduceMean", [x], [output], {"axes": axes, "keepdims": 1})
-    return Node("ReduceMean", [x, graph.add_constant(axes, f"{output}/axes", np.int64)], [output], {"keepdims": 1})
-
-
-def _instance_norm(graph: Graph, node: Node) -> list[Node] | None:
-    """Over the axes after the channels."""
-    rank = len(graph.shapes.get(node.inputs[0], ()))
-    return _standardize(graph, node, list(range(2, rank)), (1, -1, *[1] * (rank - 2))) if rank > 2 else None
-
-
-def _layer_norm(graph: Graph, node: Node) -> list[Node] | None:
-    """Over the last axes."""
-    rank = len(graph.shapes.get(node.inputs[0], ()))
-    if not rank or any(graph.users(name) for name in node.outputs[1:]):
-        return None
-    axis = node.get("axis", -1) % rank
-    return _standardize(graph, node, list(range(axis, rank)), None) if axis else None
-
-
-def _standardize(graph: Graph, node: Node, axes: list[int], shape: tuple[int, ...] | None) -> list[Node] | None:
-    """(x - mean) / sqrt(variance + eps) * scale + bias; as a product, for 0.3 guesses at a quotient by a root."""
-    x, scale, bias = node.inputs[0], graph.optional(node, 1), graph.optional(node, 2)
-    if scale is None or (graph.has(node, 2) and bias is None):
-        return None
-    stems = ("mean", "centred", "square", "variance", "more", "root", "inverse", "unit", "scaled")
-    mean, centred, square, variance, more, root, inverse, unit, scaled = (
-        graph.fresh(f"{node.output}/{stem}") for stem in stems
-    )
-    bias = np.zeros_like(scale) if bias is None else bias
-    eps, factor, shift = (
-        graph.add_constant(value, f"{node.output}/{stem}", scale.dtype)
-        for value, stem in (
-            (node.get("epsilon", 1e-5), "eps"),
-            (scale.reshape(shape or scale.shape), "factor"),
-            (bias.reshape(shape or bias.shape), "shift"),
-        )
-    )
-    return [
-        reduce_mean(graph, x, axes, mean), Node("Sub", [x, mean], [centred]),
-        Node("Mul", [centred, centred], [square]), reduce_mean(graph, square, axes, variance),
-        Node("Add", [variance, eps], [more]), Node("Sqrt", [more], [root]), Node("Reciprocal", [root], [inverse]),
-        Node("Mul", [centred, inverse], [unit]), Node("Mul", [unit, factor], [scaled]),
-        Node("Add", [scaled, shift], node.outputs[:1], name=node.name),
-    ]  # fmt: skip
+    for name, mask in zip(node.inputs[1:], (chosen, ~chosen), strict=True):
+        value = graph.constant(name)
+        if value is not None:
+            terms.append(graph.add_constant(np.where(mask, value, 0), f"{node.output}/constant", kind))
+            continue
+        part = graph.fresh(f"{node.output}/part")
+        nodes.append(Node("Mul", [name, graph.add_constant(mask, f"{node.output}/mask", kind)], [part]))
+        terms.append(part)
+    return [*nodes, Node("Add", terms, node.outputs, name=node.name)]
 
 
 RULES: dict[str, Rule] = {
@@ -371,15 +361,22 @@ RULES: dict[str, Rule] = {
     "BatchNormalization": _batch_norm,
     "Cast": _cast,
     "Celu": _celu,
+    "Clip": _clip,
     "Conv": windows.convolution,
-    "DepthToSpace": _depth_to_space,
+    "DepthToSpace": shaping.depth_to_space,
+    "Div": _div,
     "Dropout": _dropout,
+    "Expand": shaping.repeat,
     "Flatten": _flatten,
+    "Gather": shaping.gather,
     "Gemm": _gemm,
     "GlobalMaxPool": windows.global_max_pool,
     "Identity": _drop,
-    "InstanceNormalization": _instance_norm,
-    "LayerNormalization": _layer_norm,
+    "InstanceNormalization": normalizing.instance_norm,
+    "LRN": normalizing.local_response,
+    "LayerNormalization": normalizing.layer_norm,
+    "LeakyRelu": _leaky_relu,
+    "LpNormalization": normalizing.unit_length,
     "MatMul": _matmul,
     "Max": _extreme,
     "MaxPool": windows.max_pool,
@@ -387,18 +384,24 @@ RULES: dict[str, Rule] = {
     "Min": _extreme,
     "PRelu": _prelu,
     "Pad": windows.pad,
-    "ReduceL1": _norm,
-    "ReduceL2": _norm,
+    "Pow": _pow,
+    "ReduceL1": normalizing.norm,
+    "ReduceL2": normalizing.norm,
+    "ReduceMax": shaping.reduce_max,
     "ReduceMin": _reduce_min,
-    "ReduceSumSquare": _norm,
+    "ReduceSumSquare": normalizing.norm,
     "Reshape": _reshape,
     "Resize": windows.resize,
+    "Slice": shaping.strided_slice,
     "Softsign": _softsign,
-    "SpaceToDepth": _depth_to_space,
-    "Split": _split,
+    "SpaceToDepth": shaping.depth_to_space,
+    "Split": shaping.split,
+    "Squeeze": shaping.as_reshape,
     "Sum": _variadic("Add"),
     "ThresholdedRelu": _thresholded_relu,
+    "Tile": shaping.repeat,
     "Transpose": _transpose,
+    "Unsqueeze": shaping.as_reshape,
     "Upsample": windows.resize,
-    "Where": fuse_softplus,
+    "Where": _where,
 }

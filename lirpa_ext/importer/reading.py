@@ -50,6 +50,7 @@ def read_onnx(source: str | Path | bytes, max_bytes: int) -> onnx.ModelProto:
     if model.functions:
         model = inliner.inline_local_functions(model)
     _sort(model.graph, where)
+    _name_splits(model.graph)
     for node in model.graph.node:
         _check_node(node, opset_of(model))
     _check_tensors(model.graph, where)
@@ -162,6 +163,13 @@ def _sort(graph: onnx.GraphProto, where: str) -> None:
         copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered]
         del graph.node[:]
         graph.node.extend(copies)
+
+
+def _name_splits(graph: onnx.GraphProto) -> None:
+    """Name the parts of splits that nothing reads: onnxruntime crashes on a Split with an absent output."""
+    for index, node in enumerate(graph.node):
+        if node.op_type == "Split":
+            node.output[:] = [name or f"split/{index}/{part}" for part, name in enumerate(node.output)]
 
 
 def describe(node: onnx.NodeProto) -> str:

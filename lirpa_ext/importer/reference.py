@@ -69,10 +69,11 @@ class Reference:
         return self.__dict__ | {"_session": None}  # sessions can be neither copied nor pickled
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Outputs of a batch, (B, *sample_shape) -> (B, ...)."""
+        """Outputs of a batch, (B, *sample_shape) -> (B, ...), at least two axes."""
         self._session = self._session or session(self.model)
         outputs = [run(self._session, [self.output], self._feed(sample))[0] for sample in x]
-        return np.stack([self._of_sample(output) for output in outputs])
+        stacked = np.stack([self._of_sample(output) for output in outputs])
+        return stacked if stacked.ndim > 1 else stacked[:, None]
 
     def values(self, sample: np.ndarray) -> dict[str, np.ndarray]:
         """Every tensor of the original file for one sample, with the batch axis the file gives it."""

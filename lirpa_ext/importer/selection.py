@@ -151,6 +151,14 @@ def single_precision(graph: Graph) -> list[str]:
     """Float64 weights, inputs and casts become float32, integer inputs floats; notes of what was done."""
     notes = []
     if graph.input_type != np.float32:
+        whole = graph.input_type.kind in "ui"
+        user = next((node for node in graph.users(graph.input) if node.op != "Cast"), None) if whole else None
+        if user is not None:
+            raise OnnxError(
+                f"input {graph.input!r} holds whole numbers ({graph.input_type}), which {user} takes as such, so there "
+                "is no ball around it: export the model with an input of float32",
+                user.op, user.name, graph.opset,
+            )  # fmt: skip
         notes.append(f"input of {graph.input_type} -> float32")
         graph.input_type = np.dtype(np.float32)
     wide = [name for name, value in graph.constants.items() if value.dtype == np.float64]

@@ -195,7 +195,7 @@ def rows_times_constant(node: Any, inputs: Sequence[State], rows: Tensor, sums: 
                 return sums @ value.flatten(2)[0, :, 0]
             if rows.dim() == 5:  # channels last, in which convolutions keep their rows
                 rows, value = rows.movedim(2, -1), value.movedim(1, -1)
-            return rows.flatten(2) @ value.flatten()
+            return rows.reshape(*rows.shape[:2], -1) @ value.flatten()  # of one number a sample too
     value = apply(node, inputs, lambda state: rows.new_zeros(state.center.shape))
     return (rows * value).reshape(*rows.shape[:2], -1).sum(2)
 
