@@ -14,7 +14,12 @@ from .batches import Batches
 from .objectives import OBJECTIVES, Loss, Objective, register_objective
 from .schedules import Decay, Ramp, Schedule
 
-_OF_LIGHTNING = {"CertifiedClassifier": "module", "Evaluation": "module", "Optimizer": "module", "ImageData": "datamodule"}
+_OF_LIGHTNING = {
+    "CertifiedClassifier": "module",
+    "Evaluation": "module",
+    "Optimizer": "module",
+    "ImageData": "datamodule",
+}
 
 __all__ = [
     "ARCHITECTURES",

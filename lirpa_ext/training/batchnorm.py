@@ -2,7 +2,8 @@
 
 In train mode a sample's output depends on the others of its batch, so no set of it can be propagated by itself. With
 the mean and variance of the clean batch held fixed, each batch norm is an affine map of its sample, and the bound is
-one of the function that gave the clean logits. Gradients flow through the statistics.
+one of the function that gave the clean logits. The bound's gradient does not flow through the statistics: they are
+constants to it. Processes take the statistics of their own share of a batch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def recorded_statistics(model: nn.Module) -> Iterator[Statistics]:
     statistics: Statistics = {}
 
     def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-        (x,) = args
+        x = args[0].detach()
         axes = [axis for axis in range(x.dim()) if axis != 1]
         statistics[module] = (x.mean(axes), x.var(axes, unbiased=False))
 

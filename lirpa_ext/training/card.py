@@ -56,7 +56,7 @@ def write_card(folder: Path) -> None:
         )
     lines += [
         "",
-        "Verified samples are those whose margin has a positive lower bound over the whole ball (sound norms, float64).",
+        "Verified: the margin has a positive lower bound over the whole ball (sound norms, float64).",
         "PGD is an attack: the robust accuracy lies between the two.",
         "",
         "## Limits",

@@ -66,7 +66,7 @@ class ImageData(LightningDataModule):
         """Shuffled batches, this process's share."""
         if self.train_set is None:
             self.setup("fit")
-        assert self.train_set is not None  # noqa: S101 (for the type checker)
+        assert self.train_set is not None
         rank, world = self._rank()
         return Batches(*self.train_set, self.batch_size, self.seed, self.augmentation, rank, world)
 
@@ -82,9 +82,8 @@ class ImageData(LightningDataModule):
         if pair is None:
             raise ConfigError("call setup of the data module first")
         rank, world = self._rank()
-        return Parts(*(part[rank::world] for part in pair), self.evaluation_batch)
+        x, y = pair
+        return Parts(x[rank::world], y[rank::world], self.evaluation_batch)
 
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
-

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -30,7 +29,8 @@ def number(value: float | str, name: str) -> float:
         ConfigError: It is neither.
     """
     try:
-        return float(Fraction(value)) if isinstance(value, str) and "/" in value else float(value)
+        above, slash, below = str(value).partition("/")
+        return float(above) / float(below) if slash else float(above)
     except (ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"{name} must be a number or a fraction such as 8/255, got {value!r}") from error
 
@@ -111,17 +111,17 @@ class CertifiedClassifier(LightningModule):
         loss: Loss,
         eps: float | str,
         norm: float | str = 2,
-        schedule: Schedule | None = None,
-        optimizer: Optimizer | None = None,
-        evaluation: Evaluation | None = None,
-        data_range: list[float] | None = [0.0, 1.0],  # noqa: B006 (never changed; the command line shows it)
+        schedule: Schedule = Schedule(),  # noqa: B008 (never changed; the command line shows the defaults)
+        optimizer: Optimizer = Optimizer(),  # noqa: B008
+        evaluation: Evaluation = Evaluation(),  # noqa: B008
+        data_range: list[float] | None = [0.0, 1.0],  # noqa: B006
         initialization: str = "default",
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.network, self.loss = network, loss
-        self.schedule, self.optimizer_config = schedule or Schedule(), optimizer or Optimizer()
-        self.evaluation = evaluation or Evaluation()
+        self.schedule, self.optimizer_config = schedule, optimizer
+        self.evaluation = evaluation
         self.eps, self.norm = number(eps, "model.eps"), number(norm, "model.norm")
         self.data_range = _check_range(data_range)
         evaluated = self.evaluation.eps
@@ -174,7 +174,8 @@ class CertifiedClassifier(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make what the step draws a function of seed, step and process: a resumed run draws the same."""
-        torch.manual_seed((self.seed * 1_000_003 + self.trainer.fit_loop.epoch_loop.total_batch_idx) * 4096 + self.global_rank)
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        torch.manual_seed((self.seed * 1_000_003 + step) * 4096 + self.global_rank)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch."""
@@ -256,7 +257,7 @@ class CertifiedClassifier(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count what is classified, attacked and certified; bounds are sound, in float64, with sound norms."""
-        assert self._certifier is not None  # noqa: S101 (for the type checker)
+        assert self._certifier is not None
         x, y = batch
         steps = self.evaluation.attack_steps
         attack = PGD(steps) if steps and self.norm != 1 else None
@@ -278,6 +279,7 @@ class CertifiedClassifier(LightningModule):
     def _reduced(self, values: Tensor) -> Tensor:
         """Sum over all processes."""
         gathered = self.all_gather(values.to(self.device, torch.float32))
+        assert isinstance(gathered, Tensor)
         return gathered.reshape(-1, len(values)).sum(0)
 
     # --- checkpoints ---
@@ -346,4 +348,3 @@ def _initialize(model: nn.Module, name: str) -> None:
                 nn.init.normal_(layer.weight, std=math.sqrt(2 * math.pi) / layer.weight[0].numel())
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-

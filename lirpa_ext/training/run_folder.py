@@ -38,7 +38,8 @@ from .module import CertifiedClassifier
 __all__ = ["Best", "Last", "Metrics", "environment", "export_onnx", "save_network"]
 
 COLUMNS = (
-    "epoch", "step", "loss", "eps", "kappa", "beta", "lr", "seconds", "val_clean", "val_pgd", "val_verified", "ramp_done",
+    "epoch", "step", "loss", "eps", "kappa", "beta", "lr", "seconds", "val_clean", "val_pgd", "val_verified",
+    "ramp_done",
 )  # fmt: skip
 
 

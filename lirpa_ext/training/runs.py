@@ -43,6 +43,7 @@ def parser(command: str = "fit") -> ArgumentParser:
         prog=f"lirpa-ext {command}",
         description="Train with a certified loss, or certify what was trained.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     made.add_argument("--config", action="config", help="a YAML file; later files and arguments override earlier ones")
     made.add_argument("--run", type=str | None, default=None, help="folder of the run, default runs/NAME of the config")
