@@ -416,6 +416,36 @@ def test_two_processes_train_as_one_with_the_joint_batch(trained, tmp_path):
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), abs=1e-5)
 
 
+def test_a_sweep_is_a_table_and_resumes(tmp_path, capsys, monkeypatch):
+    command = ["sweep", "--eps", "0.3,0.5", "--losses", "bcp,natural", "--out", str(tmp_path), "--", *QUICK]
+    short = ["--trainer.max_epochs", "2", "--model.schedule.ramp", "0.5"]
+    assert main([*command, *short]) == 0
+    printed = capsys.readouterr().out
+    with (tmp_path / "sweep.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [(row["loss"], row["eps"]) for row in table] == [
+        ("bcp", "0.3"), ("bcp", "0.5"), ("natural", "0.3"), ("natural", "0.5"),
+    ]  # fmt: skip
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
+    for row in table:
+        report = json.loads((tmp_path / row["run"] / "test.json").read_text())
+        assert report["meta"]["eps"] == [0.5]  # what is evaluated stays
+        assert float(row["verified"]) <= float(row["pgd"]) <= float(row["clean"])
+    (tmp_path / table[0]["run"] / "test.json").unlink()  # as if killed before its test
+    from lirpa_ext.training.module import CertifiedClassifier
+
+    monkeypatch.setattr(CertifiedClassifier, "training_step", lambda *_: pytest.fail("a step was taken"))
+    assert main([*command, *short]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_a_sweep_without_a_grid_is_refused(tmp_path, capsys):
+    assert main(["sweep", "--out", str(tmp_path), "--", *QUICK]) == 2
+    assert "a sweep varies something" in capsys.readouterr().err
+    assert main(["sweep", "--losses", "bcpp", "--out", str(tmp_path), "--", *QUICK]) == 2
+    assert "unknown loss 'bcpp'" in capsys.readouterr().err
+
+
 def test_a_users_own_data_and_network(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "import torch\n"
