@@ -169,7 +169,15 @@ class CertifiedClassifier(LightningModule):
         return self.schedule.done(self.global_step, self.steps_per_epoch)
 
     def on_fit_start(self) -> None:
-        """Check the schedule against the length of the training."""
+        """Check the schedule against the length of the training, and the network against what bounds can take.
+
+        Raises:
+            ConfigError: No epoch is left after the ramp, or batch norms are synchronized between processes.
+        """
+        if any(isinstance(layer, nn.SyncBatchNorm) for layer in self.model.modules()):
+            raise ConfigError(
+                "trainer.sync_batchnorm takes statistics of all processes, the bounds those of one: set it to false"
+            )
         self.schedule.check(self.eps, self.trainer.max_epochs if self.trainer.max_epochs != -1 else None)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
