@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from ._version import __version__
 from .certify_cli import add_certify
 from .errors import LirpaExtError
+from .fit_cli import add_training
 from .inspect_cli import add_inspect
 from .verify_cli import add_verify
 
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     add_certify(commands.add_parser("certify", help="certify a model on a data set"))
     add_inspect(commands.add_parser("inspect", help="what is in an ONNX file, and which methods can bound it"))
     add_verify(commands.add_parser("verify", help="verify a VNN-LIB property of an ONNX network"))
+    add_training(commands)
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "ConfigError",
     "DataError",
     "EngineError",
     "EstimateError",
@@ -57,6 +58,10 @@ class UnsupportedNodeError(LirpaExtError, NotImplementedError):
 
 class EstimateError(LirpaExtError, TypeError):
     """An estimate (power iteration) was given where only a bound is sound."""
+
+
+class ConfigError(LirpaExtError, ValueError):
+    """A training configuration that cannot be run: unknown key, impossible schedule, missing package."""
 
 
 class DataError(LirpaExtError, ValueError):

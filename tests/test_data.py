@@ -133,3 +133,48 @@ def test_bad_image_folders(tmp_path):
         load_data(str(tmp_path / "empty"))
     with pytest.raises(errors.DataError, match="limit"):
         load_data("digits", limit=0)
+
+
+def test_svhn_counts_from_one_and_calls_zero_ten(tmp_path):
+    scipy_io = pytest.importorskip("scipy.io", reason="SVHN's files are read by scipy")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
+    scipy_io.savemat(tmp_path / "test_32x32.mat", {"X": pixels, "y": np.array([[1], [10], [9], [2]], np.uint8)})
+    x, y = load_data(str(tmp_path))
+    assert x.shape == (4, 3, 32, 32) and y.tolist() == [1, 0, 9, 2]
+    assert x[2, 1, 5, 7] == pytest.approx(pixels[5, 7, 1, 2] / 255)
+    content = (tmp_path / "test_32x32.mat").read_bytes()
+    (tmp_path / "test_32x32.mat").write_bytes(content[:-300])
+    with pytest.raises(errors.DataError, match="truncated"):
+        load_data(str(tmp_path))
+
+
+def test_stl_goes_column_by_column(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 96, 96), dtype=np.uint8)
+    (tmp_path / "train_X.bin").write_bytes(pixels.tobytes())
+    (tmp_path / "train_y.bin").write_bytes(bytes([1, 10]))
+    x, y = load_data(str(tmp_path), "train")
+    assert x.shape == (2, 3, 96, 96) and y.tolist() == [0, 9]
+    assert x[1, 2, 5, 7] == pytest.approx(pixels[1, 2, 7, 5] / 255)
+    (tmp_path / "train_y.bin").write_bytes(bytes([1, 10, 3]))
+    with pytest.raises(errors.DataError, match="truncated"):
+        load_data(str(tmp_path), "train")
+
+
+def test_tiny_imagenet_as_published(tmp_path):
+    (tmp_path / "wnids.txt").write_text("n02\nn01\n")
+    random = np.random.default_rng(0)
+    for wnid in ("n01", "n02"):
+        (tmp_path / "train" / wnid / "images").mkdir(parents=True)
+        for index in range(2):
+            image = Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+            image.save(tmp_path / "train" / wnid / "images" / f"{wnid}_{index}.JPEG")
+    (tmp_path / "val" / "images").mkdir(parents=True)
+    Image.fromarray(random.integers(0, 256, (64, 64), dtype=np.uint8)).save(tmp_path / "val/images/val_0.JPEG")
+    (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01\t0\t0\t9\t9\n")
+    x, y = load_data(str(tmp_path), "train")
+    assert x.shape == (4, 3, 64, 64) and y.tolist() == [0, 1, 0, 1]
+    x, y = load_data(str(tmp_path))  # gray among coloured ones
+    assert x.shape == (1, 3, 64, 64) and y.tolist() == [1]
+    (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn99\t0\t0\t9\t9\n")
+    with pytest.raises(errors.DataError, match="no complete Tiny-ImageNet"):
+        load_data(str(tmp_path))

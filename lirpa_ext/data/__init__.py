@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import DataError
+from .archives import find_stl, find_svhn, is_tiny_imagenet, load_stl, load_svhn, load_tiny_imagenet
 from .arrays import Pair, gather, load_arrays, load_digits
 from .cifar import find_cifar, load_cifar
 from .folders import load_idx, load_image_folder, looks_like_images
@@ -18,11 +19,14 @@ __all__ = [
     "load_digits",
     "load_idx",
     "load_image_folder",
+    "load_stl",
+    "load_svhn",
+    "load_tiny_imagenet",
 ]
 
 SOURCES = (
-    "digits, X.npz, X.npy,Y.npy, a folder of MNIST's IDX files, of CIFAR batches (python or binary), or of images in "
-    "one folder a class"
+    "digits, X.npz, X.npy,Y.npy, a folder of MNIST's IDX files, of CIFAR batches (python or binary), of SVHN, STL-10 "
+    "or Tiny-ImageNet as published, or of images in one folder a class"
 )
 
 
@@ -31,7 +35,8 @@ def load_data(source: str, split: str = "test", limit: int | None = None) -> Pai
 
     Args:
         source: ``digits``; a ``.npz`` with x and y (or images and labels); ``X.npy,Y.npy``; a folder of MNIST's IDX
-            files, of CIFAR-10 or CIFAR-100 batches, or of images, ``[SPLIT/]CLASS/NAME.png``; a CIFAR batch.
+            files, of CIFAR-10 or CIFAR-100 batches, of SVHN's ``.mat`` files, STL-10's ``.bin`` files or Tiny-ImageNet
+            as published, or of images, ``[SPLIT/]CLASS/NAME.png``; a CIFAR batch.
         split: "train" or "test" (default), where the source has both.
         limit: Only the first so many samples; default all.
 
@@ -50,6 +55,12 @@ def load_data(source: str, split: str = "test", limit: int | None = None) -> Pai
         x, y = load_digits(split)
     elif find_cifar(path, split):
         x, y = load_cifar(path, split)
+    elif find_svhn(path, split):
+        x, y = load_svhn(path, split)
+    elif (stl := find_stl(path, split)) is not None:
+        x, y = load_stl(stl, split)
+    elif is_tiny_imagenet(path):
+        x, y = load_tiny_imagenet(path, split, limit)
     elif path.is_dir() and looks_like_images(path, split):
         x, y = load_image_folder(path, split, limit)
     elif path.is_dir():

@@ -76,7 +76,7 @@ def load_image_folder(folder: str | Path, split: str = "test", limit: int | None
         raise DataError(f"{folder} holds no folders of images")
     turns = zip_longest(*([(path, label) for path in paths] for label, paths in enumerate(classes)))
     chosen = [pair for turn in turns for pair in turn if pair is not None][:limit]
-    images = [_read_image(path) for path, _ in chosen]
+    images = [read_image(path) for path, _ in chosen]
     if any(image.ndim != images[0].ndim for image in images):  # gray ones among coloured ones
         images = [image if image.ndim == 3 else np.stack([image] * 3, -1) for image in images]
     for (path, _), image in zip(chosen, images, strict=True):
@@ -101,8 +101,12 @@ def _classes(folder: Path, split: str) -> list[list[Path]]:
     return classes if classes and all(classes) else []
 
 
-def _read_image(path: Path) -> np.ndarray:
-    """Bytes, (H, W) or (H, W, 3)."""
+def read_image(path: Path) -> np.ndarray:
+    """The bytes of an image file, (H, W) or (H, W, 3).
+
+    Raises:
+        DataError: It cannot be read.
+    """
     from PIL import Image
 
     try:

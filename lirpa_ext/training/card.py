@@ -1,0 +1,90 @@
+"""The model card of a run: what was trained on what, how, with which result, and what it may be used for."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["write_card"]
+
+
+def write_card(folder: Path) -> None:
+    """Write ``README.md`` from the other files of a run's folder.
+
+    Args:
+        folder: Of the run, with ``config.yaml``, ``environment.json`` and ``metrics.csv``; ``test.json`` and
+            ``validate.json`` count where they are.
+    """
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    model, data = config["model"], config["data"]
+    network, loss = model["network"], model["loss"]
+    ran = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    lines = [
+        f"# {network['name']} trained with the {loss['name']} loss, l{float(model['norm']):g} eps {model['eps']}",
+        "",
+        f"* Network: {network['name']}, images of shape {network['input_shape']}, {network['classes']} classes; "
+        f"normalization inside: mean {network['mean']}, std {network['std']}.",
+        f"* Data: {_described(data)}. Pixels in {model['data_range']}; eps is in these units.",
+        f"* Loss: {_compact(loss)}; schedule (epochs): {_compact(model['schedule'])}.",
+        f"* Optimizer: {_compact(model['optimizer'])}; {config['trainer']['max_epochs']} epochs.",
+        f"* Seeds: {config['seed']} (weights, steps); environment: {_compact(ran)}.",
+        "",
+        "## Results",
+        "",
+        "| samples | eps | clean % | PGD % | verified % | method |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ("validate", "test"):
+        path = folder / f"{name}.json"
+        if path.is_file():
+            report = json.loads(path.read_text(encoding="utf-8"))
+            meta = report["meta"]
+            lines += [
+                f"| {meta['samples']}, {name} | {row['eps']:.6g} | {_percent(row['clean'])} | {_percent(row['pgd'])} | "
+                f"{_percent(row['verified'])} | {meta['method']}, {meta['dtype']} |"
+                for row in report["summary"]
+            ]
+    best = best_row(folder)
+    if best is not None:
+        lines.append(
+            f"| validation, after epoch {int(best['epoch']) + 1} (the checkpoint's choice: optimistic) | | "
+            f"{_percent(best['val_clean'])} | {_percent(best['val_pgd'])} | {_percent(best['val_verified'])} | |"
+        )
+    lines += [
+        "",
+        "Verified: the margin has a positive lower bound over the whole ball (sound norms, float64).",
+        "PGD is an attack: the robust accuracy lies between the two.",
+        "",
+        "## Limits",
+        "",
+        "Certificates hold for the norm and the eps of the table, for inputs like those of the data set, and for the",
+        "network in `model.pt` and `model.onnx` computed in the precision that was certified. They say nothing of",
+        "other perturbations.",
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def best_row(folder: Path) -> dict[str, str] | None:
+    """The row of ``metrics.csv`` that ``best.ckpt`` was kept at, or None."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["ramp_done"] == "True" and row["val_verified"]]
+    return max(rows, key=lambda row: (float(row["val_verified"]), float(row["val_clean"])), default=None)
+
+
+def _described(data: dict[str, Any]) -> str:
+    return f"{data['class_path'].rpartition('.')[2]}, {_compact(data.get('init_args') or {})}"
+
+
+def _compact(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {json.dumps(value)}" for key, value in values.items())
+
+
+def _percent(value: Any) -> str:
+    return "-" if value in (None, "") else f"{100 * float(value):.2f}"

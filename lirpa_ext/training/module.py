@@ -1,0 +1,358 @@
+"""`CertifiedClassifier`: a LightningModule that trains by a certified loss, and validates with sound bounds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from ..attacks import PGD
+from ..certifier import Certifier
+from ..errors import ConfigError
+from ..module import BoundedModule
+from .architectures import Network, build
+from .batchnorm import fixed_statistics, population_statistics, recorded_statistics
+from .objectives import Loss, Step, step_loss
+from .schedules import Decay, Schedule, Values
+
+__all__ = ["CertifiedClassifier", "Evaluation", "Optimizer", "number"]
+
+
+def number(value: float | str, name: str) -> float:
+    """A number, or a fraction such as ``8/255``, or ``inf``.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    try:
+        above, slash, below = str(value).partition("/")
+        return float(above) / float(below) if slash else float(above)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{name} must be a number or a fraction such as 8/255, got {value!r}") from error
+
+
+@dataclass
+class Optimizer:
+    """How weights move.
+
+    Args:
+        name: "adam" or "sgd".
+        lr: Learning rate to begin with.
+        momentum: Of "sgd", default 0.
+        weight_decay: Default 0.
+        decay: When the learning rate falls, default never.
+    """
+
+    name: str = "adam"
+    lr: float = 1e-3
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    decay: Decay = field(default_factory=Decay)
+
+    def check(self) -> None:
+        """Raise ConfigError for an unknown name or numbers out of range."""
+        if self.name not in ("adam", "sgd"):
+            raise ConfigError(f"unknown optimizer {self.name!r}: known are adam and sgd")
+        if not 0 < self.lr < math.inf or self.weight_decay < 0 or not 0 <= self.momentum < 1:
+            raise ConfigError("optimizer.lr must be positive, weight_decay 0 or more, momentum in [0, 1)")
+        self.decay.check()
+
+
+@dataclass
+class Evaluation:
+    """How validation, and the commands `validate` and `test`, evaluate.
+
+    Args:
+        eps: Radius, default that of training.
+        method: Bound that verifies, default the loss's own with sound norms.
+        options: Options of that method.
+        attack_steps: Steps of PGD after each epoch of training, default 10; 0 for none.
+        final_attack_steps: Steps of PGD of the commands, default 100, as in the source.
+    """
+
+    eps: float | str | None = None
+    method: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    attack_steps: int = 10
+    final_attack_steps: int = 100
+
+
+class CertifiedClassifier(LightningModule):
+    """A network, its certified loss, and the schedule of eps.
+
+    Args:
+        network: Which network.
+        loss: Which loss.
+        eps: Radius at the end of the ramp, in units of the raw image; a number or a fraction such as ``8/255``.
+        norm: p of the ball, 2 (default) or ``inf`` or any p from 1 on.
+        schedule: Of eps, kappa and beta.
+        optimizer: Optimizer and learning rate.
+        evaluation: Of the trained network.
+        data_range: Lower and upper end of every pixel, default 0 and 1; None for no range.
+        initialization: "default" (torch's) or "ibp" (Z. Shi et al., Fast certified robust training with short warmup,
+            NeurIPS 2021).
+        seed: Of what a step draws (random slopes, attacks, dropout), default 0.
+
+    Attributes:
+        model: The network itself, a plain torch module.
+        bounded: Its graph, None before the first step.
+
+    Raises:
+        ConfigError: Anything of it cannot be.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        loss: Loss,
+        eps: float | str,
+        norm: float | str = 2,
+        schedule: Schedule = Schedule(),  # noqa: B008 (never changed; the command line shows the defaults)
+        optimizer: Optimizer = Optimizer(),  # noqa: B008
+        evaluation: Evaluation = Evaluation(),  # noqa: B008
+        data_range: list[float] | None = [0.0, 1.0],  # noqa: B006
+        initialization: str = "default",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.network, self.loss = network, loss
+        self.schedule, self.optimizer_config = schedule, optimizer
+        self.evaluation = evaluation
+        self.eps, self.norm = number(eps, "model.eps"), number(norm, "model.norm")
+        self.data_range = _check_range(data_range)
+        evaluated = self.evaluation.eps
+        self.evaluation_eps = self.eps if evaluated is None else number(evaluated, "model.evaluation.eps")
+        for name, value in (("model.eps", self.eps), ("model.evaluation.eps", self.evaluation_eps)):
+            _check_radius(name, value, self.norm, network.input_shape, self.data_range)
+        self.loss.check()
+        self.schedule.check(self.eps, None)
+        self.optimizer_config.check()
+        if loss.fused and list(self.schedule.beta) != [1.0, 1.0]:
+            raise ConfigError("loss.fused bounds the loss itself, which beta cannot mix: set schedule.beta to [1, 1]")
+        if loss.objective.attack and self.norm == 1:
+            raise ConfigError("loss pgd attacks lp balls with p > 1 only: set model.norm")
+        self.seed = seed
+        self.model = build(network)
+        _initialize(self.model, initialization)
+        object.__setattr__(self, "bounded", None)
+        self._graph_shape: torch.Size | None = None
+        self._saved_iterations: dict[str, Tensor] = {}
+        self._losses: list[float | Tensor] = [0.0, 0]
+        self._counts = torch.zeros(4)
+        self._certifier: Certifier | None = None
+
+    bounded: BoundedModule | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, (B, classes)."""
+        return self.model(x)
+
+    # --- training ---
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        batches = self.trainer.num_training_batches
+        return max(1, math.ceil(batches / self.trainer.accumulate_grad_batches))
+
+    def values(self) -> Values:
+        """eps, kappa and beta of the step that comes next."""
+        return self.schedule.at(self.global_step, self.steps_per_epoch, self.eps)
+
+    @property
+    def ramp_done(self) -> bool:
+        """Whether the last step was at the full eps."""
+        return self.schedule.done(self.global_step, self.steps_per_epoch)
+
+    def on_fit_start(self) -> None:
+        """Check the schedule against the length of the training, and the network against what bounds can take.
+
+        Raises:
+            ConfigError: No epoch is left after the ramp, or batch norms are synchronized between processes.
+        """
+        if any(isinstance(layer, nn.SyncBatchNorm) for layer in self.model.modules()):
+            raise ConfigError(
+                "trainer.sync_batchnorm takes statistics of all processes, the bounds those of one: set it to false"
+            )
+        self.schedule.check(self.eps, self.trainer.max_epochs if self.trainer.max_epochs != -1 else None)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make what the step draws a function of seed, step and process: a resumed run draws the same."""
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        torch.manual_seed((self.seed * 1_000_003 + step) * 4096 + self.global_rank)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        x, y = batch
+        bounded = self._graph(x)
+        with recorded_statistics(self.model) as statistics:
+            logits = self.model(x)
+        with fixed_statistics(statistics):
+            loss = step_loss(self.loss, Step(bounded, x, y, logits, self.values(), self.norm, *self.data_range))
+        self._losses = [self._losses[0] + loss.detach() * len(x), self._losses[1] + len(x)]
+        return loss
+
+    def _graph(self, x: Tensor) -> BoundedModule:
+        """The graph for inputs of this shape, built before anything is computed of the weights that it touches."""
+        if self.bounded is not None and self._graph_shape == x.shape:
+            return self.bounded
+        iterations = self._iterations()
+        with population_statistics(self.model):
+            bounded = BoundedModule(self.model, x)
+        for name, u in iterations.items():
+            if name in bounded.power_iterations:
+                bounded.power_iterations[name].load_state_dict({"u": u})
+        object.__setattr__(self, "bounded", bounded)  # no submodule: its parameters are the model's
+        self._graph_shape = x.shape
+        return bounded
+
+    def _iterations(self) -> dict[str, Tensor]:
+        """Vectors of the power iterations, by node."""
+        if self.bounded is None:
+            return self._saved_iterations
+        return {name: iteration.u.detach().clone() for name, iteration in self.bounded.power_iterations.items()}
+
+    def on_train_epoch_end(self) -> None:
+        """Report the epoch: mean loss of all processes, and the values of its last step."""
+        total, count = (float(part) for part in self._reduced(torch.tensor([float(part) for part in self._losses])))
+        self._losses = [0.0, 0]
+        if not math.isfinite(total):
+            raise ConfigError(
+                f"the loss is {total} in epoch {self.current_epoch}: lower optimizer.lr, lengthen schedule.ramp, or "
+                "set trainer.gradient_clip_val"
+            )
+        values = self.schedule.at(self.global_step - 1, self.steps_per_epoch, self.eps)
+        self.log_dict(
+            {"loss": total / max(count, 1), "eps": values.eps, "kappa": values.kappa, "beta": values.beta}
+            | {"lr": self.optimizers().param_groups[0]["lr"]},  # type: ignore[union-attr]
+            rank_zero_only=False,
+        )
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer and, by epoch, learning rate."""
+        config = self.optimizer_config
+        options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+        if config.name == "adam":
+            optimizer: torch.optim.Optimizer = torch.optim.Adam(self.model.parameters(), **options)
+        else:
+            optimizer = torch.optim.SGD(self.model.parameters(), momentum=config.momentum, **options)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, config.decay.factor)]
+
+    # --- validation ---
+
+    @property
+    def verifier(self) -> str:
+        """Method that verifies."""
+        return self.evaluation.method or self.loss.objective.verifier(self.norm)
+
+    def verifier_options(self) -> dict[str, Any]:
+        """Its options; what is drawn at random is drawn from a fixed seed."""
+        drawn = {"seed": 0} if self.verifier == "sparse-slope" else {}
+        same = self.loss.options if self.verifier == self.loss.objective.verify else {}
+        return drawn | same | self.evaluation.options
+
+    def on_validation_epoch_start(self) -> None:
+        """Copy the network as it is now, in float64."""
+        self._counts = torch.zeros(4)
+        self._certifier = Certifier(
+            self.model, self.verifier, self.verifier_options(), self.norm, self.data_range,
+            torch.float64, None,
+        )  # fmt: skip
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count what is classified, attacked and certified; bounds are sound, in float64, with sound norms."""
+        assert self._certifier is not None
+        x, y = batch
+        steps = self.evaluation.attack_steps
+        attack = PGD(steps) if steps and self.norm != 1 else None
+        with torch.inference_mode(False), torch.enable_grad():
+            x = self._certifier.place(x.clone())
+            records = self._certifier.certify(range(len(x)), x, y.clone(), [self.evaluation_eps], attack, batch_idx)
+        found = [record["levels"][0]["status"] for record in records]
+        clean = sum((record["clean_margin"] or 0) > 0 for record in records)
+        robust = found.count("certified") + found.count("unknown")
+        self._counts += torch.tensor([len(x), clean, robust, found.count("certified")])
+
+    def on_validation_epoch_end(self) -> None:
+        """Report fractions of all samples."""
+        self._certifier = None
+        total, *counts = self._reduced(self._counts).tolist()
+        names = ("val_clean", "val_pgd", "val_verified")
+        self.log_dict({name: count / max(total, 1) for name, count in zip(names, counts, strict=True)})
+
+    def _reduced(self, values: Tensor) -> Tensor:
+        """Sum over all processes."""
+        gathered = self.all_gather(values.to(self.device, torch.float32))
+        assert isinstance(gathered, Tensor)
+        return gathered.reshape(-1, len(values)).sum(0)
+
+    # --- checkpoints ---
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the vectors of the power iterations, the running loss, and which network this is."""
+        checkpoint["lirpa_ext"] = {
+            "network": asdict(self.network),
+            "power_iterations": self._iterations(),
+            "losses": [float(part) for part in self._losses],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them back.
+
+        Raises:
+            ConfigError: The checkpoint is of another network, or of another program.
+        """
+        own = checkpoint.get("lirpa_ext")
+        if own is None:
+            raise ConfigError("the checkpoint was not written by this trainer")
+        if own["network"] != asdict(self.network):
+            different = {key: (value, asdict(self.network).get(key)) for key, value in own["network"].items()}
+            told = "; ".join(f"{key} is {a} there, {b} here" for key, (a, b) in different.items() if a != b)
+            raise ConfigError(f"the checkpoint is of another network: {told}. Pass its own configuration")
+        self._saved_iterations = dict(own["power_iterations"])
+        self._losses = list(own["losses"])
+        object.__setattr__(self, "bounded", None)
+
+
+def _check_range(data_range: list[float] | None) -> tuple[float | None, float | None]:
+    if data_range is None:
+        return None, None
+    if len(data_range) != 2 or not data_range[0] < data_range[1]:
+        raise ConfigError(f"model.data_range is [lowest, highest] pixel value, or null for none; got {data_range}")
+    return data_range[0], data_range[1]
+
+
+def _check_radius(
+    name: str, eps: float, norm: float, shape: list[int], data_range: tuple[float | None, float | None]
+) -> None:
+    """Raise ConfigError for a radius that is none, or at which any two images can be turned into the same one."""
+    if not norm >= 1:
+        raise ConfigError(f"model.norm must be 1 or more, got {norm}")
+    if not 0 <= eps < math.inf:
+        raise ConfigError(f"{name} must be 0 or more, got {eps}")
+    lower, upper = data_range
+    if lower is None or upper is None:
+        return
+    half = (upper - lower) / 2 * math.prod(shape) ** (0 if norm == math.inf else 1 / norm)
+    if eps >= half:
+        raise ConfigError(
+            f"{name} = {eps:g} is not below {half:g}, where all images of shape {shape} and range [{lower:g}, "
+            f"{upper:g}] have a common point in their l{norm:g} balls: nothing can be certified. It is in units of "
+            f"the raw image: for {eps:g} of 255 gray levels write {eps:g}/255"
+        )
+
+
+def _initialize(model: nn.Module, name: str) -> None:
+    """IBP-aware weights: N(0, 2 pi / fan_in^2), so that boxes keep their width from layer to layer."""
+    if name not in ("default", "ibp"):
+        raise ConfigError(f"unknown initialization {name!r}: known are default and ibp")
+    if name == "ibp":
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
+                nn.init.normal_(layer.weight, std=math.sqrt(2 * math.pi) / layer.weight[0].numel())
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)

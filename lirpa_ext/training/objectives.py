@@ -1,0 +1,199 @@
+"""The losses of certified training by name: which bound a step takes, and how it mixes with the natural loss.
+
+One table, name -> objective. All of them go through `lirpa_ext.worst_case_logits` and `lirpa_ext.mixed_loss`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..attacks import PGD
+from ..errors import ConfigError, RegistrationError
+from ..losses import certified_loss, fused_cross_entropy, mixed_loss, relu_stability_loss, worst_case_logits
+from ..methods import check_options, find_method
+from ..module import BoundedModule
+from ..perturbation import PerturbationLpNorm
+from .schedules import Values
+
+__all__ = ["OBJECTIVES", "Loss", "Objective", "Step", "register_objective", "step_loss"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss.
+
+    Attributes:
+        method: Bound of the worst-case logits, a method of `BoundedModule.compute_bounds`; "" for none.
+        verify: Method that verifies the trained network: the same with sound norms. "" for the norm's best here,
+            "bcp-crown" for l2 and "sparse-slope" for l-infinity.
+        estimate: Whether training takes estimated norms.
+        mixes: Whether beta mixes the bound with IBP's.
+        attack: Train on the points of a PGD attack in place of a bound.
+    """
+
+    method: str = ""
+    verify: str = ""
+    estimate: bool = False
+    mixes: bool = False
+    attack: bool = False
+
+    def verifier(self, norm: float) -> str:
+        """Method that verifies, for the norm of the ball."""
+        return self.verify or ("sparse-slope" if norm == math.inf else "bcp-crown")
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "natural": Objective(),
+    "pgd": Objective(attack=True),
+    "lipschitz": Objective("lipschitz", "lipschitz", estimate=True),  # LMT
+    "bcp": Objective("bcp", "bcp", estimate=True),
+    "ibp": Objective("slope:ibp", "slope:ibp"),
+    "crown-ibp": Objective("slope:crown", "slope:crown", mixes=True),
+    "cap-ibp": Objective("slope:cap", "slope:cap", mixes=True),
+    "cap": Objective("cap", "cap"),
+    "sparse-slope": Objective("sparse-slope", "sparse-slope", mixes=True),
+}
+
+
+def register_objective(name: str, objective: Objective, overwrite: bool = False) -> None:
+    """Add a loss, to be named in a configuration.
+
+    Raises:
+        RegistrationError: The name is taken.
+    """
+    if name in OBJECTIVES and not overwrite:
+        raise RegistrationError(f"objective {name!r} exists already; pass overwrite=True to replace it")
+    OBJECTIVES[name] = objective
+
+
+@dataclass
+class Loss:
+    """Which loss.
+
+    Args:
+        name: One of `OBJECTIVES`.
+        options: Options of its method, such as ``{steps: 7, alpha: 0.1, eta: 0.1}`` of "sparse-slope".
+        fused: Bound the loss by one row in place of one a class (`lirpa_ext.fused_cross_entropy`): several times
+            cheaper, and looser. Default False.
+        stability: Weight of the ReLU stability regularizer (C.13), default 0.
+        attack_steps: Steps of PGD where the loss is "pgd", default 7.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    fused: bool = False
+    stability: float = 0.0
+    attack_steps: int = 7
+
+    @property
+    def objective(self) -> Objective:
+        """The entry of the table."""
+        return OBJECTIVES[self.name]
+
+    def check(self) -> None:
+        """Raise ConfigError for a name that is not there, or options that its method does not have."""
+        if self.name not in OBJECTIVES:
+            raise ConfigError(f"unknown loss {self.name!r}: known are {', '.join(OBJECTIVES)}")
+        method = self.objective.method
+        if self.options and not method:
+            raise ConfigError(f"loss {self.name!r} takes no options, got {', '.join(self.options)}")
+        try:
+            if method:
+                check_options(method, find_method(method), self.options)
+        except TypeError as error:
+            raise ConfigError(f"loss.options: {error}") from error
+        if self.fused and not self.objective.mixes:
+            raise ConfigError(f"loss {self.name!r} cannot be fused: only crown-ibp, cap-ibp and sparse-slope can")
+        if not 0 <= self.stability < math.inf or self.attack_steps < 1:
+            raise ConfigError("loss.stability must be 0 or more, and loss.attack_steps 1 or more")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a loss is computed of: one batch, the graph of the model, the set around each sample, the weights.
+
+    Attributes:
+        bounded: Graph of the model.
+        x: Inputs, (B, ...).
+        y: Labels, (B,).
+        logits: Clean logits, (B, classes).
+        values: eps, kappa and beta.
+        norm: p of the ball.
+        x_L: Lower end of the data range, or None.
+        x_U: Upper end.
+    """
+
+    bounded: BoundedModule
+    x: Tensor
+    y: Tensor
+    logits: Tensor
+    values: Values
+    norm: float
+    x_L: float | None
+    x_U: float | None
+
+    def worst(self, method: str, **options: Any) -> Tensor:
+        """Worst-case logits of a method, (B, classes)."""
+        return worst_case_logits(
+            self.bounded, self.x, self.y, self.values.eps, method, self.norm, self.x_L, self.x_U,
+            logits=self.logits, **options,
+        )  # fmt: skip
+
+
+def step_loss(loss: Loss, step: Step) -> Tensor:
+    """kappa CE(clean) + (1 - kappa) CE((1 - beta) IBP + beta method) + stability RS: (3.2.13), (C.1.1), (C.13).
+
+    What has weight 0 is not computed. At eps 0, where the set is one point, the loss is the clean one.
+
+    Args:
+        loss: Which.
+        step: Of what.
+
+    Returns:
+        Mean over the batch, 0-dim, differentiable in the model's parameters. With estimated norms it is no bound.
+    """
+    values, objective = step.values, loss.objective
+    total = _robust_loss(loss, objective, step)
+    if loss.stability and values.eps > 0:
+        total = total + loss.stability * relu_stability_loss(
+            step.bounded, step.x, values.eps, step.norm, step.x_L, step.x_U
+        )
+    return total
+
+
+def _robust_loss(loss: Loss, objective: Objective, step: Step) -> Tensor:
+    values = step.values
+    clean = functional.cross_entropy(step.logits, step.y)
+    if values.eps == 0 or values.kappa == 1 or (not objective.method and not objective.attack):
+        return clean
+    if objective.attack:
+        return certified_loss(step.logits, _attacked_logits(loss, step), step.y, 1 - values.kappa)
+    if loss.fused:
+        bound = fused_cross_entropy(
+            step.bounded, step.x, step.y, values.eps, objective.method, step.norm, step.x_L, step.x_U, **loss.options
+        )
+        return values.kappa * clean + (1 - values.kappa) * bound.mean()
+    options = ({"norms": "estimate"} if objective.estimate else {}) | loss.options
+    if not objective.mixes or values.beta == 1:
+        return certified_loss(step.logits, step.worst(objective.method, **options), step.y, 1 - values.kappa)
+    interval = step.worst("slope:ibp")
+    if values.beta == 0:
+        return certified_loss(step.logits, interval, step.y, 1 - values.kappa)
+    tight = step.worst(objective.method, **options)
+    return mixed_loss(step.logits, interval, tight, step.y, values.kappa, values.beta)
+
+
+def _attacked_logits(loss: Loss, step: Step) -> Tensor:
+    """Logits at the points of a PGD attack: adversarial training, which bounds nothing."""
+    model = step.bounded.source
+    seed = int(torch.randint(2**62, ()))  # of torch's generator, which the trainer seeds at every step
+    attack = PGD(loss.attack_steps, loss="cross-entropy")
+    ball = PerturbationLpNorm(step.values.eps, step.norm, step.x_L, step.x_U)
+    found = attack(model, step.x, step.y, ball, torch.Generator().manual_seed(seed))
+    return model(found.inputs)

@@ -1,0 +1,157 @@
+"""What changes from step to step: eps, the loss weights kappa and beta, and the learning rate. Plain numbers only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from ..errors import ConfigError
+
+__all__ = ["Decay", "Ramp", "Schedule", "Values"]
+
+
+@dataclass
+class Ramp:
+    """From one value to another, linearly and step by step: `start` before the ramp, exactly `end` after it.
+
+    Args:
+        start: Value during warm-up.
+        end: Value at the last step of the ramp, and from then on.
+    """
+
+    start: float
+    end: float
+
+    def at(self, step: int, warmup: int, ramp: int) -> float:
+        """Value at a step.
+
+        Args:
+            step: Counted from 0 over the whole training.
+            warmup: Steps before the ramp.
+            ramp: Steps of the ramp; its k-th has come k / ramp of the way, so the last is at the end.
+
+        Returns:
+            A number between `start` and `end`, both included; never beyond, whatever rounding does.
+
+        Example:
+            >>> [Ramp(0.0, 0.3).at(step, warmup=1, ramp=3) for step in range(5)]
+            [0.0, 0.09999999999999999, 0.19999999999999998, 0.3, 0.3]
+        """
+        if step < warmup:
+            return self.start
+        if step + 1 >= warmup + ramp:
+            return self.end
+        value = self.start + (self.end - self.start) * ((step + 1 - warmup) / ramp)
+        return min(max(value, min(self.start, self.end)), max(self.start, self.end))
+
+
+@dataclass(frozen=True)
+class Values:
+    """Of one step.
+
+    Attributes:
+        eps: Radius, in units of the raw input.
+        kappa: Weight of the natural loss, in [0, 1]; (3.2.13) has lambda = 1 - kappa.
+        beta: Weight of the method's bound against IBP's, in [0, 1].
+    """
+
+    eps: float
+    kappa: float
+    beta: float
+
+
+@dataclass
+class Schedule:
+    """Warm-up without perturbation, then a ramp, in epochs; every step has a value of its own.
+
+    Args:
+        warmup: Epochs at the start values, default 0. Parts of an epoch count.
+        ramp: Epochs from the start values to the end values, default 0.
+        eps_start: eps before the ramp, default 0: natural training.
+        kappa: Weight of the natural loss before and after the ramp, default from 1 to 0.
+        beta: Weight of the method's bound against IBP's, default from 1 to 1: the method alone.
+    """
+
+    warmup: float = 0.0
+    ramp: float = 0.0
+    eps_start: float = 0.0
+    kappa: list[float] = field(default_factory=lambda: [1.0, 0.0])
+    beta: list[float] = field(default_factory=lambda: [1.0, 1.0])
+
+    def check(self, eps: float, epochs: float | None) -> None:
+        """Raise ConfigError unless the schedule makes sense and its ramp ends before training does.
+
+        Args:
+            eps: Target.
+            epochs: Of the whole training; None if that is open.
+        """
+        for name, value in (("warmup", self.warmup), ("ramp", self.ramp)):
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"schedule.{name} is a number of epochs, 0 or more, got {value}")
+        for name, pair in (("kappa", self.kappa), ("beta", self.beta)):
+            if len(pair) != 2 or not all(0 <= value <= 1 for value in pair):
+                raise ConfigError(f"schedule.{name} is [before, after the ramp], both in [0, 1], got {pair}")
+        if not 0 <= self.eps_start <= eps:
+            raise ConfigError(f"schedule.eps_start must lie between 0 and eps = {eps:g}, got {self.eps_start}")
+        if epochs is not None and self.warmup + self.ramp >= epochs:
+            raise ConfigError(
+                f"the ramp ends after {self.warmup:g} + {self.ramp:g} epochs of warm-up and ramp, and training after "
+                f"{epochs:g}: no epoch at the full eps is left to choose a checkpoint from. Raise trainer.max_epochs, "
+                "or shorten schedule.warmup and schedule.ramp"
+            )
+
+    def steps(self, per_epoch: int) -> tuple[int, int]:
+        """Steps of the warm-up and of the ramp."""
+        warmup = round(self.warmup * per_epoch)
+        return warmup, round((self.warmup + self.ramp) * per_epoch) - warmup
+
+    def at(self, step: int, per_epoch: int, eps: float) -> Values:
+        """The values of a step.
+
+        Args:
+            step: Counted from 0.
+            per_epoch: Steps of an epoch.
+            eps: Target.
+        """
+        span = self.steps(per_epoch)
+        ramps = (Ramp(self.eps_start, eps), Ramp(*self.kappa), Ramp(*self.beta))
+        return Values(*(ramp.at(step, *span) for ramp in ramps))
+
+    def done(self, steps: int, per_epoch: int) -> bool:
+        """Whether the last of so many steps was at the end values."""
+        return steps >= max(1, sum(self.steps(per_epoch)))
+
+
+@dataclass
+class Decay:
+    """Learning rate rules of Tables B.1 and C.1.2: the rate is multiplied by `gamma` at certain epochs.
+
+    Args:
+        milestones: Those epochs; default none.
+        every: Or: each so many epochs after epoch `after`; 0 (default) for never.
+        after: The first decay is at epoch ``after + every``.
+        gamma: Default 0.1.
+
+    Example:
+        >>> [Decay(milestones=[1, 3], gamma=0.5).factor(epoch) for epoch in range(4)]
+        [1.0, 0.5, 0.5, 0.25]
+    """
+
+    milestones: list[int] = field(default_factory=list)
+    every: int = 0
+    after: int = 0
+    gamma: float = 0.1
+
+    def check(self) -> None:
+        """Raise ConfigError for a factor outside of (0, 1], or epochs below 0."""
+        if not 0 < self.gamma <= 1:
+            raise ConfigError(f"decay.gamma must lie in (0, 1], got {self.gamma}")
+        if min([*self.milestones, self.every, self.after]) < 0:
+            raise ConfigError(f"decay has an epoch below 0: {self}")
+
+    def factor(self, epoch: int) -> float:
+        """Factor of the initial learning rate during an epoch, counted from 0."""
+        passed = sum(epoch >= milestone for milestone in self.milestones)
+        if self.every and epoch > self.after:
+            passed += (epoch - self.after) // self.every
+        return float(self.gamma**passed)
