@@ -14,7 +14,7 @@ from torch import Tensor
 from . import engine
 from .operators import CUSTOM_OPS
 from .rules import RULES, State, adjoint_and_bias, register_rule
-from .rules.linear import Affine
+from .rules.linear import Affine, quotient_box
 from .sets import BallBox
 
 
@@ -151,6 +151,20 @@ def _by_adjoint(base: type) -> type:
     return made
 
 
+def _quotient(base: Any) -> type:
+    """0.3's division by a perturbed divisor: its interval rule is wrong, its backward one holds for positive ones."""
+
+    def interval_propagate(self: Any, *v: Any) -> Any:
+        return quotient_box((v[0][0], v[0][1]), (v[1][0], v[1][1]))
+
+    def bound_backward(self: Any, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> Any:
+        if x[1].perturbed and not (x[1].lower > 0).all():
+            raise NotImplementedError("a quotient whose divisor may be 0 or negative has no backward bound here")
+        return base.bound_backward(self, last_lA, last_uA, *x, **kwargs)
+
+    return type(base.__name__, (base,), {"interval_propagate": interval_propagate, "bound_backward": bound_backward})
+
+
 for ours, theirs in (
     ("BoundConv1d", "BoundConv"),
     ("BoundAnyConvTranspose", "BoundConvTranspose"),
@@ -162,3 +176,4 @@ if engine.IS_LEGACY:
     CUSTOM_OPS["onnx::ConstantOfShape"] = BoundFill
     for op in ("Add", "Sub", "Mul", "Div"):
         CUSTOM_OPS[f"onnx::{op}"] = _by_adjoint(getattr(engine.bound_ops, f"Bound{op}"))
+    CUSTOM_OPS["onnx::Div"] = _quotient(CUSTOM_OPS["onnx::Div"])

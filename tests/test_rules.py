@@ -196,6 +196,8 @@ CASES: dict[str, Case] = {
     "sqrt": Case(_op(torch.sqrt), V, () if LEGACY else ("BoundSqrt",), inside=False, shift=2.0),
     "square": Case(_op(lambda x: x**2), V, ("BoundPow",) if LEGACY else ("BoundSqr",)),
     "reciprocal": Case(_op(lambda x: 1 / x), V, (), inside=False, shift=2.0, slack=1e-6),
+    "quotient": Case(_op(lambda x: (x + 1) / (x**2 + 0.5)), V, () if LEGACY else ("BoundMul",), ball=False),
+    "quotient-negative": Case(_op(lambda x: x / (-1.5 - x**2)), V, () if LEGACY else ("BoundMul",), ball=False),
     # pools
     "average-pool": Case(lambda: nn.AvgPool2d(2), (2, 4, 4)),
     "average-pool-overlap": Case(lambda: nn.AvgPool2d(3, stride=1), IMAGE),
@@ -307,9 +309,9 @@ EXEMPT = {
     "BoundATenUnflatten": "written by the exporters of older torch alone",
     "BoundPad": "takes the constant's value as a number, which today's torch does not write; BoundAnyPad replaces it",
 } | (
-    dict.fromkeys(("BoundHardTanh", "BoundTile", "BoundReduceMin"), "0.7 only")
+    dict.fromkeys(("BoundHardTanh", "BoundReciprocal", "BoundTile", "BoundReduceMin"), "0.7 only")
     if LEGACY
-    else dict.fromkeys(("BoundClip", "BoundConcaveLog", "BoundConv1d", "BoundDiv"), "0.3 only")
+    else dict.fromkeys(("BoundClip", "BoundConcaveLog", "BoundConv1d", "BoundDiv", "BoundRoot"), "0.3 only")
 )
 
 MODELS = {

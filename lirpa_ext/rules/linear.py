@@ -136,11 +136,27 @@ class Quotient(Scaling):
         scaled = super().propagate(node, inputs, center, context)
         if scaled is not None:
             return scaled
-        (low_x, high_x), (low_y, high_y) = (s.box() if isinstance(s, BallBox) else (s, s) for s in inputs)
-        corners = torch.stack(torch.broadcast_tensors(*(x / y for x in (low_x, high_x) for y in (low_y, high_y))))
-        signed = ((low_y > 0) | (high_y < 0)).expand_as(center)
-        lower, upper = corners.amin(0).where(signed, -torch.inf), corners.amax(0).where(signed, torch.inf)
+        lower, upper = quotient_box(*(s.box() if isinstance(s, BallBox) else (s, s) for s in inputs))
         return BallBox.from_box(center, torch.minimum(lower, center), torch.maximum(upper, center))
+
+
+def quotient_box(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Interval division, infinite where y may be 0."""
+    corners = torch.stack(torch.broadcast_tensors(*(a / b for a in x for b in y)))
+    signed = ((y[0] > 0) | (y[1] < 0)).expand_as(corners[0])
+    return corners.amin(0).where(signed, -torch.inf), corners.amax(0).where(signed, torch.inf)
+
+
+class Reciprocal(Rule):
+    """1 / y, into which 0.7 turns a quotient: |f'| is at most 1 / min y^2; unbounded where y may be 0."""
+
+    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+        (state,) = inputs
+        assert isinstance(state, BallBox)
+        low, high = state.box()
+        lower, upper = quotient_box((torch.ones_like(low),) * 2, (low, high))
+        slope = torch.where((low > 0) | (high < 0), 1 / torch.minimum(low**2, high**2), torch.inf)
+        return BallBox(center, state.radius * slope.flatten(1).amax(1), lower, upper)
 
 
 def _shape(state: State) -> torch.Size:
@@ -272,6 +288,7 @@ register_rule("BoundConvTranspose", Affine(_conv_transpose, by_channel=True, wei
 register_rule("BoundBatchNormalization", Affine(_batch_norm))
 register_rule("BoundMul", Scaling(inverse=False))
 register_rule("BoundDiv", Quotient(inverse=True))
+register_rule("BoundReciprocal", Reciprocal())
 for name in (
     "BoundAveragePool",
     "BoundGlobalAveragePool",
