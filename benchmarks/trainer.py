@@ -1,6 +1,6 @@
 """What the trainer costs over the bare loss step: milliseconds of CPU a step, interleaved, medians.
 
-    OMP_NUM_THREADS=1 python benchmarks/trainer.py
+OMP_NUM_THREADS=1 python benchmarks/trainer.py
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..certify import certify
 from ..data import gather
@@ -223,7 +224,16 @@ def _trainer(made: Namespace, folder: Path, callbacks: list[Any], progress: bool
     defaults = {"logger": _tensorboard(folder), "enable_progress_bar": progress, "enable_model_summary": False}
     options |= {name: value for name, value in defaults.items() if options[name] is None}
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    return Trainer(**options)
+    try:
+        return Trainer(**options)
+    except (
+        MisconfigurationException,
+        ImportError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # Lightning's own, of devices that are not there and so on
+        raise ConfigError(f"trainer: {error}") from error
 
 
 def _tensorboard(folder: Path) -> Any:
