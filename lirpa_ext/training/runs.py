@@ -107,6 +107,7 @@ def fit(config: Namespace) -> CertifiedClassifier:
     made = _instantiate(config)
     model, data = made.model, made.data
     model.schedule.check(model.eps, config.trainer.max_epochs if config.trainer.max_steps == -1 else None)
+    data.prepare_data()
     data.setup("fit")
     _check_batch(model, data)
     last = folder / "last.ckpt"
@@ -147,6 +148,7 @@ def evaluate(config: Namespace, command: str) -> Report:
     made = _instantiate(config)
     model, data = made.model, made.data
     _load_weights(model, Path(chosen))
+    data.prepare_data()
     data.setup(command)
     loader = data.test_dataloader() if command == "test" else data.val_dataloader()
     folder.mkdir(parents=True, exist_ok=True)
