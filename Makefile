@@ -10,7 +10,7 @@ STAMP := $(VENV)/.ready
 RUN := $(if $(AUTO_LIRPA),PYTHONPATH=$(abspath $(AUTO_LIRPA))$(if $(PYTHONPATH),:$(PYTHONPATH)),) $(BIN)/
 PYTEST_ARGS ?= -n 2
 
-.PHONY: env demo test check docs benchmark benchmark-slopes clean
+.PHONY: env demo test check docs benchmark benchmark-slopes benchmark-trainer clean
 
 env: $(STAMP)
 
@@ -42,5 +42,8 @@ benchmark: env
 benchmark-slopes: env
 	OMP_NUM_THREADS=1 $(RUN)python benchmarks/slopes.py
 
+benchmark-trainer: env
+	OMP_NUM_THREADS=1 $(RUN)python benchmarks/trainer.py
+
 clean:
-	rm -rf $(VENV) build docs/_build demo_results *.egg-info
+	rm -rf $(VENV) build docs/_build demo_results runs sweeps *.egg-info

@@ -106,8 +106,8 @@ def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
     right = upper.twinx()
     right.plot(epochs, [row.get("eps") for row in rows], color="tab:orange", label="eps")
     right.set(ylabel="eps at the epoch's last step", ylim=(0, None))
-    upper.legend(loc="upper left")
-    right.legend(loc="upper right")
+    upper.legend(loc="center left")
+    right.legend(loc="center right")
     for key, label, color in (
         ("val_clean", "clean", "tab:gray"), ("val_pgd", "PGD", "tab:blue"), ("val_verified", "verified", "tab:green"),
     ):  # fmt: skip

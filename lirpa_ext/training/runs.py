@@ -14,6 +14,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..certify import certify
 from ..data import gather
@@ -106,6 +107,7 @@ def fit(config: Namespace) -> CertifiedClassifier:
     made = _instantiate(config)
     model, data = made.model, made.data
     model.schedule.check(model.eps, config.trainer.max_epochs if config.trainer.max_steps == -1 else None)
+    data.prepare_data()
     data.setup("fit")
     _check_batch(model, data)
     last = folder / "last.ckpt"
@@ -146,6 +148,7 @@ def evaluate(config: Namespace, command: str) -> Report:
     made = _instantiate(config)
     model, data = made.model, made.data
     _load_weights(model, Path(chosen))
+    data.prepare_data()
     data.setup(command)
     loader = data.test_dataloader() if command == "test" else data.val_dataloader()
     folder.mkdir(parents=True, exist_ok=True)
@@ -223,7 +226,16 @@ def _trainer(made: Namespace, folder: Path, callbacks: list[Any], progress: bool
     defaults = {"logger": _tensorboard(folder), "enable_progress_bar": progress, "enable_model_summary": False}
     options |= {name: value for name, value in defaults.items() if options[name] is None}
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    return Trainer(**options)
+    try:
+        return Trainer(**options)
+    except (
+        MisconfigurationException,
+        ImportError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # Lightning's own, of devices that are not there and so on
+        raise ConfigError(f"trainer: {error}") from error
 
 
 def _tensorboard(folder: Path) -> Any:
