@@ -196,8 +196,10 @@ CASES: dict[str, Case] = {
     "sqrt": Case(_op(torch.sqrt), V, () if LEGACY else ("BoundSqrt",), inside=False, shift=2.0),
     "square": Case(_op(lambda x: x**2), V, ("BoundPow",) if LEGACY else ("BoundSqr",)),
     "reciprocal": Case(_op(lambda x: 1 / x), V, (), inside=False, shift=2.0, slack=1e-6),
-    "quotient": Case(_op(lambda x: (x + 1) / (x**2 + 0.5)), V, () if LEGACY else ("BoundMul",), ball=False),
-    "quotient-negative": Case(_op(lambda x: x / (-1.5 - x**2)), V, () if LEGACY else ("BoundMul",), ball=False),
+    "quotient": Case(_op(lambda x: (x + 1) / (x**2 + 0.5)), V, ("BoundPow",) if LEGACY else ("BoundMul",), ball=False),
+    "quotient-negative": Case(
+        _op(lambda x: x / (-1.5 - x**2)), V, ("BoundPow",) if LEGACY else ("BoundMul",), ball=False
+    ),
     # pools
     "average-pool": Case(lambda: nn.AvgPool2d(2), (2, 4, 4)),
     "average-pool-overlap": Case(lambda: nn.AvgPool2d(3, stride=1), IMAGE),
