@@ -1,6 +1,7 @@
 # make demo      fresh machine to certified network: environment, training, ONNX, certificates, plot
 # make test      environment, then the whole test suite
 # make check     ruff, mypy and the docs
+# make reproduce the long training runs, against published figures
 # make env       only the environment .venv that all of them use
 # With AUTO_LIRPA=PATH each of them uses a checkout of auto_LiRPA 0.7.x in place of the registry's 0.3.
 
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.ready
 RUN := $(if $(AUTO_LIRPA),PYTHONPATH=$(abspath $(AUTO_LIRPA))$(if $(PYTHONPATH),:$(PYTHONPATH)),) $(BIN)/
 PYTEST_ARGS ?= -n 2
 
-.PHONY: env demo test check docs benchmark benchmark-slopes benchmark-trainer clean
+.PHONY: env demo test reproduce check docs benchmark benchmark-slopes benchmark-trainer clean
 
 env: $(STAMP)
 
@@ -27,6 +28,9 @@ demo: env
 
 test: env
 	OMP_NUM_THREADS=1 $(RUN)python -m pytest $(PYTEST_ARGS) tests
+
+reproduce: env
+	OMP_NUM_THREADS=2 $(RUN)python -m pytest -m reproduction tests
 
 check: env docs
 	$(BIN)/ruff check .

@@ -532,7 +532,7 @@ def test_every_configuration_takes_two_steps(path, tmp_path):
     assert math.isfinite(float(row["loss"]))
 
 
-@pytest.mark.slow
+@pytest.mark.reproduction
 def test_the_bcp_reference_run_verifies_what_the_official_code_does(shared, tmp_path):
     """First 12,000 MNIST images, 8 epochs, l2 1.58: the official code has 29.7% of the first 1000 test images."""
     arguments = [
