@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import resource
+import subprocess
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -244,12 +246,19 @@ def test_memory_that_runs_out_leaves_a_method_for_the_next():
     with pytest.raises(RuntimeError, match="allocate"), memory_limit(2**28):
         torch.zeros(2**28)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
-    model = network(20, 3000, 3000, 2)
-    specification = load_vnnlib(text([-1] * 20, [1] * 20, 2, "(<= Y_0 -9)"))
-    verdict = verify(model, specification, methods=["CROWN", "IBP"], attack=0, max_memory=2**28)
-    assert verdict.reasons[0].startswith("CROWN gave up on case 0: out of memory")
-    assert verdict.margin > -np.inf
-    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    # In a process of its own: one that has freed memory before may take that again without asking for more.
+    code = """
+import math, resource
+from test_verify import load_vnnlib, network, text, verify
+before = resource.getrlimit(resource.RLIMIT_AS)
+model, specification = network(20, 3000, 3000, 2), load_vnnlib(text([-1] * 20, [1] * 20, 2, "(<= Y_0 -9)"))
+verdict = verify(model, specification, methods=["CROWN", "IBP"], attack=0, max_memory=2**28)
+assert verdict.reasons[0].startswith("CROWN gave up on case 0: out of memory"), verdict
+assert verdict.margin > -math.inf, verdict
+assert resource.getrlimit(resource.RLIMIT_AS) == before
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 class Peculiar(nn.Module):

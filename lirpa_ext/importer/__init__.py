@@ -26,7 +26,7 @@ _ROUNDS = 8  # of rewriting; each needs the shapes that the one before it made
 
 
 class ImportedModel(nn.Module):
-    """A network from an ONNX file, (B, *input_shape) -> (B, *output_shape), in float32 and eval mode.
+    """A network from an ONNX file, batches of `input_shape` to batches of `output_shape`, in float32 and eval mode.
 
     Attributes:
         network: The torch module.
