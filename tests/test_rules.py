@@ -635,3 +635,14 @@ def test_gradient_of_the_training_bound(name, method):
             for parameter, way in zip(parameters, direction, strict=True):
                 parameter.sub_(way, alpha=sign * step)
     torch.testing.assert_close(slope.detach(), (ends[0] - ends[1]) / (2 * step), rtol=1e-4, atol=1e-4)
+
+
+def test_what_mixes_samples_is_left_to_interval_arithmetic():
+    """Axis 0 of packed attention is not the batch's: picking from it is no linear map of each sample."""
+    model = Op(lambda x: torch.stack([x, 2 * x], 0)[1] + 1.0)
+    x = torch.rand(1, 3)
+    graph = BoundedModule(model, x)
+    lower, upper = graph.compute_bounds(x=(BoundedTensor(x, PerturbationLpNorm(norm=2, eps=0.1)),), method="bcp")
+    assert "BoundGather" in graph.fallbacks.values()
+    torch.testing.assert_close(upper, 2 * x + 1.2)
+    torch.testing.assert_close(lower, 2 * x + 0.8)

@@ -228,10 +228,14 @@ def _scaling(inverse: bool) -> Callable[[Any, Sequence[State], int], LinearMap |
 
 
 def _nonnegative(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
-    """The node itself, where its linear part has no negative entry and it maps 0 to 0."""
+    """The node itself, where its linear part has no negative entry and it maps 0 to 0, sample by sample."""
     if index != 0:
         return None
     center = _center(inputs[0])
+    axes = getattr(node, "axis", None)
+    axes = [axes] if isinstance(axes, int) else [] if axes is None else list(axes)
+    if any(int(axis) % center.dim() == 0 for axis in axes):
+        return None  # along the first axis, where samples are
 
     def function(x: Tensor) -> Tensor:
         return node.forward(x, *inputs[1:])
