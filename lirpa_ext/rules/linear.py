@@ -232,9 +232,7 @@ def _nonnegative(node: Any, inputs: Sequence[State], index: int) -> LinearMap | 
     if index != 0:
         return None
     center = _center(inputs[0])
-    axes = getattr(node, "axis", None)
-    axes = [axes] if isinstance(axes, int) else [] if axes is None else list(axes)
-    if any(int(axis) % center.dim() == 0 for axis in axes):
+    if type(node).__name__ == "BoundGather" and node.axis % center.dim() == 0:
         return None  # along the first axis, where samples are
 
     def function(x: Tensor) -> Tensor:
