@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .rounding import gamma
 from .slopes import SlopePass
+from .softmax import chord_ratio
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,7 @@ class Chords:
         """On the box of t: lower and upper corner, (B, classes - 1)."""
         peak = upper.detach().amax(1, keepdim=True).clamp(min=0)
         value, width = (upper - peak).exp(), upper - lower
-        wide = width > 1e-6  # below that the chord's slope is the value at its middle, up to 1e-13
-        ratio = torch.where(wide, -torch.expm1(-width) / torch.where(wide, width, 1.0), 1 - width / 2)
-        return cls(upper, value, value * ratio, peak)
+        return cls(upper, value, value * chord_ratio(width), peak)
 
     def detach(self) -> Chords:
         """Without gradients."""

@@ -63,14 +63,21 @@ class BoundStableLogSoftmax(BoundRelaxed):
         return passed.movedim(-1, axis + 1), bias.reshape(*rows.shape[:2], -1).sum(2)
 
 
+def chord_ratio(width: Tensor) -> Tensor:
+    """(1 - e^-w) / w: the slope of the chord of exp over [u - w, u] in units of e^u, without cancellation.
+
+    Never more than that but for rounding, so that a line of this slope through (u, e^u) is above exp on the interval.
+    """
+    wide = width > 1e-6  # below that it is its first two terms, up to 1e-13
+    return torch.where(wide, -torch.expm1(-width) / torch.where(wide, width, 1.0), 1 - width / 2)
+
+
 def chords(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Slope and offset of the chord of exp(x - shift) on [l, u], above it; shift is the largest u of the last axis."""
     shift = upper.amax(-1, keepdim=True).detach()
     low, high = lower - shift, upper - shift
     width = high - low
-    # (e^u - e^l) / (u - l) = e^u (1 - e^-w) / w, without cancellation
-    ratio = torch.where(width > 0, -torch.expm1(-width) / torch.where(width > 0, width, 1.0), 1.0)
-    slope = torch.exp(high) * ratio
+    slope = torch.exp(high) * chord_ratio(width)
     return slope, torch.exp(high) - slope * high - slope * shift, shift
 
 
@@ -98,7 +105,7 @@ class BoundStableSoftmax(BoundStableLogSoftmax):
         # Above: p_k <= p + chord (log p_k - log p), and log p_k below its tangent at the center.
         least, most = log_softmax_box(lower, upper)
         width = most - least
-        chord = torch.exp(most) * torch.where(width > 0, -torch.expm1(-width) / torch.where(width > 0, width, 1.0), 1.0)
+        chord = torch.exp(most) * chord_ratio(width)
         weight, middle = torch.softmax(center, -1), torch.log_softmax(center, -1)
         share = negative * chord
         passed = passed + share - share.sum(-1, keepdim=True) * weight
