@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,9 +19,12 @@ from torch import Tensor, nn
 
 from ..attacks import LOSSES, PGD
 from ..errors import InvalidInputError
-from .base import Result
-from .plots import Axes, color
-from .subject import Subject
+from .plots import style
+from .results import Result, Row
+from .subject import Subject, options_by_method
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["OuterBound", "outer_bound", "plot_outer_bound", "zonotope"]
 
@@ -40,9 +43,9 @@ class OuterBound(Result):
         eps: Radius of the set.
         norm: p of the ball.
         logits: Clean (z_y, z_m).
-        regions: Vertices (V, 2) of each method's region, counterclockwise; "box" is that of the box of "bcp" alone, the
-            parallelogram (for more than two neurons, zonotope), and there only if the network ends in a dense layer.
-        margins: Each region's min (zeta_y - zeta_m), as the method bounds it; the pair is verified where it is positive.
+        regions: Vertices (V, 2) of each method's region, counterclockwise; "box" is that of the box of "bcp" alone, a
+            parallelogram or, for more than two neurons, a zonotope. It needs a network that ends in a dense layer.
+        margins: Each region's min (zeta_y - zeta_m), as the method bounds it; the pair is verified where it is above 0.
         points: Logits (N, 2) that attacks reached, by their loss.
     """
 
@@ -56,19 +59,37 @@ class OuterBound(Result):
     margins: dict[str, float]
     points: dict[str, np.ndarray]
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         """One row for each region: area, its share of the first one's, worst margin; and the attacks' margins."""
         first = area(next(iter(self.regions.values())))
-        rows = [
-            {"region": name, "area": area(vertices), "share %": 100 * area(vertices) / first if first else math.nan}
-            | {"min margin": self.margins[name]}
-            for name, vertices in self.regions.items()
+        rows: list[Row] = [
+            {"region": name, "area": area(v), "area %": 100 * area(v) / first if first else None}
+            | {"min margin": self.margins[name], "verified": self.margins[name] > 0}
+            for name, v in self.regions.items()
         ]
-        reached = [
-            {"region": f"PGD, {name}", "area": None, "share %": None, "min margin": float((p[:, 0] - p[:, 1]).min())}
-            for name, p in self.points.items()
+        return rows + [
+            {"region": f"PGD, {name}", "area": None, "area %": None, "min margin": margin, "verified": None}
+            for name, margin in self.reached.items()
         ]
-        return rows + reached
+
+    @property
+    def reached(self) -> dict[str, float]:
+        """Smallest zeta_y - zeta_m of each attack's points."""
+        return {name: float((points[:, 0] - points[:, 1]).min()) for name, points in self.points.items()}
+
+    def summary(self) -> str:
+        """Which region verifies the pair, and how near the attacks came."""
+        told = "; ".join(f"{name} {margin:.3g}" for name, margin in self.margins.items())
+        near = f", PGD reaches {min(self.reached.values()):.3g}" if self.points else ""
+        return (
+            f"Logits of class {self.label} (the label) and {self.other} of sample {self.index} in the l{self.norm:g} "
+            f"ball of eps {self.eps:g}: least margin by region: {told}{near}."
+        )
+
+    def details(self) -> list[Row]:
+        """Vertices of the regions, and the logits that attacks reached."""
+        sets = {"clean": self.logits[None]} | self.regions | {f"PGD, {name}": p for name, p in self.points.items()}
+        return [{"set": name, "label": p[0], "other": p[1]} for name, points in sets.items() for p in points.tolist()]
 
 
 def outer_bound(
@@ -113,7 +134,9 @@ def outer_bound(
         The regions, in float64.
 
     Raises:
-        InvalidInputError: Too few directions, classes that are none or the same, or as `Subject` says.
+        InvalidInputError: Too few directions, classes that are none or the same, a bound that is not finite, or as
+            `Subject` says.
+        OptionError: Options of a method that is not compared.
     """
     if directions < 8:
         raise InvalidInputError(f"a region needs at least 8 directions, got {directions}")
@@ -130,10 +153,9 @@ def outer_bound(
     plane = torch.cat([torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([[1.0, -1.0]], dtype=x.dtype)])
     rows = x.new_zeros(1, len(plane), subject.classes)
     rows[0, :, pair] = plane.to(x)
-    given = dict(options or {})
     regions, margins = {}, {}
-    for method in methods:
-        bound = subject.lower(x, label, eps, rows, method, dict(given.get(method, {})))[0].cpu()
+    for method, chosen in options_by_method(methods, options).items():
+        bound = subject.lower(x, label, eps, rows, method, chosen)[0].cpu()
         regions[method] = half_planes(plane[:-1].numpy(), bound[:-1].numpy())
         margins[method] = float(bound[-1])
     with torch.no_grad():
@@ -172,7 +194,9 @@ def half_planes(directions: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         height = polygon @ direction - offset
         kept: list[np.ndarray] = []
         for (a, height_a), (b, height_b) in zip(
-            zip(polygon, height, strict=True), zip(np.roll(polygon, -1, 0), np.roll(height, -1), strict=True), strict=True
+            zip(polygon, height, strict=True),
+            zip(np.roll(polygon, -1, 0), np.roll(height, -1), strict=True),
+            strict=True,
         ):
             if height_a >= 0:
                 kept.append(a)
@@ -192,7 +216,9 @@ def zonotope(center: np.ndarray, generators: np.ndarray) -> np.ndarray:
         generators: (2, n); those of length 0 drop out.
     """
     sides = generators.T[np.abs(generators).sum(0) > 0]
-    sides = np.where((sides[:, 1:] < 0) | ((sides[:, 1:] == 0) & (sides[:, :1] < 0)), -sides, sides)  # to the upper half
+    sides = np.where(
+        (sides[:, 1:] < 0) | ((sides[:, 1:] == 0) & (sides[:, :1] < 0)), -sides, sides
+    )  # to the upper half
     sides = sides[np.argsort(np.arctan2(sides[:, 1], sides[:, 0]))]
     walk = np.concatenate([np.zeros((1, 2)), 2 * sides, -2 * sides])[:-1] if len(sides) else np.zeros((1, 2))
     return center - sides.sum(0) + walk.cumsum(0)
@@ -211,7 +237,7 @@ def plot_outer_bound(result: OuterBound, axes: Axes) -> None:
     from matplotlib.patches import Polygon
 
     for number, (name, vertices) in enumerate(result.regions.items()):
-        shown = color(number)
+        shown = style(number)["color"]
         filled = name == BOX
         axes.add_patch(Polygon(vertices, closed=True, facecolor=shown if filled else "none", alpha=0.2 if filled else 1,
                                edgecolor="none" if filled else shown, linewidth=1.5, label=name))  # fmt: skip
@@ -230,4 +256,4 @@ def plot_outer_bound(result: OuterBound, axes: Axes) -> None:
         xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + pad[1]),
         title=f"sample {result.index}, l{result.norm:g} eps {result.eps:g}",
     )  # fmt: skip
-    axes.legend()
+    axes.legend(fontsize="small")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from ..certifier import Certifier
 from ..data import gather
 from ..engine import BoundedTensor
+from ..errors import InvalidInputError, OptionError
 from ..methods import label_option
 from ..module import BoundedModule
 from ..perturbation import PerturbationLpNorm
 from ..specifications import check_labels
 
-__all__ = ["Subject"]
+__all__ = ["Subject", "options_by_method"]
 
 
 class Subject:
@@ -93,3 +94,26 @@ class Subject:
             x=(self.perturbed(x, eps),), C=rows, method=method, bound_upper=False, **label_option(method, y) | options
         )
         return lower.detach()
+
+
+def options_by_method(
+    methods: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None
+) -> dict[str, dict[str, Any]]:
+    """Options of each method; those that draw slopes at random get a fixed seed, so that the numbers come again.
+
+    Raises:
+        InvalidInputError: No method.
+        OptionError: Options of a method that is not among them.
+    """
+    if not methods or isinstance(methods, str):
+        raise InvalidInputError(f"methods is a sequence of at least one method, got {methods!r}")
+    given = dict(options or {})
+    unknown = [name for name in given if name not in methods]
+    if unknown:
+        raise OptionError(f"there are options of {unknown[0]!r}, which is none of the methods {', '.join(methods)}")
+    found = {}
+    for method in methods:
+        name, chosen = method.lower(), dict(given.get(method, {}))
+        drawn = name in ("sparse-slope", "slope:random") or (name.startswith("slope:") and "," in name)
+        found[method] = ({"seed": 0} if drawn and "generator" not in chosen else {}) | chosen
+    return found
