@@ -188,13 +188,26 @@ class CertifiedClassifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch."""
         x, y = batch
+        loss = self.batch_loss(x, y, self.values())
+        self._losses = [self._losses[0] + loss.detach() * len(x), self._losses[1] + len(x)]
+        return loss
+
+    def batch_loss(self, x: Tensor, y: Tensor, values: Values) -> Tensor:
+        """The loss of a batch at given eps, kappa and beta.
+
+        Args:
+            x: Images, (B, C, H, W).
+            y: Labels, (B,).
+            values: Of the schedule.
+
+        Returns:
+            Mean over the batch, 0-dim.
+        """
         bounded = self._graph(x)
         with recorded_statistics(self.model) as statistics:
             logits = self.model(x)
         with fixed_statistics(statistics):
-            loss = step_loss(self.loss, Step(bounded, x, y, logits, self.values(), self.norm, *self.data_range))
-        self._losses = [self._losses[0] + loss.detach() * len(x), self._losses[1] + len(x)]
-        return loss
+            return step_loss(self.loss, Step(bounded, x, y, logits, values, self.norm, *self.data_range))
 
     def _graph(self, x: Tensor) -> BoundedModule:
         """The graph for inputs of this shape, built before anything is computed of the weights that it touches."""
