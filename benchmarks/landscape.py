@@ -1,4 +1,4 @@
-"""Which certified loss is smooth to train? The measures of Fig. 3.6 to 3.9 of the source, loss by loss and seed by seed.
+"""Which certified loss is smooth to train? The measures of Fig. 3.6 to 3.9 of the source, loss by loss, over seeds.
 
 OMP_NUM_THREADS=1 python benchmarks/landscape.py                               # scikit-learn's digits, minutes
 OMP_NUM_THREADS=1 python benchmarks/landscape.py --data ../shared/data/mnist   # the MNIST reference run

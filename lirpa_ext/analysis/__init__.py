@@ -8,12 +8,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .connectivity import CertifiedObjective, Connectivity, bezier, connect, plot_connectivity
 from .landscape import Measures, SmoothnessTrace, plot_smoothness, smoothness
 
 if TYPE_CHECKING:
     from .smoothness_callback import Smoothness
 
-__all__ = ["Measures", "Smoothness", "SmoothnessTrace", "plot_smoothness", "smoothness"]
+__all__ = [
+    "CertifiedObjective",
+    "Connectivity",
+    "Measures",
+    "Smoothness",
+    "SmoothnessTrace",
+    "bezier",
+    "connect",
+    "plot_connectivity",
+    "plot_smoothness",
+    "smoothness",
+]
 
 
 def __getattr__(name: str) -> Any:
