@@ -280,8 +280,7 @@ class CertifiedClassifier(LightningModule):
         """Count what is classified, attacked and certified; bounds are sound, in float64, with sound norms."""
         assert self._certifier is not None
         x, y = batch
-        steps = self.evaluation.attack_steps
-        attack = PGD(steps) if steps and self.norm != 1 else None
+        attack = PGD(self.evaluation.attack_steps) if self._attacks else None
         with torch.inference_mode(False), torch.enable_grad():
             x = self._certifier.place(x.clone())
             records = self._certifier.certify(range(len(x)), x, y.clone(), [self.evaluation_eps], attack, batch_idx)
@@ -295,7 +294,15 @@ class CertifiedClassifier(LightningModule):
         self._certifier = None
         total, *counts = self._reduced(self._counts).tolist()
         names = ("val_clean", "val_pgd", "val_verified")
-        self.log_dict({name: count / max(total, 1) for name, count in zip(names, counts, strict=True)})
+        found = {name: count / max(total, 1) for name, count in zip(names, counts, strict=True)}
+        if not self._attacks:
+            del found["val_pgd"]
+        self.log_dict(found)
+
+    @property
+    def _attacks(self) -> bool:
+        """Whether validation runs an attack: PGD has none for l1 balls."""
+        return self.evaluation.attack_steps > 0 and self.norm != 1
 
     def _reduced(self, values: Tensor) -> Tensor:
         """Sum over all processes."""
