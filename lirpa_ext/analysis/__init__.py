@@ -1,39 +1,65 @@
 """Analyses of tightness and smoothness: each is a function that returns numbers, and a plot made from them.
 
 Numbers are frozen dataclasses with `rows`, `table`, `summary` and `save` (`lirpa_ext.analysis.results`); plots share
-one style (`lirpa_ext.analysis.plots`). `Smoothness` needs Lightning; the rest does not.
+one style (`lirpa_ext.analysis.plots`). ``lirpa-ext analyze`` runs those of its table (`lirpa_ext.analysis.task`). The
+callbacks need Lightning; the rest does not.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import Any
 
+from .activity import Activity, relu_activity
 from .connectivity import CertifiedObjective, Connectivity, bezier, connect, plot_connectivity
-from .landscape import Measures, SmoothnessTrace, plot_smoothness, smoothness
+from .curves import Curves, TradeOff, read_trade_off, verified_curves
+from .landscape import Measures, SmoothnessComparison, SmoothnessTrace, plot_smoothness, smoothness
+from .lower_slopes import LowerSlopes, lower_slopes
+from .outer import OuterBound, outer_bound
+from .tightness import Tightness, tightness
+from .traces import ActivityTrace, LipschitzTrace
 
-if TYPE_CHECKING:
-    from .smoothness_callback import Smoothness
+_OF_LIGHTNING = {
+    "LipschitzConstants": "callbacks",
+    "ReluActivity": "callbacks",
+    "Smoothness": "smoothness_callback",
+}
 
 __all__ = [
+    "Activity",
+    "ActivityTrace",
     "CertifiedObjective",
     "Connectivity",
+    "Curves",
+    "LipschitzConstants",
+    "LipschitzTrace",
+    "LowerSlopes",
     "Measures",
+    "OuterBound",
+    "ReluActivity",
     "Smoothness",
+    "SmoothnessComparison",
     "SmoothnessTrace",
+    "Tightness",
+    "TradeOff",
     "bezier",
     "connect",
+    "lower_slopes",
+    "outer_bound",
     "plot_connectivity",
     "plot_smoothness",
+    "read_trade_off",
+    "relu_activity",
     "smoothness",
+    "tightness",
+    "verified_curves",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "Smoothness":
+    if name not in _OF_LIGHTNING:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ..training import require_lightning
 
     require_lightning()
-    from .smoothness_callback import Smoothness
-
-    return Smoothness
+    return getattr(importlib.import_module(f".{_OF_LIGHTNING[name]}", __name__), name)

@@ -24,7 +24,15 @@ from .results import Result, Row, read_result
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["LENGTHS", "Measures", "SmoothnessTrace", "log_lengths", "plot_smoothness", "smoothness"]
+__all__ = [
+    "LENGTHS",
+    "Measures",
+    "SmoothnessComparison",
+    "SmoothnessTrace",
+    "log_lengths",
+    "plot_smoothness",
+    "smoothness",
+]
 
 
 def log_lengths(points: int = 10, longest: float = 5.0) -> tuple[float, ...]:
@@ -38,6 +46,7 @@ def log_lengths(points: int = 10, longest: float = 5.0) -> tuple[float, ...]:
 
 
 LENGTHS = log_lengths()
+MEASURES = ("variation", "gradient_distance", "cosine_distance", "gradient_norm")
 
 
 @dataclass(frozen=True)
@@ -213,6 +222,39 @@ class SmoothnessTrace(Result):
         if content is None or content["analysis"] != cls.__name__:
             raise ResultsError(f"{path} holds no {cls.__name__}: it is written by lirpa_ext.analysis.Smoothness")
         return cls(tuple(content["rows"]))
+
+
+@dataclass(frozen=True)
+class SmoothnessComparison(Result):
+    """Medians of several runs, over the ramp of each where it has one.
+
+    Attributes:
+        traces: By name of the run.
+    """
+
+    traces: dict[str, SmoothnessTrace]
+
+    def rows(self) -> list[Row]:
+        """One row for each run and loss."""
+        return [
+            {"run": name, "at": at, "steps": len(trace.chosen(at, ramp) or trace.chosen(at))}
+            | {measure: trace.median(measure, at, ramp) for measure in MEASURES}
+            for name, trace in self.traces.items()
+            for at in ("scheduled", "target")
+            for ramp in [bool(trace.chosen(at, ramp=True))]
+            if trace.chosen(at)
+        ]
+
+    def summary(self) -> str:
+        """The runs in order of smoothness."""
+        told = []
+        for at in ("scheduled", "target"):
+            rows = [row for row in self.rows() if row["at"] == at]
+            for measure in MEASURES[:3] if rows else ():
+                order = sorted(rows, key=lambda row: (math.isnan(row[measure]), row[measure]))
+                names = ", ".join(f"{row['run']} {row[measure]:.3g}" for row in order)
+                told.append(f"{measure.replace('_', ' ')} at the {at} loss, from the smoothest: {names}.")
+        return " ".join(text[:1].upper() + text[1:] for text in told)
 
 
 def record(measures: Measures, seconds: float, **where: Any) -> Row:
