@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -11,8 +12,10 @@ from torch import nn
 
 from lirpa_ext.analysis import CertifiedObjective, Connectivity, bezier, connect, plot_connectivity
 from lirpa_ext.analysis.plots import alt_text
+from lirpa_ext.cli import main
 from lirpa_ext.data import load_data
 from lirpa_ext.errors import ConfigError, InvalidInputError
+from lirpa_ext.loading import load_model, save_model
 from lirpa_ext.losses import worst_case_logits
 from lirpa_ext.training import Loss, Network, build
 
@@ -140,6 +143,23 @@ def test_models_that_no_curve_connects_are_refused():
         connect(small, small, ring, DATA, batch_size=5)
     with pytest.raises(ConfigError, match="unknown loss"):
         CertifiedObjective(Loss("none"), 0.1)
+
+
+def test_the_command_connects_two_files(tmp_path, capsys):
+    network = Network("2C2F", [1, 8, 8])
+    files = [str(tmp_path / f"{name}.pt") for name in ("a", "b")]
+    for file in files:
+        save_model(build(network), file, "lirpa_ext.training.architectures:named_network", **vars(network))
+    asked = ["--data", "digits", "--limit", "20", "--norm", "inf", "--eps", "0.02", "--steps", "2", "--points", "3"]
+    assert main(["analyze", "connectivity", *files, *asked, "--loss", "crown-ibp", "--out", str(tmp_path)]) == 0
+    assert "crown-ibp loss at eps 0.02 from a (" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "connectivity.json").read_text())["rows"]
+    x, y = load_data("digits", "train", 20)
+    objective = CertifiedObjective(Loss("crown-ibp"), 0.02, math.inf, 0.0, 1.0)
+    assert rows[0]["curve"] == pytest.approx(float(objective(load_model(files[0]), x, y)), rel=1e-5)
+    assert (tmp_path / "connectivity.png").is_file()
+    assert main(["analyze", "connectivity", *files, *asked]) == 2 and "pass --loss" in capsys.readouterr().err
+    assert main(["analyze", "connectivity", files[0], *asked, "--loss", "ibp"]) == 2
 
 
 def test_two_networks_on_the_digits(tmp_path):

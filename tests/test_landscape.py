@@ -166,6 +166,21 @@ def test_the_plot_is_of_the_numbers():
     assert len({(line.get_color(), line.get_linestyle()) for line in variation.lines}) == 2
 
 
+def test_runs_are_compared_from_their_files(tmp_path, capsys):
+    for name, variations in (("rough", (0.9, 0.6, 0.8)), ("smooth", (0.9, 0.1, 0.3))):
+        trace_of(*variations).save(tmp_path / name / "smoothness")
+    folders = [str(tmp_path / name) for name in ("rough", "smooth")]
+    assert main(["analyze", "smoothness", *folders, "--out", str(tmp_path)]) == 0
+    assert "at the scheduled loss, from the smoothest: smooth 0.2, rough 0.7." in capsys.readouterr().out
+    rows = json.loads((tmp_path / "smoothness.json").read_text())["rows"]
+    assert [(row["run"], row["at"], row["steps"]) for row in rows][:2] == [
+        ("rough", "scheduled", 2), ("rough", "target", 2)
+    ]  # fmt: skip
+    assert [row["variation"] for row in rows] == pytest.approx([0.7, 1.4, 0.2, 0.4])
+    assert "smooth: variation 0.3" in read_alt(tmp_path / "smoothness.png")
+    assert main(["analyze", "smoothness", str(tmp_path / "absent")]) == 2
+
+
 # --- the callback ---
 
 

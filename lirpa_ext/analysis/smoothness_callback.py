@@ -30,9 +30,9 @@ class Smoothness(Callback):
     bit by bit: weights, buffers, power iterations and torch's generator are put back. What the loss draws at random
     is drawn alike in all evaluations of a measurement; what a power iteration estimates starts from the same vector.
 
-    Cost: 2 gradients and `points` losses for each loss measured, which is 5 to 8 steps of training with the default
-    10 points, twice that with `target` before the end of the ramp. With ``every=100`` training takes about 15% longer;
-    ``benchmarks/landscape.py`` measures it.
+    Cost: 2 gradients and `points` losses for each loss measured. With the default 10 points that took 6 to 9 steps of
+    training (``benchmarks/smoothness_cost.py``), twice that with `target` before the end of the ramp: with
+    ``every=100`` a run takes 6 to 18% longer. Besides, one copy of the weights is kept.
 
     In a configuration::
 
