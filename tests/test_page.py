@@ -113,6 +113,7 @@ def folder(tmp_path_factory) -> Path:
     drawn, axes = figure(f"Three numbers. {HOSTILE}")
     axes[0, 0].plot([1, 2, 3], **style(0))
     save(drawn, made / "analyses" / "my_numbers.png")
+    drawn, _ = figure("Three plots side by side.", columns=3)
     save(drawn, made / "other.png")
     (made / "inner").mkdir()  # another run, whose results are not this one's
     (made / "inner" / "config.yaml").write_text("{}")
@@ -161,7 +162,8 @@ def test_every_picture_says_what_it_shows(page):
     assert len(images) == 4 and all(len(alt) > 20 for alt in alts)
     assert any(alt.startswith("Accuracies over eps of 8 samples") for alt in alts)
     assert any(alt.startswith("Learning curve over 3 epochs") and "verified 43.8%" in alt for alt in alts)
-    assert alts.count(f"Three numbers. {HOSTILE}") == 2
+    assert alts[2:] == [f"Three numbers. {HOSTILE}", "Three plots side by side."]
+    assert [figure.get("class") for figure in Reader(page).all("figure")] == [None, None, None, "wide"]
     for image in images:
         kind, _, content = str(image["src"]).partition(";base64,")
         start = base64.b64decode(content)[:8]
@@ -353,7 +355,9 @@ frame.onload = () => {
   const images = [...page.images], scrolls = [...page.querySelectorAll(".scroll")];
   document.title = JSON.stringify({
     wide: root.scrollWidth, shown: root.clientWidth, drawn: images.filter(i => i.naturalWidth > 0).length,
-    images: images.length, outside: images.filter(i => i.getBoundingClientRect().right > 360).length,
+    images: images.length,
+    outside: [...page.querySelectorAll("figure")].filter(i => i.getBoundingClientRect().right > 360).length,
+    small: images.filter(i => i.closest(".wide") && i.width < 700).length,
     tables: scrolls.filter(s => s.getBoundingClientRect().right > 360).length,
     letters: parseFloat(frame.contentWindow.getComputedStyle(page.body).fontSize),
     fetched: frame.contentWindow.performance.getEntriesByType("resource").map(r => r.name)
@@ -371,7 +375,10 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(browser, page, tmp_pa
     dom, log = browser("--dump-dom", "--virtual-time-budget=5000", (tmp_path / "measure.html").as_uri())
     found = json.loads(re.search(r"<title>(\{.*?\})</title>", dom).group(1))
     assert found["wide"] <= found["shown"] <= 360
-    assert found["drawn"] == found["images"] == 4 and found["outside"] == found["tables"] == found["fetched"] == 0
+    assert (
+        found["drawn"] == found["images"] == 4
+        and found["outside"] == found["small"] == found["tables"] == found["fetched"] == 0
+    )
     assert found["letters"] >= 16
     assert "CONSOLE" not in log
 

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from .._version import __version__
 from ..errors import InvalidInputError, ResultsError
-from .plots import alt_text, read_alt, svg
+from .plots import alt_text, image_size, read_alt, svg
 from .results import Row
 
 if TYPE_CHECKING:
@@ -40,11 +40,13 @@ class Picture:
         source: ``data:`` URI.
         alt: What it shows, in words.
         caption: Below it, or "".
+        wide: Whether a narrow screen scrolls it sideways in place of shrinking it: several plots side by side.
     """
 
     source: str
     alt: str
     caption: str = ""
+    wide: bool = False
 
     def __post_init__(self) -> None:
         if not self.source.startswith("data:image/") or not self.alt.strip():
@@ -165,7 +167,7 @@ def _cell(value: Any) -> str:
 
 def drawn_picture(drawn: Figure, caption: str = "") -> Picture:
     """A figure with an alt text as an SVG image."""
-    return Picture(_uri(svg(drawn).encode(), ".svg"), alt_text(drawn), caption)
+    return Picture(_uri(svg(drawn).encode(), ".svg"), alt_text(drawn), caption, _is_wide(*drawn.get_size_inches()))
 
 
 def file_picture(path: Path, alt: str = "", caption: str = "") -> Picture:
@@ -182,14 +184,20 @@ def file_picture(path: Path, alt: str = "", caption: str = "") -> Picture:
     kind = path.suffix.lower()
     if kind not in _TYPES:
         raise ResultsError(f"{path} is none of {', '.join(_TYPES)}")
-    own = "" if kind == ".svg" else read_alt(path)
+    own, wide = ("", False) if kind == ".svg" else (read_alt(path), _is_wide(*image_size(path)))
     if own.startswith("{"):  # the meta data of a certification
         own = ""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ResultsError(f"{path} cannot be read: {error}") from error
-    return Picture(_uri(content, kind), alt or own or f"Picture {path.name}, which says nothing of itself.", caption)
+    return Picture(
+        _uri(content, kind), alt or own or f"Picture {path.name}, which says nothing of itself.", caption, wide
+    )
+
+
+def _is_wide(width: float, height: float) -> bool:
+    return width > 1.8 * height
 
 
 def _uri(content: bytes, kind: str) -> str:
