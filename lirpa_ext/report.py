@@ -110,7 +110,7 @@ class Report:
         from .analysis.plots import figure  # the analyses import what certifies
 
         rows, meta = self.summary(), self.meta
-        drawn, ((axes,),) = figure(self._told(rows), size=(6.4, 4.4))
+        drawn, ((axes,),) = figure(self._told(rows))
         axes.axhline(100 * rows[0]["clean"], color=_COLORS["clean"], linestyle=":", label="clean")
         for key, label, marker in (("pgd", "PGD", "s"), ("verified", f"verified ({meta['method']})", "o")):
             if rows[0][key] is not None:
