@@ -17,21 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import engine
 from ..errors import InvalidInputError, OptionError, UnknownMethodError
 from ..fusion import chords_of_margins, cross_entropy_bound
 from ..intervals import propagate_intervals
 from ..sets import BallBox
-from ..slopes import ACTIVATIONS, Lines, SlopePass, Slopes
+from ..slopes import Lines, SlopePass, Slopes
 from ..specifications import check_labels, margin_rows
-from .base import FAMILIES, Bounds, Family, Method, Problem, register_method, set_of
+from .base import FAMILIES, Bounds, Family, Method, Problem, set_of
 from .bcp import tightened
 
 # Without C the bounds of so many outputs are those of a box, as in "bcp".
 _LARGEST_IDENTITY = 1024
-
-# Rows that one pass of "cap" carries from a hidden layer, of which each neuron is one.
-_ROWS_AT_ONCE = 64
 
 VARIANTS = ("slope:crown", "slope:cap", "slope:random", "slope:P,Q", "slope:ibp", "slope:same")
 
@@ -208,54 +204,6 @@ def slope_ibp(problem: Problem, *, outward: bool | None = None) -> Bounds:
     return _Work(problem, None, "ibp", "bound", outward, False).bounds(None)
 
 
-def cap(problem: Problem, *, outward: bool | None = None) -> Bounds:
-    """Fast-Lin, the bound of CAP (Wong and Kolter 2018): both lines parallel, for the hidden layers' boxes too.
-
-    Args:
-        problem: What to bound.
-        outward: As in `sparse_slope`.
-
-    Returns:
-        As `sparse_slope`.
-    """
-    context = problem.context("bound", outward)
-    activations = [
-        node
-        for node in engine.ancestors_in_order(problem.final)
-        if type(node).__name__ in ACTIVATIONS and node.perturbed
-    ]
-    # The boxes before the first activations are exact (but for a cut lp ball): nothing to gain there.
-    names = frozenset(
-        node.inputs[0].name
-        for node in activations
-        if any(other in activations for other in engine.ancestors_in_order(node.inputs[0]))
-    )
-
-    def refine(node: Any, states: dict[str, Any]) -> BallBox:
-        known = states[node.name]
-        chosen = _parallel(problem, tightened(states) if context.outward else states, context.outward, node)
-        size, total = known.center[0].numel(), known.center.shape
-        eye = torch.eye(size, dtype=known.center.dtype, device=known.center.device)
-        ends = []
-        for sign in (1, -1):
-            rows = (sign * eye).split(_ROWS_AT_ONCE)
-            bounds = [chosen.lower(some.expand(len(known.center), -1, -1)) for some in rows]
-            ends.append(sign * torch.cat(bounds, dim=1).view(total))
-        return BallBox(0.5 * (ends[0] + ends[1]), known.radius, *ends)
-
-    states = propagate_intervals(problem.module, context, (refine, names))
-    states = tightened(states) if context.outward else states
-    return _both_sides(problem, _parallel(problem, states, context.outward))
-
-
-def _parallel(problem: Problem, states: dict[str, Any], outward: bool, final: Any = None) -> SlopePass:
-    """The pass whose lower lines are parallel to the upper ones."""
-    plain = SlopePass(problem.module, states, {}, outward=outward, final=final)
-    return plain.with_slopes(
-        {node.name: _chord(set_of(plain.states[node.inputs[0].name]).box()) for node in plain.activations}
-    )
-
-
 class _Work:
     """Boxes of the hidden layers, and what is done on them."""
 
@@ -337,10 +285,10 @@ class _Work:
         chosen = self.plain.with_slopes(slopes)
         if self.loss_fusion:
             return None, cross_entropy_bound(chosen, self.chords, self.margins).unsqueeze(1)
-        return _both_sides(self.problem, chosen)
+        return both_sides(self.problem, chosen)
 
 
-def _both_sides(problem: Problem, chosen: SlopePass) -> Bounds:
+def both_sides(problem: Problem, chosen: SlopePass) -> Bounds:
     """The asked sides of C f, or of f."""
     output = chosen.states[problem.final.name]
     assert isinstance(output, BallBox)
@@ -382,7 +330,7 @@ def _adaptive(box: tuple[Tensor, Tensor]) -> Tensor:
     return (upper.clamp(min=0) + lower.clamp(max=0) > 0).to(upper)
 
 
-def _chord(box: tuple[Tensor, Tensor]) -> Tensor:
+def chord(box: tuple[Tensor, Tensor]) -> Tensor:
     """CAP's: u+ / (u+ - l-), parallel to the upper line."""
     lower, upper = box
     above, below = upper.detach().clamp(min=0), lower.detach().clamp(max=0)
@@ -402,7 +350,7 @@ def _bernoulli(p: float, q: float) -> Callable[[tuple[Tensor, Tensor], torch.Gen
 
 _FIXED: dict[str, Method] = {
     "crown": _fixed(_adaptive),
-    "cap": _fixed(_chord),
+    "cap": _fixed(chord),
     "random": _drawn(lambda box, source: _uniform(box[1], source)),
     "same": slope_same,
     "ibp": slope_ibp,
@@ -429,6 +377,5 @@ def _the_step(name: str) -> Method:
     return sparse_slope
 
 
-register_method("cap", cap)
 FAMILIES["sparse-slope"] = Family(_the_step, ("sparse-slope",))
 FAMILIES["slope"] = Family(_variant, VARIANTS)
