@@ -110,8 +110,8 @@ def sparse_slope(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1 or not alpha > 0:
         raise OptionError(f"steps must be a whole number from 1 and alpha positive, got {steps} and {alpha}")
     work = _Work(problem, labels, intermediate, norms, outward, loss_fusion)
-    source = _source(generator, seed)
-    slopes = {node.name: _uniform(work.lines(node).line, source) for node in work.plain.activations}
+    source = random_source(generator, seed)
+    slopes = {node.name: uniform(work.lines(node).line, source) for node in work.plain.activations}
     signs: dict[str, Tensor] = {}
     for _ in range(steps):
         signs = work.descent(slopes)
@@ -153,7 +153,7 @@ def _drawn(draw: Callable[[tuple[Tensor, Tensor], torch.Generator | None], Tenso
         loss_fusion: bool = False,
     ) -> Bounds:
         work = _Work(problem, labels, intermediate, norms, outward, loss_fusion)
-        source = _source(generator, seed)
+        source = random_source(generator, seed)
         return work.bounds({node.name: draw(work.box(node), source) for node in work.plain.activations})
 
     return method
@@ -312,13 +312,13 @@ def _saveable() -> contextlib.AbstractContextManager[Any]:
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
 
 
-def _source(generator: torch.Generator | None, seed: int | None) -> torch.Generator | None:
+def random_source(generator: torch.Generator | None, seed: int | None) -> torch.Generator | None:
     if generator is not None and seed is not None:
         raise OptionError("give a generator or a seed, not both")
     return generator if seed is None else torch.Generator().manual_seed(seed)
 
 
-def _uniform(like: Tensor, source: torch.Generator | None) -> Tensor:
+def uniform(like: Tensor, source: torch.Generator | None) -> Tensor:
     """U[0, 1] of the shape of `like`, drawn on the generator's device."""
     device = like.device if source is None else source.device
     return torch.rand(like.shape, generator=source, dtype=like.dtype, device=device).to(like.device)
@@ -343,7 +343,7 @@ def _bernoulli(p: float, q: float) -> Callable[[tuple[Tensor, Tensor], torch.Gen
     def draw(box: tuple[Tensor, Tensor], source: torch.Generator | None) -> Tensor:
         lower, upper = box
         chance = torch.where(lower.abs() > upper.abs(), p, q)
-        return (_uniform(upper, source) < chance).to(upper)
+        return (uniform(upper, source) < chance).to(upper)
 
     return draw
 
@@ -351,7 +351,7 @@ def _bernoulli(p: float, q: float) -> Callable[[tuple[Tensor, Tensor], torch.Gen
 _FIXED: dict[str, Method] = {
     "crown": _fixed(_adaptive),
     "cap": _fixed(chord),
-    "random": _drawn(lambda box, source: _uniform(box[1], source)),
+    "random": _drawn(lambda box, source: uniform(box[1], source)),
     "same": slope_same,
     "ibp": slope_ibp,
 }

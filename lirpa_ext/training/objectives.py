@@ -56,7 +56,7 @@ OBJECTIVES: dict[str, Objective] = {
     "ibp": Objective("slope:ibp", "slope:ibp"),
     "crown-ibp": Objective("slope:crown", "slope:crown", mixes=True),
     "cap-ibp": Objective("slope:cap", "slope:cap", mixes=True),
-    "cap": Objective("cap", "cap"),
+    "cap": Objective("cap"),
     "sparse-slope": Objective("sparse-slope", "sparse-slope", mixes=True),
 }
 
