@@ -15,7 +15,7 @@ from ..certifier import Certifier
 from ..errors import ConfigError
 from ..module import BoundedModule
 from .architectures import Network, build
-from .batchnorm import fixed_statistics, population_statistics, recorded_statistics
+from .batchnorm import differs_in_training, fixed_statistics, population_statistics, recorded_statistics
 from .objectives import Loss, Step, step_loss
 from .schedules import Decay, Schedule, Values
 
@@ -205,7 +205,7 @@ class CertifiedClassifier(LightningModule):
         """
         bounded = self._graph(x)
         with recorded_statistics(self.model) as statistics:
-            logits = self.model(x)
+            logits = self.model(x) if differs_in_training(self.model) else None
         with fixed_statistics(statistics):
             return step_loss(self.loss, Step(bounded, x, y, logits, values, self.norm, *self.data_range))
 
