@@ -139,10 +139,7 @@ def _slopes(task: Task) -> Drawn:
 
 def _traces(task: Task, kind: type[Trace]) -> Drawn:
     result = kind.read(task.targets)
-    drawn, axes = figure(result.summary(), columns=len(kind.PANELS))
-    for ax, panel in zip(axes.flat, kind.PANELS, strict=True):
-        result.plot(ax, panel)
-    return result, drawn
+    return result, result.figure()
 
 
 def _smoothness(task: Task) -> Drawn:
