@@ -96,7 +96,7 @@ class CertifiedObjective:
         values = Values(self.eps, self.kappa, self.beta)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            step = Step(self._graph[2], x, y, model(x), values, self.norm, self.x_L, self.x_U)
+            step = Step(self._graph[2], x, y, None, values, self.norm, self.x_L, self.x_U)
             return step_loss(self.loss, step)
 
 
