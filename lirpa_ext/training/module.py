@@ -15,7 +15,7 @@ from ..certifier import Certifier
 from ..errors import ConfigError
 from ..module import BoundedModule
 from .architectures import Network, build
-from .batchnorm import fixed_statistics, population_statistics, recorded_statistics
+from .batchnorm import differs_in_training, fixed_statistics, population_statistics, recorded_statistics
 from .objectives import Loss, Step, step_loss
 from .schedules import Decay, Schedule, Values
 
@@ -188,13 +188,26 @@ class CertifiedClassifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch."""
         x, y = batch
-        bounded = self._graph(x)
-        with recorded_statistics(self.model) as statistics:
-            logits = self.model(x)
-        with fixed_statistics(statistics):
-            loss = step_loss(self.loss, Step(bounded, x, y, logits, self.values(), self.norm, *self.data_range))
+        loss = self.batch_loss(x, y, self.values())
         self._losses = [self._losses[0] + loss.detach() * len(x), self._losses[1] + len(x)]
         return loss
+
+    def batch_loss(self, x: Tensor, y: Tensor, values: Values) -> Tensor:
+        """The loss of a batch at given eps, kappa and beta.
+
+        Args:
+            x: Images, (B, C, H, W).
+            y: Labels, (B,).
+            values: Of the schedule.
+
+        Returns:
+            Mean over the batch, 0-dim.
+        """
+        bounded = self._graph(x)
+        with recorded_statistics(self.model) as statistics:
+            logits = self.model(x) if differs_in_training(self.model) else None
+        with fixed_statistics(statistics):
+            return step_loss(self.loss, Step(bounded, x, y, logits, values, self.norm, *self.data_range))
 
     def _graph(self, x: Tensor) -> BoundedModule:
         """The graph for inputs of this shape, built before anything is computed of the weights that it touches."""
@@ -267,8 +280,7 @@ class CertifiedClassifier(LightningModule):
         """Count what is classified, attacked and certified; bounds are sound, in float64, with sound norms."""
         assert self._certifier is not None
         x, y = batch
-        steps = self.evaluation.attack_steps
-        attack = PGD(steps) if steps and self.norm != 1 else None
+        attack = PGD(self.evaluation.attack_steps) if self._attacks else None
         with torch.inference_mode(False), torch.enable_grad():
             x = self._certifier.place(x.clone())
             records = self._certifier.certify(range(len(x)), x, y.clone(), [self.evaluation_eps], attack, batch_idx)
@@ -282,7 +294,15 @@ class CertifiedClassifier(LightningModule):
         self._certifier = None
         total, *counts = self._reduced(self._counts).tolist()
         names = ("val_clean", "val_pgd", "val_verified")
-        self.log_dict({name: count / max(total, 1) for name, count in zip(names, counts, strict=True)})
+        found = {name: count / max(total, 1) for name, count in zip(names, counts, strict=True)}
+        if not self._attacks:
+            del found["val_pgd"]
+        self.log_dict(found)
+
+    @property
+    def _attacks(self) -> bool:
+        """Whether validation runs an attack: PGD has none for l1 balls."""
+        return self.evaluation.attack_steps > 0 and self.norm != 1
 
     def _reduced(self, values: Tensor) -> Tensor:
         """Sum over all processes."""
