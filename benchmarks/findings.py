@@ -143,9 +143,10 @@ def accuracy(on: str, runs: dict[str, Path], data: Pair, target: float) -> Itera
     """Verified accuracy over eps, each network by its own method."""
     levels = [target * k / 8 for k in range(13)]
     rates = {
-        loss: verified_curves({loss: load_model(runs[loss] / "model.pt")}, data, levels, [loss], attack_steps=0, **RANGE)
+        loss: verified_curves({loss: load_model(run / "model.pt")}, data, levels, [loss], attack_steps=0, **RANGE)
         .curve(loss, loss)[1]
-        for loss in ("bcp", "lipschitz")
+        for loss, run in runs.items()
+        if loss != "natural"
     }  # fmt: skip
     shown = "; ".join(
         f"{loss} " + ", ".join(f"{100 * values[k]:.1f}" for k in (0, 4, 8, 12)) for loss, values in rates.items()
