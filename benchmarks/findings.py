@@ -1,11 +1,12 @@
 """The source's qualitative findings on tightness, ReLU activity and Lipschitz constants, checked one by one.
 
-Trains seven small networks on the digits, and with --mnist two on MNIST (runs that are there go on, or are taken as
-they are); with --reference it also looks at the MNIST networks of the source's official codes, in
-``bcp_mnist_state_dict.npz`` and ``slope_mnist_state_dict.npz``. Prints what the source says, what came out, and whether
-it agrees, and writes ``benchmarks/findings.json`` and the table in ``docs/analyses.md``.
+Trains small networks, in groups: three on the digits in l2, four in l-infinity, two on MNIST in l2 (runs that are there
+go on, or are taken as they are). The group "official" are the MNIST networks of the source's own codes, in
+``bcp_mnist_state_dict.npz`` and ``slope_mnist_state_dict.npz`` of --reference. Prints what the source says, what came
+out, and whether it agrees; writes ``benchmarks/findings.json`` and from all groups in it the table in
+``docs/analyses.md``.
 
-    python benchmarks/findings.py [--mnist data/mnist] [--reference FOLDER] [--runs runs/findings] [--samples 200]
+    python benchmarks/findings.py [--groups "digits l2" "MNIST l2" official] [--mnist data/mnist] [--reference FOLDER]
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +46,20 @@ GROUPS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 Finding = dict[str, Any]
 
 
-def train(folder: Path, mnist: str | None) -> dict[str, dict[str, Path]]:
-    """Fit each network, or take it from its folder; folders by group and loss."""
-    runs: dict[str, dict[str, Path]] = {}
-    for group, (name, changes, losses) in GROUPS.items():
-        if group.startswith("MNIST") and mnist is None:
+def train(group: str, folder: Path, mnist: str | None = None) -> dict[str, Path]:
+    """Fit each network of a group, or take it from its folder; folders by loss."""
+    name, changes, losses = GROUPS[group]
+    source = ("--data.source", str(mnist)) if group.startswith("MNIST") else ()
+    runs = {loss: folder / f"{group.replace(' ', '_')}_{loss}" for loss in losses}
+    for loss, run in runs.items():
+        if (run / "model.pt").is_file():
             continue
-        source = () if mnist is None or group.startswith("digits") else ("--data.source", mnist)
-        for loss in losses:
-            run = folder / f"{group.replace(' ', '_')}_{loss}"
-            runs.setdefault(group, {})[loss] = run
-            if (run / "model.pt").is_file():
-                continue
-            print(f"training {run.name} ...", flush=True)
-            fit(parse([
-                "--config", str(ROOT / "configs" / f"{name}.yaml"), "--model.loss.name", loss, "--run", str(run),
-                *source, *changes, "--model.evaluation.attack_steps", "0", "--trainer.callbacks", CALLBACKS,
-                "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--progress", "false",
-            ]))  # fmt: skip
+        print(f"training {run.name} ...", flush=True)
+        fit(parse([
+            "--config", str(ROOT / "configs" / f"{name}.yaml"), "--model.loss.name", loss, "--run", str(run),
+            *source, *changes, "--model.evaluation.attack_steps", "0", "--trainer.callbacks", CALLBACKS,
+            "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--progress", "false",
+        ]))  # fmt: skip
     return runs
 
 
@@ -186,59 +182,65 @@ def neurons(on: str, runs: dict[str, Path]) -> Iterator[Finding]:
                   f"non-zero at the end of the ramp, %: {told}", last["sparse-slope"] < last["crown-ibp"])  # fmt: skip
 
 
-def collect(arguments: argparse.Namespace) -> Iterator[Finding]:
-    """All findings, on whatever there is."""
-    runs = train(arguments.runs, arguments.mnist)
-    digits = load_data("digits", "test", arguments.samples)
-    l2, square = runs["digits l2"], runs["digits linf"]
-    yield from outer_bounds("digits", load_model(l2["bcp"] / "model.pt"), digits, 0.5)
-    yield from constants("digits", l2)
-    yield from accuracy("digits", l2, digits, 0.5)
-    for loss in ("sparse-slope", "crown-ibp", "ibp"):
-        yield from relaxations(f"digits, {loss}", load_model(square[loss] / "model.pt"), digits, 0.1)
-    yield from sparsity(
-        "digits, sparse-slope", load_model(square["sparse-slope"] / "model.pt"), digits, [0.025, 0.05, 0.1]
-    )
-    yield from neurons("digits", square)
-    if arguments.mnist is None:
-        return
-    mnist, ours = load_data(arguments.mnist, "test", arguments.samples), runs["MNIST l2"]
-    yield from outer_bounds("MNIST", load_model(ours["bcp"] / "model.pt"), mnist, 1.58)
-    yield from constants("MNIST", ours)
-    yield from accuracy("MNIST", ours, mnist, 1.58)
-    if arguments.reference is not None:
-        yield from outer_bounds("MNIST, official", official(arguments.reference, "bcp"), mnist, 1.58)
+def collect(group: str, arguments: argparse.Namespace) -> Iterator[Finding]:
+    """The findings of a group."""
+    digits = group.startswith("digits")
+    data = load_data("digits" if digits else arguments.mnist, "test", arguments.samples)
+    if group == "official":
+        yield from outer_bounds("MNIST, official", official(arguments.reference, "bcp"), data, 1.58)
         slope = official(arguments.reference, "slope")
-        yield from relaxations("MNIST, official", slope, mnist, 0.2)
-        yield from sparsity("MNIST, official", slope, mnist, [0.1, 0.2, 0.3, 0.4])
+        yield from relaxations("MNIST, official", slope, data, 0.2)
+        yield from sparsity("MNIST, official", slope, data, [0.1, 0.2, 0.3, 0.4])
+        return
+    runs = train(group, arguments.runs, arguments.mnist)
+    if group == "digits linf":
+        for loss in ("sparse-slope", "crown-ibp", "ibp"):
+            yield from relaxations(f"digits, {loss}", load_model(runs[loss] / "model.pt"), data, 0.1)
+        network = load_model(runs["sparse-slope"] / "model.pt")
+        yield from sparsity("digits, sparse-slope", network, data, [0.025, 0.05, 0.1])
+        yield from neurons("digits", runs)
+        return
+    on, eps = group.split()[0], 0.5 if digits else 1.58
+    yield from outer_bounds(on, load_model(runs["bcp"] / "model.pt"), data, eps)
+    yield from constants(on, runs)
+    yield from accuracy(on, runs, data, eps)
 
 
-def markdown(findings: list[Finding]) -> str:
+def markdown(groups: dict[str, Any]) -> str:
     """The table of the page."""
-    lines = ["| the source | where | networks | here | agrees |", "|---|---|---|---|---|"]
-    for row in findings:
-        verdict = "yes" if row["agrees"] else "**no**"
-        lines.append(f"| {row['said']} | {row['where']} | {row['on']} | {row['measured']} | {verdict} |")
+    lines = ["| the source | where | networks (images) | here | agrees |", "|---|---|---|---|---|"]
+    for group in groups.values():
+        for row in group["findings"]:
+            verdict, on = "yes" if row["agrees"] else "**no**", f"{row['on']} ({group['samples']})"
+            lines.append(f"| {row['said']} | {row['where']} | {on} | {row['measured']} | {verdict} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mnist", help="folder of MNIST's files")
+    parser.add_argument("--groups", nargs="+", default=["digits l2", "digits linf"], choices=[*GROUPS, "official"])
+    parser.add_argument("--mnist", help="folder of MNIST's files, for the groups on MNIST")
     parser.add_argument("--reference", type=Path, help="folder of the official codes' weights")
     parser.add_argument("--runs", type=Path, default=Path("runs/findings"))
     parser.add_argument("--samples", type=int, default=200, help="test images, default 200")
     arguments = parser.parse_args()
+    if any("digits" not in group for group in arguments.groups) and arguments.mnist is None:
+        parser.error("the groups MNIST l2 and official need --mnist")
+    if "official" in arguments.groups and arguments.reference is None:
+        parser.error("the group official needs --reference")
     torch.set_num_threads(1)
-    found = []
-    for row in collect(arguments):
-        found.append(row)
-        print(f"{'agrees' if row['agrees'] else 'DIFFERS'}: {row['said']} ({row['on']}): {row['measured']}", flush=True)
-    RESULT.write_text(json.dumps({"samples": arguments.samples, "findings": found}, indent=1) + "\n", encoding="utf-8")
-    page = PAGE.read_text(encoding="utf-8")
-    marked = re.compile(r"(<!-- findings: start -->\n).*?(\n<!-- findings: end -->)", re.DOTALL)
-    insert: Callable[[re.Match[str]], str] = lambda match: f"{match[1]}\n{markdown(found)}\n{match[2]}"  # noqa: E731
-    PAGE.write_text(marked.sub(insert, page), encoding="utf-8")
+    groups = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
+    for group in arguments.groups:
+        groups[group] = {"samples": arguments.samples, "findings": []}
+        for row in collect(group, arguments):
+            groups[group]["findings"].append(row)
+            verdict = "agrees" if row["agrees"] else "DIFFERS"
+            print(f"{verdict}: {row['said']} ({row['on']}): {row['measured']}", flush=True)
+        RESULT.write_text(json.dumps(groups, indent=1) + "\n", encoding="utf-8")
+        page = PAGE.read_text(encoding="utf-8")
+        start, end = (page.index(f"<!-- findings: {part} -->") for part in ("start", "end"))
+        table = markdown(groups)
+        PAGE.write_text(f"{page[:start]}<!-- findings: start -->\n\n{table}\n\n{page[end:]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

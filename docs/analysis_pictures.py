@@ -46,7 +46,9 @@ def draw() -> None:
     parser.add_argument("--only", nargs="*", default=list(COMMANDS), choices=list(COMMANDS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    train(arguments.runs, None)
+    for group in ("l2", "linf"):
+        if any(f"{{{group}}}" in text for name in arguments.only for text in COMMANDS[name]):
+            train(f"digits {group}", arguments.runs)
     places = {"l2": arguments.runs / "digits_l2", "linf": arguments.runs / "digits_linf", "sweep": arguments.sweep}
     if "trade-off" in arguments.only and main(["sweep", *(text.format(**places) for text in SWEEP)]):
         sys.exit("the sweep failed")
