@@ -40,7 +40,7 @@ class RandomLayer(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Output of a new draw, from torch's global generator."""
-        return self.held(x, [self.draw(_generator(int(torch.randint(2**62, ()))))])
+        return self.held(x, [self.draw(seeded(int(torch.randint(2**62, ())), x.device))])
 
 
 class Adapter(NamedTuple):
@@ -58,7 +58,7 @@ class Adapter(NamedTuple):
 
 
 def _seed(layer: nn.Module, generator: torch.Generator) -> int:
-    return int(torch.randint(2**62, (), generator=generator))
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
 def _replay(layer: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, draws: Sequence[int]) -> Any:
@@ -73,7 +73,7 @@ def _replay(layer: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, draws
             outputs.append(forward(block))
     if isinstance(outputs[0], Tensor):
         return torch.cat(outputs)
-    return torch.cat([output for output, _ in outputs]), sum(extra for _, extra in outputs) / len(draws)  # and a KL
+    return torch.cat([output for output, _ in outputs]), outputs[0][1]  # the KL term, which no draw changes
 
 
 _OWN = Adapter(
@@ -136,7 +136,8 @@ class Sampled(nn.Module):
     def __init__(self, model: nn.Module, seeds: Sequence[int]) -> None:
         super().__init__()
         self.model, self.seeds = model, tuple(seeds)
-        sources = [_generator(seed) for seed in self.seeds]
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        sources = [seeded(seed, device) for seed in self.seeds]
         self._held = [
             (layer, adapter, [adapter.draw(layer, source) for source in sources])
             for layer, adapter in _random_layers(model)
@@ -242,7 +243,7 @@ def predict(
     """
     if by not in ("probability", "vote"):
         raise InvalidInputError(f"by is 'probability' or 'vote', got {by!r}")
-    seeds = sample(nn.Identity(), _generator(0) if generator is None else generator, draws).seeds
+    seeds = sample(nn.Identity(), seeded(0) if generator is None else generator, draws).seeds
     together = max(1, _MOST_ROWS // max(1, len(x)))
     total: Tensor | float = 0.0
     for start in range(0, draws, together):
@@ -256,5 +257,6 @@ def predict(
     return total / draws
 
 
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A new generator of this seed; the numbers of a draw depend on the device."""
+    return torch.Generator(device).manual_seed(seed)
