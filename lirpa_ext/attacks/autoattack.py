@@ -97,7 +97,7 @@ class AutoAttack(Attack):
         if self.version == "standard" and (target.x.dim() != 4 or min(target.x.shape[2:]) < _LEAST_SIDE):
             raise InvalidInputError(
                 f"AutoAttack's Square takes images (B, C, H, W) of {_LEAST_SIDE} pixels a side at least, got "
-                f"{tuple(target.x.shape)}; the other attacks, or AutoAttack(\"rand\"), take any shape"
+                f'{tuple(target.x.shape)}; the other attacks, or AutoAttack("rand"), take any shape'
             )
         least = _LEAST_CLASSES[self.version]
         if target.classes < least:

@@ -215,3 +215,6 @@ class Attack(ABC):
     ) -> Target:
         """What `run` is given."""
         return Target(model, x, y, perturbation, generator, targets)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"

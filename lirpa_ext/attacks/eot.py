@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInputError
 from ..perturbation import PerturbationLpNorm
+from ..randomized.sampling import sample
 from .base import Attack, Attacked, Target
 
 AVERAGES = ("gradients", "outputs")
 KEPT = ("best", "final")
+_MOST_ROWS = 1024  # of a batch of several draws together
 
 
 class EOT(Attack):
@@ -84,42 +87,56 @@ class ExpectedTarget(Target):
         if eot.keep == "final":
             self.best = Attacked(self.x, torch.full_like(self.best.margins, math.inf))
 
-    def networks(self) -> list[nn.Module]:
-        """Fresh draws; the model alone where there is nothing to draw."""
-        return [self.network() for _ in range(self.eot.draws if self.randomized else 1)]
+    @property
+    def draws(self) -> int:
+        """Draws of one average."""
+        return self.eot.draws if self.randomized else 1
+
+    def outputs(self, points: Tensor) -> Iterator[Tensor]:
+        """Logits of fresh draws, (some draws, B, classes) at a time; the model's own where there is nothing to draw."""
+        if not self.randomized:
+            yield self.model(points).unsqueeze(0)
+            return
+        together = max(1, _MOST_ROWS // max(1, len(points)))
+        for start in range(0, self.draws, together):
+            yield sample(self.model, self.generator, min(together, self.draws - start)).each(points)
 
     def logits(self, points: Tensor) -> Tensor:
         """Logarithm of the mean class probabilities over fresh draws, (B, classes)."""
-        return mean_output([network(points) for network in self.networks()])
+        return mean_output(torch.cat(list(self.outputs(points))))
 
     def gradient(self, points: Tensor, loss: str) -> Tensor:
         """Average gradient over fresh draws."""
         points = points.detach().requires_grad_()
-        outputs, gradients = [], []
+        gradient, outputs = torch.zeros_like(points), []
         with torch.enable_grad():
-            for network in self.networks():
-                logits = network(points)
+            for logits in self.outputs(points):
                 if self.eot.average == "gradients":
-                    gradients += torch.autograd.grad(self.loss(loss, logits).sum(), points)
-                    logits = logits.detach()  # frees the draw's graph
+                    gradient += self._gradient(logits, loss, points) / self.draws
+                    logits = logits.detach()  # frees the graph
                 outputs.append(logits)
-            mean = mean_output(outputs)
+            mean = mean_output(torch.cat(outputs))
             if self.eot.average == "outputs":
-                gradients += torch.autograd.grad(self.loss(loss, mean).sum(), points)
+                gradient = self._gradient(mean.unsqueeze(0), loss, points)
         if self.eot.keep == "best":
             self.remember(points.detach(), mean.detach())
-        return torch.stack(gradients).mean(0)
+        return gradient
+
+    def _gradient(self, logits: Tensor, loss: str, points: Tensor) -> Tensor:
+        """Sum over draws of the gradients of each one's loss."""
+        (gradient,) = torch.autograd.grad(sum(self.loss(loss, some).sum() for some in logits), points)
+        return gradient
 
 
-def mean_output(logits: list[Tensor]) -> Tensor:
+def mean_output(logits: Tensor) -> Tensor:
     """Logarithm of the mean over draws of the class probabilities: logits of the ensemble.
 
     Args:
-        logits: Of each draw, (B, classes).
+        logits: Of each draw, (draws, B, classes).
 
     Returns:
         (B, classes); of a single draw its own logits, which have the same probabilities.
     """
     if len(logits) == 1:
         return logits[0]
-    return torch.stack(logits).log_softmax(2).logsumexp(0) - math.log(len(logits))
+    return logits.log_softmax(2).logsumexp(0) - math.log(len(logits))
