@@ -1,7 +1,4 @@
-"""Attacks: points of a perturbation set that a classifier gets wrong, as an upper bound on its robustness.
-
-The base class checks, projects, scores and remembers the best point of each sample; an attack writes `run`.
-"""
+"""What all attacks share: the set of each sample, projection into it, the score, and the best point so far."""
 
 from __future__ import annotations
 
@@ -12,16 +9,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from .errors import InvalidInputError
-from .perturbation import PerturbationLpNorm
-from .specifications import check_labels, margins
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "margin": lambda logits, y: -margins(logits, y),
-    "cross-entropy": lambda logits, y: functional.cross_entropy(logits, y, reduction="none"),
-}
+from ..errors import InvalidInputError
+from ..perturbation import PerturbationLpNorm
+from ..randomized.sampling import is_randomized, sample
+from ..specifications import check_labels, margins
+from .losses import LOSSES, TARGETED_LOSSES
 
 
 class Attacked(NamedTuple):
@@ -29,7 +22,8 @@ class Attacked(NamedTuple):
 
     Attributes:
         inputs: The point of smallest margin of each sample, inside of its set, (B, ...).
-        margins: Their margins, (B,); the attack succeeded where that is not positive.
+        margins: Their margins, (B,); the attack succeeded where that is not positive. Of a targeted attack: how far the
+            target stays below the largest logit, the target's own lead taken as negative.
     """
 
     inputs: Tensor
@@ -43,9 +37,13 @@ class Target:
         model: Classifier, (B, ...) -> (B, classes).
         x: Clean inputs, (B, ...).
         y: Labels, (B,).
+        targets: Classes that a targeted attack wants instead, (B,), or None.
+        perturbation: The set around each sample.
         eps: Radii, shaped to broadcast with `x`.
         norm: p of the ball, 1 < p <= inf.
         generator: Source of every random number.
+        classes: Number of classes.
+        randomized: Whether the model draws its network at random; each evaluation then draws one from the generator.
         best: The result so far; starts at the clean inputs.
     """
 
@@ -56,13 +54,60 @@ class Target:
         y: Tensor,
         perturbation: PerturbationLpNorm,
         generator: torch.Generator,
+        targets: Tensor | None = None,
     ) -> None:
-        self.model, self.x, self.y, self.generator = model, x, y, generator
+        self.model, self.x, self.y, self.generator, self.targets = model, x, y, generator, targets
+        self.perturbation = perturbation
+        self.randomized = is_randomized(model)
         self.norm = perturbation.norm
         self.eps = perturbation.eps_of(x).view(-1, *[1] * (x.dim() - 1))
         self._lower, self._upper = perturbation.box(x)
         with torch.no_grad():
-            self.best = Attacked(x, margins(model(x), y))
+            logits = self.logits(x)
+        self._check(logits)
+        self.classes = logits.shape[1]
+        self.best = Attacked(x, self.margins(logits))
+
+    def network(self) -> nn.Module:
+        """The network of one evaluation: a fresh draw of a randomized model, the model itself otherwise."""
+        return sample(self.model, self.generator) if self.randomized else self.model
+
+    def logits(self, points: Tensor) -> Tensor:
+        """What decides the class of each point, (B, classes)."""
+        return self.network()(points)
+
+    def margins(self, logits: Tensor) -> Tensor:
+        """The attacker's score of logits, (B,): not positive where it succeeded."""
+        return margins(logits, self.y) if self.targets is None else -margins(logits, self.targets)
+
+    def loss(self, name: str, logits: Tensor) -> Tensor:
+        """The loss that the attacker climbs, (B,)."""
+        if self.targets is None:
+            return LOSSES[name](logits, self.y)
+        return TARGETED_LOSSES[name](logits, self.y, self.targets)
+
+    def gradient(self, points: Tensor, loss: str) -> Tensor:
+        """Gradient of each sample's loss at `points`, which are scored on the way."""
+        points = points.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self.network()(points)
+            (gradient,) = torch.autograd.grad(self.loss(loss, logits).sum(), points)
+        self.remember(points.detach(), logits.detach())
+        return gradient
+
+    def score(self, points: Tensor) -> None:
+        """Remember those of the points that have the smallest margin so far."""
+        with torch.no_grad():
+            self.remember(points, self.logits(points))
+
+    def remember(self, points: Tensor, logits: Tensor) -> None:
+        """The same of points whose logits are known."""
+        found = self.margins(logits)
+        better = found < self.best.margins  # False for NaN
+        self.best = Attacked(
+            torch.where(better.view_as(self.eps), points, self.best.inputs),
+            torch.where(better, found, self.best.margins),
+        )
 
     def project(self, points: Tensor) -> Tensor:
         """The points, cut to the box (inside of the data range) and then drawn towards `x` into the ball.
@@ -86,20 +131,6 @@ class Target:
         direction = self._draw(torch.randn)
         return self.project(self.x + self.eps * depth * direction / self.length(direction))
 
-    def gradient(self, points: Tensor, loss: str) -> Tensor:
-        """Gradient of each sample's loss at `points`, which are scored on the way."""
-        points = points.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = self.model(points)
-            (gradient,) = torch.autograd.grad(LOSSES[loss](logits, self.y).sum(), points)
-        self._remember(points.detach(), logits.detach())
-        return gradient
-
-    def score(self, points: Tensor) -> None:
-        """Remember those of the points that have the smallest margin so far."""
-        with torch.no_grad():
-            self._remember(points, self.model(points))
-
     def steepest(self, gradient: Tensor) -> Tensor:
         """Direction of unit length in the ball's norm that climbs fastest; 0 where the gradient is."""
         gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
@@ -113,17 +144,20 @@ class Target:
         """Length of each sample in the ball's norm, shaped to broadcast with `x`."""
         return torch.linalg.vector_norm(shift.flatten(1), ord=self.norm, dim=1).view_as(self.eps)
 
-    def _remember(self, points: Tensor, logits: Tensor) -> None:
-        found = margins(logits, self.y)
-        better = found < self.best.margins  # False for NaN
-        self.best = Attacked(
-            torch.where(better.view_as(self.eps), points, self.best.inputs),
-            torch.where(better, found, self.best.margins),
-        )
-
     def _draw(self, draw: Callable[..., Tensor]) -> Tensor:
         device = self.generator.device
         return draw(self.x.shape, generator=self.generator, dtype=self.x.dtype, device=device).to(self.x.device)
+
+    def _check(self, logits: Tensor) -> None:
+        """Raise InvalidInputError unless the model is a classifier, and labels and targets are classes of it."""
+        if logits.dim() != 2:
+            raise InvalidInputError(f"a classifier returns (B, classes); this one returns {tuple(logits.shape)}")
+        check_labels(self.y, logits.shape[1])
+        if self.targets is None:
+            return
+        check_labels(self.targets, logits.shape[1])
+        if self.targets.shape != self.y.shape or (self.targets == self.y).any():
+            raise InvalidInputError("targets are one class a sample, another one than its label")
 
 
 class Attack(ABC):
@@ -140,21 +174,24 @@ class Attack(ABC):
         y: Tensor,
         perturbation: PerturbationLpNorm,
         generator: torch.Generator | None = None,
+        targets: Tensor | None = None,
     ) -> Attacked:
         """Attack a batch.
 
         Args:
-            model: Classifier in eval mode, (B, ...) -> (B, classes).
+            model: Classifier in eval mode, (B, ...) -> (B, classes). Of a randomized one each evaluation draws another
+                network, from the generator.
             x: Clean inputs, (B, ...).
             y: Labels, (B,).
             perturbation: The set around each sample: norm, eps (one for all or (B,)), data range.
             generator: Source of every random number, default a new one of seed 0.
+            targets: Classes to be predicted in place of the labels, (B,); default any other class will do.
 
         Returns:
             The best point of each sample, inside of its set, and its margin. The clean input is a candidate.
 
         Raises:
-            InvalidInputError: norm 1, `x` outside of the data range or not finite, labels that are no class.
+            InvalidInputError: norm 1, `x` outside of the data range or not finite, labels or targets that are no class.
         """
         if perturbation.norm == 1:
             raise InvalidInputError(
@@ -162,59 +199,22 @@ class Attack(ABC):
                 "or leave the attack out (attack_steps=0)"
             )
         perturbation.check(x)
-        with torch.no_grad():
-            check_labels(y, self._classes(model, x[:1]))
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        target = Target(model, x.detach(), y.long(), perturbation, generator)
+        target = self.target(model, x.detach(), y, perturbation, generator, targets)
         self.run(target)
         return target.best
 
-    @staticmethod
-    def _classes(model: nn.Module, x: Tensor) -> int:
-        logits = model(x)
-        if logits.dim() != 2:
-            raise InvalidInputError(f"a classifier returns (B, classes); this one returns {tuple(logits.shape)}")
-        return logits.shape[1]
-
-
-class PGD(Attack):
-    """Projected gradient descent: x <- project(x + step * steepest direction), from a random point.
-
-    A. Madry et al., Towards deep learning models resistant to adversarial attacks, ICLR 2018.
-
-    Args:
-        steps: Steps of a run, default 40.
-        restarts: Runs, default 1; each sample keeps its best point over all of them.
-        step_size: Length of a step as a fraction of eps, default 2.5 / steps.
-        loss: "margin" (default: the smallest of z_y - z_j) or "cross-entropy".
-        random_start: Start at a random point, default; else at the clean input.
-
-    Raises:
-        InvalidInputError: A number that is not positive, or an unknown loss.
-    """
-
-    def __init__(
+    def target(
         self,
-        steps: int = 40,
-        restarts: int = 1,
-        step_size: float | None = None,
-        loss: str = "margin",
-        random_start: bool = True,
-    ) -> None:
-        if steps < 1 or restarts < 1:
-            raise InvalidInputError(f"PGD needs at least one step and one restart, got {steps} and {restarts}")
-        if step_size is not None and not 0 < step_size < math.inf:
-            raise InvalidInputError(f"step_size is a positive fraction of eps, got {step_size}")
-        if loss not in LOSSES:
-            raise InvalidInputError(f"unknown loss {loss!r}; known are {', '.join(LOSSES)}")
-        self.steps, self.restarts, self.loss, self.random_start = steps, restarts, loss, random_start
-        self.step_size = 2.5 / steps if step_size is None else step_size
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        perturbation: PerturbationLpNorm,
+        generator: torch.Generator,
+        targets: Tensor | None,
+    ) -> Target:
+        """What `run` is given."""
+        return Target(model, x, y, perturbation, generator, targets)
 
-    def run(self, target: Target) -> None:
-        """Climb the loss from each start."""
-        for _ in range(self.restarts):
-            points = target.random_points() if self.random_start else target.x
-            for _ in range(self.steps):
-                direction = target.steepest(target.gradient(points, self.loss))
-                points = target.project(points + self.step_size * target.eps * direction)
-            target.score(points)
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
