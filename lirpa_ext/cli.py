@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from ._version import __version__
+from .analyze_cli import add_analyze
 from .certify_cli import add_certify
 from .errors import LirpaExtError
 from .fit_cli import add_training
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     add_inspect(commands.add_parser("inspect", help="what is in an ONNX file, and which methods can bound it"))
     add_verify(commands.add_parser("verify", help="verify a VNN-LIB property of an ONNX network"))
     add_training(commands)
+    add_analyze(commands.add_parser("analyze", help="look at tightness and activity: numbers and pictures"))
     return parser
 
 
