@@ -1,4 +1,4 @@
-"""EOT: one draw of a deterministic network is PGD, more of a randomized one average as they say, and seeds reproduce."""
+"""EOT: one draw of a deterministic network is PGD, more of a randomized one average, and seeds reproduce."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class NoisyLinear(RandomLayer):
         return self.weight + self.std * torch.randn(self.weight.shape, dtype=torch.float64, generator=generator)
 
     def held(self, x, draws):
-        return torch.cat([functional.linear(part, weight) for part, weight in zip(x.chunk(len(draws)), draws)])
+        pairs = zip(x.chunk(len(draws)), draws, strict=True)
+        return torch.cat([functional.linear(part, weight) for part, weight in pairs])
 
 
 @pytest.fixture
@@ -192,9 +193,8 @@ def test_a_draw_that_gives_nan_is_no_success(batch):
 
         def held(self, x, draws):
             rows = x.flatten(1)[:, :4]
-            return torch.cat(
-                [part * (math.nan if broken else 1.0) for part, broken in zip(rows.chunk(len(draws)), draws)]
-            )
+            pairs = zip(rows.chunk(len(draws)), draws, strict=True)
+            return torch.cat([part * (math.nan if broken else 1.0) for part, broken in pairs])
 
     x, y = batch
     found = EOT(PGD(3), draws=20)(nn.Sequential(Breaks()), x, y, BALL)

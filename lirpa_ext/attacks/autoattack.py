@@ -53,7 +53,7 @@ class AutoAttack(Attack):
     def run(self, target: Target) -> None:
         """Run it for each eps of the batch, in a copy of the data range that is the unit cube."""
         self._check(target)
-        low, high = (float(end) for end in _ends(target))
+        low, high = _ends(target)
         eps = target.eps.flatten()
         points = target.x.clone()
         for level in eps.unique().tolist():
@@ -126,11 +126,12 @@ class _UnitCube(nn.Module):
         return self.target.network()(points).float()
 
 
-def _ends(target: Target) -> tuple[Any, Any]:
+def _ends(target: Target) -> tuple[float, float]:
     ends = target.perturbation.range_lower, target.perturbation.range_upper
-    if any(end is None or torch.as_tensor(end).numel() != 1 for end in ends) or not float(ends[0]) < float(ends[1]):
+    low, high = (float(end) if end is not None and torch.as_tensor(end).numel() == 1 else math.nan for end in ends)
+    if not low < high:
         raise InvalidInputError("AutoAttack works inside of a data range: give x_L and x_U, one number each")
-    return ends
+    return low, high
 
 
 def _pyautoattack() -> Any:

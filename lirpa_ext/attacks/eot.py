@@ -124,7 +124,8 @@ class ExpectedTarget(Target):
 
     def _gradient(self, logits: Tensor, loss: str, points: Tensor) -> Tensor:
         """Sum over draws of the gradients of each one's loss."""
-        (gradient,) = torch.autograd.grad(sum(self.loss(loss, some).sum() for some in logits), points)
+        losses = torch.stack([self.loss(loss, some) for some in logits])
+        (gradient,) = torch.autograd.grad(losses.sum(), points)
         return gradient
 
 

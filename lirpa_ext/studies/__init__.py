@@ -1,0 +1,50 @@
+"""Studies of randomized models (S. Lee, 2021, chapter 2): functions that return numbers, and plots of them.
+
+Each takes models by name, to compare; ``lirpa-ext study`` runs them on the folders of `lirpa-ext fit`.
+"""
+
+from __future__ import annotations
+
+from .gradients import (
+    Concentrations,
+    CosineMatrix,
+    GradientScatter,
+    concentrations,
+    cosine_matrix,
+    gradient_scatter,
+    plot_concentrations,
+    plot_cosines,
+    plot_scatter,
+)
+from .robustness import (
+    AccuracyStudy,
+    LossIncrease,
+    TransferMatrix,
+    accuracy_study,
+    loss_increase,
+    plot_accuracy,
+    plot_loss_increase,
+    plot_transfer,
+    transfer_matrix,
+)
+
+__all__ = [
+    "AccuracyStudy",
+    "Concentrations",
+    "CosineMatrix",
+    "GradientScatter",
+    "LossIncrease",
+    "TransferMatrix",
+    "accuracy_study",
+    "concentrations",
+    "cosine_matrix",
+    "gradient_scatter",
+    "loss_increase",
+    "plot_accuracy",
+    "plot_concentrations",
+    "plot_cosines",
+    "plot_loss_increase",
+    "plot_scatter",
+    "plot_transfer",
+    "transfer_matrix",
+]
