@@ -255,10 +255,10 @@ def test_accuracy_study_has_a_line_for_each_model_and_n(batch, models):
     lines = found.table().splitlines()
     assert len(lines) == 6 and lines[0].split() == ["model", "n", "eps", "0", "eps", "0.1", "eps", "0.3"]
     assert len(found.rows()) == 15
-    drawn, axes = figure("accuracy")
+    _, axes = figure("accuracy")
     plot_accuracy(found, axes[0, 0])
-    assert [text.get_text() for text in axes[0, 0].get_legend().get_texts()][0] == "narrow, n = 2"
-    drawn, axes = figure("accuracy")
+    assert axes[0, 0].get_legend().get_texts()[0].get_text() == "narrow, n = 2"
+    _, axes = figure("accuracy")
     plot_accuracy(found, axes[0, 0], over="draws")
     line = axes[0, 0].containers[0].lines[0]
     assert line.get_xdata().tolist() == [2, 5]
