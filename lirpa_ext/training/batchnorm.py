@@ -18,6 +18,11 @@ _BatchNorm = nn.modules.batchnorm._BatchNorm
 Statistics = dict[nn.Module, tuple[Tensor, Tensor]]
 
 
+def normalizes(model: nn.Module) -> bool:
+    """Whether the model has a batch norm in train mode."""
+    return any(isinstance(module, _BatchNorm) and module.training for module in model.modules())
+
+
 @contextlib.contextmanager
 def recorded_statistics(model: nn.Module) -> Iterator[Statistics]:
     """Collect mean and (biased) variance of what each train-mode batch norm is given, (channels,) each."""

@@ -18,7 +18,7 @@ from ..perturbation import PerturbationLpNorm
 from .architectures import Network, build
 from .batchnorm import fixed_statistics, population_statistics, recorded_statistics
 from .objectives import Loss, Step, step_loss
-from .randomized import accuracies, check_randomized, randomized_loss
+from .randomized import check_randomized, ensemble_report, randomized_loss
 from .schedules import Decay, Schedule, Values
 
 __all__ = ["CertifiedClassifier", "Evaluation", "Optimizer", "number"]
@@ -141,7 +141,7 @@ class CertifiedClassifier(LightningModule):
         self.loss.check()
         self.schedule.check(self.eps, None)
         self.optimizer_config.check()
-        check_randomized(network, loss, schedule)
+        check_randomized(network, loss, schedule, evaluation)
         if loss.fused and list(self.schedule.beta) != [1.0, 1.0]:
             raise ConfigError("loss.fused bounds the loss itself, which beta cannot mix: set schedule.beta to [1, 1]")
         if loss.objective.attack and self.norm == 1:
@@ -249,6 +249,7 @@ class CertifiedClassifier(LightningModule):
         values = self.schedule.at(self.global_step - 1, self.steps_per_epoch, self.eps)
         self.log_dict(
             {"loss": total / max(count, 1), "eps": values.eps, "kappa": values.kappa, "beta": values.beta}
+            | ({"graddiv": values.graddiv} if self.randomized else {})
             | {"lr": self.optimizers().param_groups[0]["lr"]},  # type: ignore[union-attr]
             rank_zero_only=False,
         )
@@ -290,8 +291,9 @@ class CertifiedClassifier(LightningModule):
         """Count what is classified, attacked and certified; bounds are sound, in float64, with sound norms."""
         x, y = batch
         if self.randomized:
-            found = accuracies(self.model, (x, y), self, self.evaluation.attack_steps, self.evaluation.attack_draws, batch_idx)
-            self._counts += torch.tensor([1.0, *found, 0.0]) * len(x)
+            with torch.inference_mode(False):
+                (row,) = ensemble_report(self, (x.clone(), y.clone()), final=False, seed=batch_idx).summary
+            self._counts += torch.tensor([1.0, row["clean"], row["pgd"], 0.0]) * len(x)
             return
         assert self._certifier is not None
         steps = self.evaluation.attack_steps

@@ -136,7 +136,9 @@ class Loss:
             if self.graddiv not in REGULARIZERS:
                 raise ConfigError(f"unknown loss.graddiv {self.graddiv!r}: known are {', '.join(REGULARIZERS)}")
             if self.graddiv_draws < 2:
-                raise ConfigError(f"loss.graddiv_draws must be 2 or more: diversity is of pairs; got {self.graddiv_draws}")
+                raise ConfigError(
+                    f"loss.graddiv_draws must be 2 or more: diversity is of pairs; got {self.graddiv_draws}"
+                )
 
 
 @dataclass(frozen=True)
