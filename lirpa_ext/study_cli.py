@@ -72,7 +72,7 @@ def _add_attack(parser: argparse.ArgumentParser, draws: str = "20") -> None:
     if draws:
         group.add_argument("--attack-draws", type=_whole, default=_whole(draws), metavar="N", help=f"default {draws}")
         group.add_argument("--average", choices=AVERAGES, default="gradients", help="of what over draws")
-        group.add_argument("--keep", choices=KEPT, default="best", help="which points count")
+        group.add_argument("--keep", choices=KEPT, help="which points count, default final for randomized models")
 
 
 def _whole(text: str) -> list[int]:

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +34,8 @@ from lirpa_ext.studies import (
     plot_transfer,
     transfer_matrix,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Pick(RandomLayer):
@@ -374,6 +377,60 @@ def test_command_says_what_is_wrong(saved, tmp_path, capsys):
     ):
         assert main(["study", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+# Adv-BNN on few digits, for seconds; the callback records after each epoch.
+FIT = [
+    "--config", str(ROOT / "configs" / "digits_adv-bnn_graddiv.yaml"), "--data.limit", "160", "--data.validation", "20",
+    "--data.batch_size", "70", "--trainer.max_epochs", "3", "--model.schedule.warmup", "0.5", "--model.schedule.ramp",
+    "1", "--model.loss.attack_steps", "1", "--model.evaluation.attack_steps", "1", "--model.evaluation.draws", "2",
+    "--model.optimizer.decay.milestones", "[]", "--trainer.accelerator", "cpu", "--trainer.logger", "false",
+    "--progress", "false",
+]  # fmt: skip
+RECORD = ["--trainer.callbacks+", "lirpa_ext.studies.GradientConcentration", "--trainer.callbacks.draws", "3"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run with the callback."""
+    for name in ("lightning", "jsonargparse", "sklearn"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    folder = tmp_path_factory.mktemp("runs") / "graddiv"
+    assert main(["fit", *FIT, *RECORD, "--run", str(folder)]) == 0
+    return folder
+
+
+def test_concentration_is_recorded_in_training_and_changes_nothing(run, tmp_path):
+    content = json.loads((run / "concentration.json").read_text(encoding="utf-8"))
+    assert [row["epoch"] for row in content["rows"]] == [0, 1, 2, 3]
+    assert all(0 <= row["rho"] <= 1 and row["dpp"] >= 0 for row in content["rows"])
+    assert (run / "concentration.png").is_file()
+    assert main(["fit", *FIT, "--run", str(tmp_path)]) == 0
+    weights, others = (torch.load(folder / "last.ckpt", weights_only=True)["state_dict"] for folder in (run, tmp_path))
+    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+
+
+def test_runs_are_studied_by_their_folders(run, tmp_path, capsys):
+    assert main(["study", "concentration", str(run), str(run), "--out", str(tmp_path)]) == 0
+    assert main(["study", "scatter", str(run), "--draws", "5", "--out", str(tmp_path)]) == 0
+    assert main(["study", "accuracy", str(run), "--limit", "4", "--steps", "1", "--attack-draws", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "rho" in printed and "linf balls" in printed and "eps 0.2" in printed  # norm and eps of the run
+    assert {path.name for path in tmp_path.iterdir()} >= {"concentration.png", "scatter.json", "scatter.png"}
+
+
+def test_the_callback_refuses(tmp_path, capsys):
+    for name in ("lightning", "jsonargparse", "sklearn"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    from lirpa_ext.errors import ConfigError
+    from lirpa_ext.studies import GradientConcentration
+
+    for options in ({"draws": 1}, {"samples": 0}):
+        with pytest.raises(ConfigError):
+            GradientConcentration(**options)
+    config = str(ROOT / "configs" / "digits_bcp.yaml")
+    assert main(["fit", "--config", config, *RECORD, "--run", str(tmp_path), "--trainer.logger", "false"]) == 2
+    assert "draws nothing" in capsys.readouterr().err
 
 
 def test_an_attack_of_ones_own_is_studied(batch, models):

@@ -69,9 +69,7 @@ class Trace(Result):
             path = Path(folder) / f"{cls.NAME}.json"
             content = read_result(path) if path.is_file() else None
             if content is None or content["analysis"] != cls.__name__:
-                raise ResultsError(
-                    f"{path} is no {cls.__name__}: train with {cls.CALLBACK} among trainer.callbacks"
-                )
+                raise ResultsError(f"{path} is no {cls.__name__}: train with {cls.CALLBACK} among trainer.callbacks")
             records += [row | {"run": name} for row in content["rows"]]
         return cls(tuple(records))
 

@@ -83,7 +83,7 @@ def accuracy_study(
     x_U: float | None = 1.0,
     *,
     average: str = "gradients",
-    keep: str = "best",
+    keep: str | None = None,
     ensemble: int = 20,
     batch_size: int = 100,
     seed: int = 0,
