@@ -23,6 +23,12 @@ def normalizes(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) and module.training for module in model.modules())
 
 
+def differs_in_training(model: nn.Module) -> bool:
+    """Whether the model has a batch norm or a dropout in train mode, so that its clean logits are not its graph's."""
+    kinds = (_BatchNorm, nn.modules.dropout._DropoutNd)
+    return any(isinstance(module, kinds) and module.training for module in model.modules())
+
+
 @contextlib.contextmanager
 def recorded_statistics(model: nn.Module) -> Iterator[Statistics]:
     """Collect mean and (biased) variance of what each train-mode batch norm is given, (channels,) each."""
