@@ -99,28 +99,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text, accuracies in percent."""
     lines = [f"{'loss':<14} {'eps':>10} {'seed':>5} {'clean %':>8} {'PGD %':>8} {'verified %':>10}"]
     for row in rows:
-        pgd = "-" if row["pgd"] is None else f"{100 * row['pgd']:.2f}"
+        pgd, verified = ("-" if row[key] is None else f"{100 * row[key]:.2f}" for key in ("pgd", "verified"))
         lines.append(
-            f"{row['loss']:<14} {row['eps']!s:>10} {row['seed']:>5} {100 * row['clean']:>8.2f} {pgd:>8} "
-            f"{100 * row['verified']:>10.2f}"
+            f"{row['loss']:<14} {row['eps']!s:>10} {row['seed']:>5} {100 * row['clean']:>8.2f} {pgd:>8} {verified:>10}"
         )
     return "\n".join(lines)
 
 
 def plot_sweep(rows: list[dict[str, Any]], path: Path) -> None:
-    """Standard accuracy against verified accuracy, with a segment up to PGD's, one line a loss."""
-    from matplotlib.figure import Figure
+    """Standard accuracy against verified accuracy, with a segment up to PGD's, one line a loss.
 
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
-    for number, loss in enumerate(dict.fromkeys(row["loss"] for row in rows)):
-        color = f"C{number}"
-        chosen = sorted((row for row in rows if row["loss"] == loss), key=lambda row: row["clean"])
-        clean, verified = ([100 * row[key] for row in chosen] for key in ("clean", "verified"))
-        axes.plot(clean, verified, ":o", color=color, label=loss)
-        for row in chosen:
-            if row["pgd"] is not None:
-                axes.plot([100 * row["clean"]] * 2, [100 * row["verified"], 100 * row["pgd"]], color=color)
-    axes.set(xlabel="standard accuracy, %", ylabel="robust accuracy, %: from verified to PGD")
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    Of a randomized network, of which nothing is verified, PGD's alone.
+    """
+    from ..analysis.curves import TradeOff, plot_trade_off
+    from ..analysis.plots import figure, save
+
+    result = TradeOff(rows)
+    drawn, axes = figure(result.summary())
+    plot_trade_off(result, axes[0, 0])
+    save(drawn, path)

@@ -1,0 +1,136 @@
+"""What an analysis returns: numbers as rows, for a table, a JSON and a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import numbers
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ResultsError
+
+__all__ = ["FORMAT", "Result", "Row", "read_result", "text_table"]
+
+Row = dict[str, Any]
+
+FORMAT = "lirpa-ext analysis 1"
+
+
+class Result(ABC):
+    """Numbers of one analysis. A subclass is a frozen dataclass that says what its rows are.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Squares(Result):
+        ...     values: tuple[float, ...]
+        ...
+        ...     def rows(self):
+        ...         return [{"x": x, "square": x * x} for x in self.values]
+        >>> print(Squares((1.0, 1.5)).table())
+        x    square
+        1         1
+        1.5    2.25
+    """
+
+    @abstractmethod
+    def rows(self) -> list[Row]:
+        """One dict for each row, of plain numbers and words, all with the same keys."""
+
+    def details(self) -> list[Row]:
+        """What the rows were made of, such as one row a sample; default nothing."""
+        return []
+
+    def summary(self) -> str:
+        """What the numbers say, in a sentence or two; default nothing. Also a good alt text of the plot."""
+        return ""
+
+    def table(self) -> str:
+        """The rows as text."""
+        return text_table(self.rows())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ``path`` with the suffixes ``.json`` (format, name of the class, summary, rows) and ``.csv`` (rows).
+
+        The details, if there are any, go to ``PATH_details.csv``.
+
+        What is not finite is null in JSON and empty in CSV.
+
+        Raises:
+            ResultsError: A file cannot be written.
+        """
+        rows, details = (
+            [{k: _plain(v) for k, v in row.items()} for row in made] for made in (self.rows(), self.details())
+        )
+        content = {"format": FORMAT, "analysis": type(self).__name__, "summary": self.summary(), "rows": rows}
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+            Path(path).with_suffix(".json").write_text(text, encoding="utf-8")
+            _write_csv(Path(path).with_suffix(".csv"), rows)
+            if details:
+                _write_csv(Path(path).with_name(f"{Path(path).with_suffix('').name}_details.csv"), details)
+        except OSError as error:
+            raise ResultsError(f"{path} cannot be written: {error}. Give another path") from error
+
+
+def read_result(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What `Result.save` wrote: format, analysis, summary, rows. None for a JSON file of something else.
+
+    Raises:
+        ResultsError: The file cannot be read, or is no JSON.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{path} cannot be read: {error}. Write it anew, or remove it") from error
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """Rows as text: words to the left, numbers to the right, four significant digits.
+
+    Args:
+        rows: Dicts with the same keys.
+    """
+    if not rows:
+        return ""
+    names = list(rows[0])
+    cells = [names, *([_shown(row.get(name)) for name in names] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    words = [any(isinstance(row.get(name), str) for row in rows) for name in names]
+    lines = []
+    for line in cells:
+        parts = (
+            cell.ljust(width) if word or not column else cell.rjust(width)
+            for column, (cell, width, word) in enumerate(zip(line, widths, words, strict=True))
+        )
+        lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [], restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON has: numbers of torch and numpy become Python's, what is not finite None."""
+    if isinstance(value, bool | str) or value is None:
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if math.isfinite(float(value)) else None
