@@ -10,16 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Normal, kl_divergence as distribution_kl
+from torch.distributions import Normal
+from torch.distributions import kl_divergence as distribution_kl
 from torch.nn import functional
 
 import lirpa_ext.randomized.sampling
-from lirpa_ext.errors import ConfigError, InvalidInputError
+from lirpa_ext.attacks import EOT, PGD
+from lirpa_ext.cli import main
+from lirpa_ext.errors import InvalidInputError
+from lirpa_ext.loading import load_model
+from lirpa_ext.perturbation import PerturbationLpNorm
 from lirpa_ext.randomized import (
     BayesianLayer,
     Noise,
     RandomLayer,
     elbo_loss,
+    gradients,
     is_randomized,
     kl_divergence,
     make_adv_bnn,
@@ -28,6 +34,10 @@ from lirpa_ext.randomized import (
     require_randomized,
     sample,
 )
+from lirpa_ext.randomized.graddiv import mean_cosine
+from lirpa_ext.training import Loss, Network, build
+from lirpa_ext.training.randomized import randomized_loss
+from lirpa_ext.training.schedules import Values
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -385,3 +395,165 @@ def test_elbo_is_cross_entropy_and_kl_for_each_sample():
     expected = functional.cross_entropy(logits, y) + 0.02 * kl_divergence(model) / 1000
     torch.testing.assert_close(elbo_loss(model, logits, y, 1000), expected)
     torch.testing.assert_close(elbo_loss(model, logits, y, 1000, 0.0), functional.cross_entropy(logits, y))
+
+
+# --- training ---
+
+pytest.importorskip("lightning", reason="training needs Lightning")
+pytest.importorskip("jsonargparse", reason="training needs jsonargparse")
+
+QUICK = [
+    "--config", str(ROOT / "configs" / "digits_adv-bnn_graddiv.yaml"), "--data.limit", "180", "--data.validation", "20",
+    "--data.batch_size", "40", "--data.test_limit", "20", "--trainer.max_epochs", "2", "--model.schedule.warmup", "0.5",
+    "--model.schedule.ramp", "1", "--model.loss.attack_steps", "2", "--model.evaluation.attack_steps", "2",
+    "--model.evaluation.draws", "3", "--model.evaluation.attack_draws", "2", "--model.evaluation.final_attack_steps",
+    "3", "--model.evaluation.final_attack_draws", "4", "--trainer.accelerator", "cpu", "--trainer.logger", "false",
+    "--progress", "false",
+]  # fmt: skip
+
+
+def run(folder: Path, *arguments: str, command: str = "fit") -> int:
+    return main([command, *QUICK, "--run", str(folder), *arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert run(folder) == 0
+    return folder
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_a_run_judges_an_ensemble_and_verifies_nothing(trained):
+    table = rows(trained)
+    assert [float(row["graddiv"]) for row in table] == [pytest.approx(0.3 * 0.5), 0.3]
+    assert [float(row["eps"]) for row in table] == [pytest.approx(0.1), 0.2]
+    assert all(row["val_verified"] == "" and 0 <= float(row["val_pgd"]) <= 1 for row in table)
+    names = {path.name for path in trained.iterdir()}
+    assert {"best.ckpt", "last.ckpt", "model.pt", "README.md", "learning_curve.png"} <= names
+    assert "model.onnx" not in names  # which would hold one draw for ever
+    assert "Nothing is verified" in (trained / "README.md").read_text()
+    assert is_randomized(load_model(trained / "model.pt"))
+
+
+def test_a_run_is_tested_by_eot(trained, capsys):
+    assert run(trained, command="test") == 0
+    assert "4 draws" in capsys.readouterr().out
+    report = json.loads((trained / "test.json").read_text())
+    (row,) = report["summary"]
+    assert row["verified"] is None
+    assert report["meta"]["samples"] == 20
+    clean, attacked = report["accuracies"]
+    assert (clean["eps"], attacked["eps"]) == (0.0, 0.2)
+    assert (clean["ensemble"], attacked["ensemble"]) == (row["clean"], row["pgd"])
+    assert "| 20, test | 0.2 |" in (trained / "README.md").read_text()
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_resumes_to_the_same_result(trained, tmp_path, monkeypatch):
+    from lirpa_ext.training.module import CertifiedClassifier
+
+    original = CertifiedClassifier.training_step
+
+    def dying(self, batch, batch_idx):
+        if self.global_step == 6:
+            raise Killed
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(CertifiedClassifier, "training_step", dying)
+    with pytest.raises(Killed):
+        run(tmp_path, "--checkpoint_every", "3")
+    monkeypatch.setattr(CertifiedClassifier, "training_step", original)
+    assert run(tmp_path, "--checkpoint_every", "3") == 0
+    states = [torch.load(folder / "last.ckpt", weights_only=True)["state_dict"] for folder in (tmp_path, trained)]
+    for name, weight in states[0].items():
+        torch.testing.assert_close(weight, states[1][name], rtol=0, atol=0)
+    assert rows(tmp_path) == rows(trained)
+
+
+def test_the_loss_is_the_sum_that_the_source_prints():
+    """(2.2.20), its parts computed by themselves from the same draws."""
+    x, y = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0])
+    model = make_adv_bnn(nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.Tanh(), nn.Linear(20, 5)))
+    ball = PerturbationLpNorm(0.1, math.inf, 0.0, 1.0)
+
+    def value(kappa: float, weight: float, regularizer: str | None = "mean") -> torch.Tensor:
+        torch.manual_seed(5)
+        loss = Loss("adv-bnn", attack_steps=3, graddiv=regularizer)
+        return randomized_loss(loss, model, x, y, ball, Values(0.1, kappa, 1.0, weight), samples=50)
+
+    torch.manual_seed(5)
+    torch.testing.assert_close(value(1.0, 0.0), elbo_loss(model, model(x), y, 50))
+    torch.manual_seed(5)
+    source = generator(int(torch.randint(2**62, ())))
+    attack = EOT(PGD(3, step_size=0.25, loss="cross-entropy", random_start=False), 1, keep="final")
+    attacked = attack(model, x, y, ball, source).inputs
+    assert ((attacked - x).abs() <= 0.1 + 1e-6).all()
+    assert not torch.equal(attacked, x)
+    robust = elbo_loss(model, model(attacked), y, 50)
+    torch.testing.assert_close(value(0.0, 0.0), robust)
+    regularizer = mean_cosine(gradients(model, x, y, 3, source)).mean()
+    torch.testing.assert_close(value(0.0, 0.7), robust + 0.7 * regularizer)
+    torch.testing.assert_close(value(0.0, 0.7, None), robust)
+
+
+def test_batch_norm_keeps_the_statistics_of_clean_batches_in_attack_and_regularizer():
+    model = make_adv_bnn(network()).train()
+    x, y = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0])
+    passes = []
+    norm = model[1]
+    norm.register_forward_pre_hook(lambda module, _: passes.append(module.training))
+    loss = Loss("adv-bnn", attack_steps=2, graddiv="kappa")
+    randomized_loss(loss, model, x, y, PerturbationLpNorm(0.1, math.inf), Values(0.1, 0.0, 1.0, 1.0), 50).backward()
+    assert passes.count(True) == 2  # clean, and the loss at the attacked points
+    assert passes.count(False) >= 3
+    assert norm.training
+    assert norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "parameters"),
+    [
+        ("3C2F", [1, 28, 28], 320 + 18496 + 73856 + 6272 * 1024 + 1024 + 10250),
+        ("VGG16", [3, 32, 32], 14728266),  # of the usual CIFAR-10 net with batch norm
+        ("6C1F", [3, 96, 96], 896 + 18496 + 73856 + 295168 + 590080 + 1180160 + 2 * 1248 + 5130),
+    ],
+)
+def test_networks_of_the_source(name, shape, parameters):
+    """A.1, parameters counted by hand from its notation."""
+    model = build(Network(name, shape))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model(torch.rand(2, *shape)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--model.network.randomized", "bnn"], "known are adv-bnn, rse"),
+        (["--model.network.randomized", "rse"], "network.randomized: adv-bnn"),
+        (["--model.loss.name", "pgd", "--model.loss.graddiv", "null"], "deterministic networks"),
+        (["--model.network.options", "{sigma: 0.1}"], "sigma"),
+        (["--model.network.options", "{prior_std: -1.0}"], "prior_std is a standard deviation"),
+        (["--model.loss.graddiv", "cosine"], "known are kappa, kappa-banerjee, mean, max, smooth-max, dpp"),
+        (["--model.loss.graddiv", "null"], "name it in loss.graddiv"),
+        (["--model.schedule.graddiv", "[0, 0]"], "has weight 0"),
+        (["--model.schedule.graddiv", "[0, -1]"], "both 0 or more"),
+        (["--model.loss.graddiv_draws", "1"], "2 or more"),
+        (["--model.loss.kl_factor", "-1"], "kl_factor"),
+        (["--model.loss.step_size", "0"], "step_size"),
+        (["--model.evaluation.attack_steps", "0"], "judged by an attack"),
+        (["--model.evaluation.method", "bcp"], "no bound verifies"),
+        (["--model.norm", "1"], "p > 1"),
+    ],
+)
+def test_configurations_that_cannot_be_run(arguments, told, tmp_path, capsys):
+    assert run(tmp_path, *arguments) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "last.ckpt").exists()
