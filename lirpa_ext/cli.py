@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from ._version import __version__
+from .analyze_cli import add_analyze
 from .certify_cli import add_certify
 from .errors import LirpaExtError
 from .fit_cli import add_training
 from .inspect_cli import add_inspect
+from .study_cli import add_study
 from .verify_cli import add_verify
 
 
@@ -42,8 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True)
     add_certify(commands.add_parser("certify", help="certify a model on a data set"))
     add_inspect(commands.add_parser("inspect", help="what is in an ONNX file, and which methods can bound it"))
+    add_study(commands.add_parser("study", help="study randomized models: gradients, attacks, transfer"))
     add_verify(commands.add_parser("verify", help="verify a VNN-LIB property of an ONNX network"))
     add_training(commands)
+    add_analyze(commands.add_parser("analyze", help="look at tightness and activity: numbers and pictures"))
     return parser
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import engine, powers, repairs, softmax  # noqa: F401  (which fill CUSTOM_OPS)
 from .activations import as_nodes
 from .errors import OptionError, TraceError
-from .methods import check_options, find_method, run_activation_bounds, run_method
+from .methods import LastLayer, check_options, find_method, run_activation_bounds, run_last_layer, run_method
 from .methods.slopes import Relaxation
 from .norms import NormCache, PowerIteration
 from .operators import CUSTOM_OPS, BoundBallBoxRelu, BoundPowerIteration
@@ -224,18 +224,38 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
                 self.norm_cache, self.power_iterations, self.source.training,
             )  # fmt: skip
 
-    def activation_bounds(self, x: Tensor | tuple[Tensor, ...] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """IBP boxes of the inputs of every ReLU and LeakyReLU, differentiable in the model's parameters.
+    def activation_bounds(
+        self, x: Tensor | tuple[Tensor, ...] | None = None, intermediate: str = "ibp"
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Boxes of the inputs of every ReLU and LeakyReLU, differentiable in the model's parameters.
 
         Args:
             x: As in `compute_bounds`.
+            intermediate: "ibp" (default), or "bcp" for those of ball and box.
 
         Returns:
             (lower, upper), each (B, ...), by the activation's name in the order of the graph.
+
+        Raises:
+            OptionError: Another `intermediate`.
         """
         self._set_inputs(x)
         with self._engine_inside(), engine.default_dtype(self._inputs[0].dtype):
-            return run_activation_bounds(self, self._inputs, self.norm_cache)
+            return run_activation_bounds(self, self._inputs, self.norm_cache, intermediate)
+
+    def last_layer(self, x: Tensor | tuple[Tensor, ...] | None = None, tighten: bool = True) -> LastLayer | None:
+        """The dense last layer, and the ball and the box of "bcp" that its input lies in.
+
+        Args:
+            x: As in `compute_bounds`.
+            tighten: As in "bcp".
+
+        Returns:
+            Set of the input, W and b; None where the output is not a dense layer of one perturbed vector.
+        """
+        self._set_inputs(x)
+        with self._engine_inside(), engine.default_dtype(self._inputs[0].dtype):
+            return run_last_layer(self, self._inputs, self.norm_cache, tighten)
 
     def forward(self, *x: Tensor, **kwargs: Any) -> Tensor:
         """The model's function through the graph (the engine's, with its arguments)."""

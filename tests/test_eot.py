@@ -171,11 +171,19 @@ def test_draws_in_several_passes_are_the_same(batch, randomized, monkeypatch):
 def test_keep_final_has_the_end_of_a_run_and_keep_best_no_worse_a_score(batch, randomized):
     x, y = batch
     attack = PGD(5, step_size=1.0, random_start=False)
-    seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
-    final = EOT(attack, 4, keep="final")(randomized, x, y, BALL, seeds[0])
-    best = EOT(attack, 4)(randomized, x, y, BALL, seeds[1])
-    assert (best.margins <= final.margins).all()
+    final, best, default = (
+        EOT(attack, 4, keep=keep)(randomized, x, y, BALL, torch.Generator().manual_seed(0))
+        for keep in ("final", "best", None)
+    )
+    assert (best.margins <= final.margins).all() and (best.margins < final.margins).any()
     assert final.margins.isfinite().all()
+    assert same(final, default)
+
+
+def test_without_eot_there_is_one_draw(batch, randomized):
+    x, y = batch
+    for attack in (PGD(4), FGSM()):
+        assert same(attack(randomized, x, y, BALL), EOT(attack, 1)(randomized, x, y, BALL))
 
 
 def test_mean_output_is_the_mean_probability():

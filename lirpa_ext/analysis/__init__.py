@@ -1,5 +1,51 @@
 """Analyses of tightness and smoothness: each is a function that returns numbers, and a plot made from them.
 
 Numbers are frozen dataclasses with `rows`, `table`, `summary` and `save` (`lirpa_ext.analysis.results`); plots share
-one style (`lirpa_ext.analysis.plots`).
+one style (`lirpa_ext.analysis.plots`). ``lirpa-ext analyze`` runs those of its table (`lirpa_ext.analysis.task`). The
+callbacks need Lightning; the rest does not.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .activity import Activity, relu_activity
+from .curves import Curves, TradeOff, read_trade_off, verified_curves
+from .lower_slopes import LowerSlopes, lower_slopes
+from .outer import OuterBound, outer_bound
+from .tightness import Tightness, tightness
+from .traces import ActivityTrace, LipschitzTrace
+
+_OF_LIGHTNING = {
+    "LipschitzConstants": "callbacks",
+    "ReluActivity": "callbacks",
+}
+
+__all__ = [
+    "Activity",
+    "ActivityTrace",
+    "Curves",
+    "LipschitzConstants",
+    "LipschitzTrace",
+    "LowerSlopes",
+    "OuterBound",
+    "ReluActivity",
+    "Tightness",
+    "TradeOff",
+    "lower_slopes",
+    "outer_bound",
+    "read_trade_off",
+    "relu_activity",
+    "tightness",
+    "verified_curves",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_LIGHTNING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ..training import require_lightning
+
+    require_lightning()
+    return getattr(importlib.import_module(f".{_OF_LIGHTNING[name]}", __name__), name)

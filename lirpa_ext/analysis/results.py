@@ -42,6 +42,10 @@ class Result(ABC):
     def rows(self) -> list[Row]:
         """One dict for each row, of plain numbers and words, all with the same keys."""
 
+    def details(self) -> list[Row]:
+        """What the rows were made of, such as one row a sample; default nothing."""
+        return []
+
     def summary(self) -> str:
         """What the numbers say, in a sentence or two; default nothing. Also a good alt text of the plot."""
         return ""
@@ -53,21 +57,24 @@ class Result(ABC):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``path`` with the suffixes ``.json`` (format, name of the class, summary, rows) and ``.csv`` (rows).
 
-        What is not finite is null in the first and empty in the second.
+        The details, if there are any, go to ``PATH_details.csv``.
+
+        What is not finite is null in JSON and empty in CSV.
 
         Raises:
             ResultsError: A file cannot be written.
         """
-        rows = [{key: _plain(value) for key, value in row.items()} for row in self.rows()]
+        rows, details = (
+            [{k: _plain(v) for k, v in row.items()} for row in made] for made in (self.rows(), self.details())
+        )
         content = {"format": FORMAT, "analysis": type(self).__name__, "summary": self.summary(), "rows": rows}
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(content, indent=1, allow_nan=False) + "\n"
             Path(path).with_suffix(".json").write_text(text, encoding="utf-8")
-            with Path(path).with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(rows[0]) if rows else [], restval="")
-                writer.writeheader()
-                writer.writerows(rows)
+            _write_csv(Path(path).with_suffix(".csv"), rows)
+            if details:
+                _write_csv(Path(path).with_name(f"{Path(path).with_suffix('').name}_details.csv"), details)
         except OSError as error:
             raise ResultsError(f"{path} cannot be written: {error}. Give another path") from error
 
@@ -105,6 +112,13 @@ def text_table(rows: Sequence[Row]) -> str:
         )
         lines.append("  ".join(parts).rstrip())
     return "\n".join(lines)
+
+
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [], restval="")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _shown(value: Any) -> str:

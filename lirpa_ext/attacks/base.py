@@ -44,6 +44,7 @@ class Target:
         generator: Source of every random number.
         classes: Number of classes.
         randomized: Whether the model draws its network at random; each evaluation then draws one from the generator.
+        keep: Which points count, "best" or "final" (`EOT`).
         best: The result so far; starts at the clean inputs.
     """
 
@@ -55,10 +56,12 @@ class Target:
         perturbation: PerturbationLpNorm,
         generator: torch.Generator,
         targets: Tensor | None = None,
+        keep: str | None = None,
     ) -> None:
         self.model, self.x, self.y, self.generator, self.targets = model, x, y, generator, targets
         self.perturbation = perturbation
         self.randomized = is_randomized(model)
+        self.keep = keep or ("final" if self.randomized else "best")
         self.norm = perturbation.norm
         self.eps = perturbation.eps_of(x).view(-1, *[1] * (x.dim() - 1))
         self._lower, self._upper = perturbation.box(x)
@@ -66,7 +69,8 @@ class Target:
             logits = self.logits(x)
         self._check(logits)
         self.classes = logits.shape[1]
-        self.best = Attacked(x, self.margins(logits))
+        clean = self.margins(logits)
+        self.best = Attacked(x, clean if self.keep == "best" else torch.full_like(clean, math.inf))
 
     def network(self) -> nn.Module:
         """The network of one evaluation: a fresh draw of a randomized model, the model itself otherwise."""
@@ -87,12 +91,13 @@ class Target:
         return TARGETED_LOSSES[name](logits, self.y, self.targets)
 
     def gradient(self, points: Tensor, loss: str) -> Tensor:
-        """Gradient of each sample's loss at `points`, which are scored on the way."""
+        """Gradient of each sample's loss at `points`, which are scored on the way if all points count."""
         points = points.detach().requires_grad_()
         with torch.enable_grad():
             logits = self.network()(points)
             (gradient,) = torch.autograd.grad(self.loss(loss, logits).sum(), points)
-        self.remember(points.detach(), logits.detach())
+        if self.keep == "best":
+            self.remember(points.detach(), logits.detach())
         return gradient
 
     def score(self, points: Tensor) -> None:
@@ -188,7 +193,9 @@ class Attack(ABC):
             targets: Classes to be predicted in place of the labels, (B,); default any other class will do.
 
         Returns:
-            The best point of each sample, inside of its set, and its margin. The clean input is a candidate.
+            The best point of each sample, inside of its set, and its margin. The clean input is a candidate. Of a
+            randomized model the ends of the attack's runs are the only ones (`EOT`, ``keep``), and the margin is that
+            of the draw that scored it: evaluate it on others (`lirpa_ext.randomized.evaluate`).
 
         Raises:
             InvalidInputError: norm 1, `x` outside of the data range or not finite, labels or targets that are no class.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import InvalidInputError
 from ..perturbation import PerturbationLpNorm
 from ..randomized.sampling import sample
-from .base import Attack, Attacked, Target
+from .base import Attack, Target
 
 AVERAGES = ("gradients", "outputs")
 KEPT = ("best", "final")
@@ -31,8 +30,9 @@ class EOT(Attack):
         draws: Networks drawn for each gradient, default 20.
         average: "gradients" (default): the mean over draws of the loss's gradient, as in the source; "outputs": the
             gradient of the loss of the mean class probabilities.
-        keep: "best" (default): each sample's point of best score among all that were evaluated; "final": among the
-            ends of the attack's runs only, as in the source, where a lucky draw on the way does not count.
+        keep: "best": each sample's point of best score among all that were evaluated; "final": among the ends of the
+            attack's runs only, as in the source. Default "best" for deterministic models, "final" for randomized ones,
+            of which the best of many scores is that of a lucky draw: a weaker attack, and the more so the fewer draws.
 
     Raises:
         InvalidInputError: Fewer than one draw, an unknown name, or an `EOT` within.
@@ -46,14 +46,14 @@ class EOT(Attack):
         tensor([[0.2500, 0.7500]])
     """
 
-    def __init__(self, attack: Attack, draws: int = 20, average: str = "gradients", keep: str = "best") -> None:
+    def __init__(self, attack: Attack, draws: int = 20, average: str = "gradients", keep: str | None = None) -> None:
         if not isinstance(attack, Attack) or isinstance(attack, EOT):
             raise InvalidInputError(f"EOT wraps an attack such as PGD(), got {type(attack).__name__}")
         if draws < 1:
             raise InvalidInputError(f"EOT needs at least one draw, got {draws}")
-        for name, value, known in (("average", average, AVERAGES), ("keep", keep, KEPT)):
+        for name, value, known in (("average", average, AVERAGES), ("keep", keep, (None, *KEPT))):
             if value not in known:
-                raise InvalidInputError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+                raise InvalidInputError(f"{name} must be one of {', '.join(map(str, known))}; got {value!r}")
         self.attack, self.draws, self.average, self.keep = attack, draws, average, keep
 
     def run(self, target: Target) -> None:
@@ -78,14 +78,21 @@ class ExpectedTarget(Target):
 
     Args:
         eot: How to average.
-        *others: As of `Target`.
+        model, x, y, perturbation, generator, targets: As of `Target`.
     """
 
-    def __init__(self, eot: EOT, *others: Any) -> None:
+    def __init__(
+        self,
+        eot: EOT,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        perturbation: PerturbationLpNorm,
+        generator: torch.Generator,
+        targets: Tensor | None = None,
+    ) -> None:
         self.eot = eot
-        super().__init__(*others)
-        if eot.keep == "final":
-            self.best = Attacked(self.x, torch.full_like(self.best.margins, math.inf))
+        super().__init__(model, x, y, perturbation, generator, targets, eot.keep)
 
     @property
     def draws(self) -> int:
@@ -118,7 +125,7 @@ class ExpectedTarget(Target):
             mean = mean_output(torch.cat(outputs))
             if self.eot.average == "outputs":
                 gradient = self._gradient(mean.unsqueeze(0), loss, points)
-        if self.eot.keep == "best":
+        if self.keep == "best":
             self.remember(points.detach(), mean.detach())
         return gradient
 

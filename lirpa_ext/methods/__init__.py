@@ -14,11 +14,13 @@ from .base import (
     label_option,
     register_method,
 )
-from .run import run_activation_bounds, run_method
+from .bcp import LastLayer
+from .run import run_activation_bounds, run_last_layer, run_method
 
 __all__ = [
     "METHODS",
     "Bounds",
+    "LastLayer",
     "Method",
     "Problem",
     "check_options",
@@ -29,5 +31,6 @@ __all__ = [
     "label_option",
     "register_method",
     "run_activation_bounds",
+    "run_last_layer",
     "run_method",
 ]

@@ -7,6 +7,8 @@ box, and the last step returns the minimum of the specification over both, or le
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,20 @@ from .base import Bounds, Problem, register_method, set_of
 
 # Above this many outputs, bounds without C come from the output's own box: C would be the identity.
 _LARGEST_IDENTITY = 1024
+
+
+class LastLayer(NamedTuple):
+    """A dense last layer, and the set that its input is known to lie in.
+
+    Attributes:
+        set: Ball and box of v, (B, n).
+        weight: W of the logits W v + b, (classes, n).
+        bias: b, (classes,), or None.
+    """
+
+    set: BallBox
+    weight: Tensor
+    bias: Tensor | None
 
 
 def bcp(
@@ -98,7 +114,7 @@ def last_step(
             lower, upper = output.box()
             return lower if sign > 0 else -upper
         C = sign * torch.eye(outputs, dtype=output.center.dtype, device=output.center.device).unsqueeze(0)
-    merged = _dense_last_layer(problem, states)
+    merged = dense_last_layer(problem, states)
     if merged is None:
         bound = ball_box_min(C, *_flat(output), solver=solver, max_steps=max_steps)
         slack = row_slack(C, output, C.shape[2]) if outward else 0.0
@@ -122,10 +138,8 @@ def _flat(state: BallBox) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]
     return flat(state.center), state.radius, lower, upper
 
 
-def _dense_last_layer(
-    problem: Problem, states: dict[str, BallBox | Tensor]
-) -> tuple[BallBox, Tensor, Tensor | None] | None:
-    """(set of the input, W, b) if the output is a dense layer of one perturbed vector."""
+def dense_last_layer(problem: Problem, states: dict[str, BallBox | Tensor]) -> LastLayer | None:
+    """The last layer, if the output is a dense layer of one perturbed vector."""
     final = problem.final
     state, *constants = (states[parent.name] for parent in final.inputs)
     rule = RULES.get(type(final).__name__)
@@ -135,7 +149,8 @@ def _dense_last_layer(
     linear_map = rule.linear_map(final, [state, *tensors], 0) if len(tensors) == len(constants) else None
     if not isinstance(linear_map, Dense):
         return None
-    return state, linear_map.weight, tensors[1] * engine.bias_scale(final) if len(tensors) > 1 else None
+    bias = tensors[1] * engine.bias_scale(final) if len(tensors) > 1 else None
+    return LastLayer(state, linear_map.weight, bias)
 
 
 register_method("bcp", bcp)

@@ -11,9 +11,11 @@ from .. import engine
 from ..errors import InvalidInputError, OptionError
 from ..intervals import propagate_intervals
 from ..norms import NormCache, PowerIteration
+from ..propagation import propagate
 from ..rules import Context
 from ..slopes import ACTIVATIONS
 from .base import Bounds, Problem, check_options, check_specification, find_method, set_of
+from .bcp import LastLayer, dense_last_layer, tightened
 
 
 def run_method(
@@ -62,16 +64,33 @@ def run_method(
 
 
 def run_activation_bounds(
-    module: nn.Module, inputs: tuple[Tensor, ...], cache: NormCache
+    module: nn.Module, inputs: tuple[Tensor, ...], cache: NormCache, intermediate: str = "ibp"
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """IBP boxes of the inputs of the graph's ReLUs and LeakyReLUs, by the activation's name."""
+    """Boxes of the inputs of the graph's ReLUs and LeakyReLUs, by the activation's name."""
+    if intermediate not in ("ibp", "bcp"):
+        raise OptionError(f'intermediate must be "ibp" or "bcp", got {intermediate!r}')
     _check_perturbed(inputs)
     try:
         engine.set_input(module, *inputs)
-        states = propagate_intervals(module, Context(cache, {}))
+        context = Context(cache, {})
+        states = propagate(module, context, True) if intermediate == "bcp" else propagate_intervals(module, context)
         order = engine.ancestors_in_order(module.final_node())  # type: ignore[operator]
         activations = [node for node in order if node.perturbed and type(node).__name__ in ACTIVATIONS]
         return {node.name: set_of(states[node.inputs[0].name]).box() for node in activations}
+    finally:
+        engine.free_graphs(module)
+
+
+def run_last_layer(
+    module: nn.Module, inputs: tuple[Tensor, ...], cache: NormCache, tighten: bool = True
+) -> LastLayer | None:
+    """The dense last layer with the ball and the box of "bcp" before it, or None where the output is no such layer."""
+    _check_perturbed(inputs)
+    try:
+        engine.set_input(module, *inputs)
+        problem = Problem(module, None, True, True, cache, {}, False)
+        states = problem.propagate(problem.context(tighten=tighten))
+        return dense_last_layer(problem, tightened(states) if tighten else states)
     finally:
         engine.free_graphs(module)
 

@@ -5,6 +5,9 @@ Each takes models by name, to compare; ``lirpa-ext study`` runs them on the fold
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from .gradients import (
     Concentrations,
     CosineMatrix,
@@ -27,15 +30,21 @@ from .robustness import (
     plot_transfer,
     transfer_matrix,
 )
+from .training import ConcentrationTrace, concentration_record
+
+_OF_LIGHTNING = {"GradientConcentration": "callbacks"}
 
 __all__ = [
     "AccuracyStudy",
+    "ConcentrationTrace",
     "Concentrations",
     "CosineMatrix",
+    "GradientConcentration",
     "GradientScatter",
     "LossIncrease",
     "TransferMatrix",
     "accuracy_study",
+    "concentration_record",
     "concentrations",
     "cosine_matrix",
     "gradient_scatter",
@@ -48,3 +57,12 @@ __all__ = [
     "plot_transfer",
     "transfer_matrix",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_LIGHTNING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ..training import require_lightning
+
+    require_lightning()
+    return getattr(importlib.import_module(f".{_OF_LIGHTNING[name]}", __name__), name)

@@ -113,7 +113,8 @@ def plot_scatter(result: GradientScatter, axes: Axes) -> None:
     axes.plot(angles.cos().tolist(), angles.sin().tolist(), color="#888888", linewidth=0.8)
     for number, (name, points) in enumerate(result.points.items()):
         line = style(number)
-        axes.scatter(*zip(*points, strict=True), s=9, alpha=0.5, color=line["color"], marker=line["marker"])
+        across, up = zip(*points, strict=True)
+        axes.scatter(across, up, s=9, alpha=0.5, color=line["color"], marker=line["marker"])
         mean = result.means[name]
         label = f"{name}, ρ = {result.lengths[name]:.3f}"
         axes.plot([0, mean[0]], [0, mean[1]], color=line["color"], linestyle=line["linestyle"], label=label)

@@ -82,6 +82,8 @@ def accuracy_study(
     x_L: float | None = 0.0,
     x_U: float | None = 1.0,
     *,
+    average: str = "gradients",
+    keep: str | None = None,
     ensemble: int = 20,
     batch_size: int = 100,
     seed: int = 0,
@@ -97,6 +99,8 @@ def accuracy_study(
         norm: p of the ball, default inf.
         x_L: Lower end of the data range, default 0; None for none.
         x_U: Upper end, default 1.
+        average: Of the EOT.
+        keep: Of the EOT.
         ensemble: Fresh draws that judge, default 20.
         batch_size: Samples at a time.
         seed: Of all draws.
@@ -111,8 +115,9 @@ def accuracy_study(
     for name, model in models.items():
         for n in dict.fromkeys(draws) if is_randomized(model) else (1,):
             found[name, n] = evaluate(
-                model, data, eps, EOT(inner, n), norm, x_L, x_U, draws=ensemble, batch_size=batch_size, seed=seed
-            )
+                model, data, eps, EOT(inner, n, average, keep), norm, x_L, x_U, draws=ensemble,
+                batch_size=batch_size, seed=seed,
+            )  # fmt: skip
     return AccuracyStudy(found)
 
 
@@ -136,10 +141,10 @@ def plot_accuracy(result: AccuracyStudy, axes: Axes, over: str = "eps") -> None:
             value, lower, upper = (100 * part for part in level.ensemble)
             lines.setdefault(key, []).append((at, value, value - lower, upper - value))
     for number, (label, points) in enumerate(lines.items()):
-        at, value, below, above = zip(*sorted(points), strict=True)
-        axes.errorbar(at, value, yerr=(below, above), capsize=2, linewidth=1.3, label=label, **style(number))
-    where = "ε" if over == "eps" else "draws n of the attack's gradient"
-    axes.set(xlabel=where, ylabel="ensemble accuracy under attack, %", ylim=(0, 101))
+        where, values, below, above = zip(*sorted(points), strict=True)
+        axes.errorbar(where, values, yerr=(below, above), capsize=2, linewidth=1.3, label=label, **style(number))
+    xlabel = "ε" if over == "eps" else "draws n of the attack's gradient"
+    axes.set(xlabel=xlabel, ylabel="ensemble accuracy under attack, %", ylim=(0, 101))
     axes.legend(fontsize="small")
 
 

@@ -111,19 +111,10 @@ def plot_sweep(rows: list[dict[str, Any]], path: Path) -> None:
 
     Of a randomized network, of which nothing is verified, PGD's alone.
     """
-    from matplotlib.figure import Figure
+    from ..analysis.curves import TradeOff, plot_trade_off
+    from ..analysis.plots import figure, save
 
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
-    for number, loss in enumerate(dict.fromkeys(row["loss"] for row in rows)):
-        color = f"C{number}"
-        chosen = sorted((row for row in rows if row["loss"] == loss), key=lambda row: row["clean"])
-        clean = [100 * row["clean"] for row in chosen]
-        lowest = [100 * (row["pgd"] if row["verified"] is None else row["verified"]) for row in chosen]
-        axes.plot(clean, lowest, ":o", color=color, label=loss)
-        for row in chosen:
-            if row["pgd"] is not None and row["verified"] is not None:
-                axes.plot([100 * row["clean"]] * 2, [100 * row["verified"], 100 * row["pgd"]], color=color)
-    axes.set(xlabel="standard accuracy, %", ylabel="robust accuracy, %: from verified to PGD")
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    result = TradeOff(rows)
+    drawn, axes = figure(result.summary())
+    plot_trade_off(result, axes[0, 0])
+    save(drawn, path)

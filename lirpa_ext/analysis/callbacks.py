@@ -1,0 +1,142 @@
+"""Callbacks of Lightning's trainer that record, after each epoch, the layers' Lipschitz constants and ReLU activity."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..training.module import CertifiedClassifier
+from .lower_slopes import has_slopes
+from .plots import figure, save
+from .results import Row
+from .traces import ActivityTrace, LipschitzTrace, Trace, activity_record, lipschitz_records
+
+__all__ = ["EveryEpoch", "LipschitzConstants", "ReluActivity"]
+
+
+class EveryEpoch(Callback):
+    """Records before the first epoch and after each; what it records is in the checkpoints, so a resumed run goes on.
+
+    Training goes on as if nothing had been recorded: a copy of the network is measured, in eval mode and on the CPU,
+    and torch's generator is put back. Of several processes the first records, its own share of the batch.
+    """
+
+    KIND: ClassVar[type[Trace]]
+
+    def __init__(self) -> None:
+        self.records: list[Row] = []
+        self._batch: tuple[Tensor, Tensor] | None = None
+
+    @abstractmethod
+    def measured(self, module: CertifiedClassifier, model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[Row]:
+        """The records of one time, without run, epoch, step and eps, of a copy of the module's network."""
+
+    @property
+    def trace(self) -> Trace:
+        """What was recorded so far."""
+        return self.KIND(tuple(self.records))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check what is trained.
+
+        Raises:
+            ConfigError: It is no CertifiedClassifier.
+        """
+        if not isinstance(pl_module, CertifiedClassifier):
+            raise ConfigError(
+                f"{type(self).__name__} records a CertifiedClassifier, not a {type(pl_module).__name__}: for other "
+                "networks call lirpa_ext.lipschitz or lirpa_ext.analysis.relu_activity"
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the batch; before the first step of all, record the initial network."""
+        assert isinstance(pl_module, CertifiedClassifier)
+        x, y = batch
+        self._batch = (x.detach(), y)
+        if not self.records and trainer.global_step == 0:
+            self._record(trainer, pl_module, 0, pl_module.values().eps)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record, and write the files."""
+        assert isinstance(pl_module, CertifiedClassifier)
+        values = pl_module.schedule.at(pl_module.global_step - 1, pl_module.steps_per_epoch, pl_module.eps)
+        self._record(trainer, pl_module, trainer.current_epoch + 1, values.eps)
+        if not trainer.is_global_zero:
+            return
+        folder, trace = Path(trainer.default_root_dir), self.trace
+        trace.save(folder / trace.NAME)
+        drawn, axes = figure(trace.summary(), columns=len(trace.PANELS))
+        for ax, panel in zip(axes.flat, trace.PANELS, strict=True):
+            trace.plot(ax, panel)
+        save(drawn, folder / f"{trace.NAME}.png")
+
+    def _record(self, trainer: Trainer, module: CertifiedClassifier, epoch: int, eps: float) -> None:
+        if self._batch is None or not trainer.is_global_zero:
+            return
+        where = {"run": "this run", "epoch": epoch, "step": trainer.global_step, "eps": eps}
+        model, (x, y) = copy.deepcopy(module.model).cpu().eval(), self._batch
+        with torch.random.fork_rng():
+            self.records += [where | row for row in self.measured(module, model, x.cpu(), y.cpu(), eps)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The records so far."""
+        return {"records": self.records}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with them."""
+        self.records = list(state_dict["records"])
+
+
+class LipschitzConstants(EveryEpoch):
+    """Records bounds on the spectral norms of all layers after each epoch: ``lipschitz.json``, ``.csv`` and ``.png``.
+
+    In a configuration::
+
+        trainer:
+          callbacks:
+            - class_path: lirpa_ext.analysis.LipschitzConstants
+
+    Cost: as `lirpa_ext.lipschitz`.
+    """
+
+    KIND = LipschitzTrace
+
+    def measured(self, module: CertifiedClassifier, model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[Row]:
+        """The norms."""
+        return lipschitz_records(model, x)
+
+
+class ReluActivity(EveryEpoch):
+    """Records ReLU activity at the scheduled eps after each epoch: ``activity.json``, ``.csv`` and ``.png``.
+
+    On the first samples of the epoch's last batch; lower slopes are those of the loss's own bound, if it has any.
+
+    Args:
+        samples: How many at most, default 64.
+
+    Raises:
+        ConfigError: `samples` is below 1.
+    """
+
+    KIND = ActivityTrace
+
+    def __init__(self, samples: int = 64) -> None:
+        super().__init__()
+        if samples < 1:
+            raise ConfigError(f"ReluActivity takes samples of 1 or more, got {samples}")
+        self.samples = samples
+
+    def measured(self, module: CertifiedClassifier, model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[Row]:
+        """The counts."""
+        x, y = x[: self.samples], y[: self.samples]
+        bound = module.loss.objective.verify
+        method = bound if has_slopes(bound) else None
+        low, high = module.data_range
+        return [activity_record(model, x, y, eps, method, norm=module.norm, x_L=low, x_U=high)]

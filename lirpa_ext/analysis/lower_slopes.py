@@ -1,0 +1,155 @@
+"""The lower slopes that methods choose for unstable ReLUs: shares of 0, of 1, and between (Fig. 3.11).
+
+S. Lee's dissertation (2021), 3.3.3 and 3.3.4: the sparser, the smoother the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidInputError, OptionError
+from ..methods import is_ours
+from .plots import style
+from .results import Result, Row
+from .subject import Subject, options_by_method
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["LowerSlopes", "has_slopes", "lower_slopes", "plot_lower_slopes"]
+
+METHODS = ("sparse-slope", "slope:crown", "slope:cap", "slope:random")
+
+
+@dataclass(frozen=True)
+class LowerSlopes(Result):
+    """Which lower slopes methods choose for unstable ReLUs, by eps.
+
+    Attributes:
+        norm: p of the ball.
+        samples: Number of samples.
+        shares: One dict for each method and eps: method, eps, unstable (a sample); the fractions of the unstable
+            neurons whose slope is zero, between, or one (NaN where there is none); and idle, of those that the step
+            left where they were, for no margin depends on them (None for a method without a step).
+    """
+
+    norm: float
+    samples: int
+    shares: list[Row]
+
+    def rows(self) -> list[Row]:
+        """The shares in percent, and that of slopes other than 0."""
+        return [
+            {key: row[key] for key in ("method", "eps", "unstable")}
+            | {f"{key} %": 100 * row[key] for key in ("zero", "between", "one")}
+            | {"non-zero %": 100 * (row["between"] + row["one"])}
+            | {"no gradient %": None if row["idle"] is None else 100 * row["idle"]}
+            for row in self.shares
+        ]
+
+    def sparsity(self, method: str) -> tuple[list[float], list[float]]:
+        """(eps, fraction of zero slopes) of a method."""
+        found = [row for row in self.shares if row["method"] == method]
+        return [row["eps"] for row in found], [row["zero"] for row in found]
+
+    def methods(self) -> list[str]:
+        """The methods, each once."""
+        return list(dict.fromkeys(row["method"] for row in self.shares))
+
+    def summary(self) -> str:
+        """Sparsity of each method at the ends."""
+        ends = {name: self.sparsity(name) for name in self.methods()}
+        told = "; ".join(
+            f"{name} {100 * zero[0]:.1f}% at eps {eps[0]:g}"
+            + (f", {100 * zero[-1]:.1f}% at eps {eps[-1]:g}" if len(eps) > 1 else "")
+            for name, (eps, zero) in ends.items()
+        )
+        return f"Share of zero lower slopes of unstable ReLUs on {self.samples} samples, l{self.norm:g} balls: {told}."
+
+
+def lower_slopes(
+    model: nn.Module,
+    data: Any,
+    eps: Sequence[float],
+    methods: Sequence[str] = METHODS,
+    *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    norm: float = math.inf,
+    x_L: float | Tensor | None = None,
+    x_U: float | Tensor | None = None,
+    batch_size: int = 64,
+) -> LowerSlopes:
+    """Shares of lower slopes 0, between and 1, at each eps.
+
+    Args:
+        model: Classifier, (B, ...) -> (B, classes).
+        data: (x, y) tensors, a Dataset, or a DataLoader.
+        eps: Radii in units of the input.
+        methods: "sparse-slope" and "slope:..." (but "slope:ibp", which has no slopes).
+        options: Options by method; those that draw get a fixed seed unless they say otherwise.
+        norm: p of the lp ball, default inf.
+        x_L: Lower end of the data range, default none.
+        x_U: Upper end, default none.
+        batch_size: Samples at a time, default 64.
+
+    Returns:
+        The shares.
+
+    Raises:
+        OptionError: A method that has no lower slopes.
+        InvalidInputError: No eps or no method, or as `Subject` says.
+    """
+    if not len(eps):
+        raise InvalidInputError("lower_slopes looks at one eps or more, got none")
+    for method in methods:
+        if not has_slopes(method):
+            raise OptionError(f"{method!r} has no lower slopes to count: take {', '.join(METHODS)} or slope:P,Q")
+    subject = Subject(model, data, norm, x_L, x_U, batch_size=batch_size)
+    shares = [
+        {"method": method, "eps": float(level)} | _shares(subject, float(level), method, chosen)
+        for method, chosen in options_by_method(methods, options).items()
+        for level in eps
+    ]
+    return LowerSlopes(float(norm), len(subject.x), shares)
+
+
+def has_slopes(method: str) -> bool:
+    """Whether a method of the package chooses lower slopes."""
+    name = method.lower()
+    return is_ours(name) and name.startswith(("sparse-slope", "slope:")) and name not in ("slope:ibp", "slope:same")
+
+
+def _shares(subject: Subject, eps: float, method: str, options: dict[str, Any]) -> Row:
+    counts, idle, stepped = torch.zeros(3, dtype=torch.float64), 0, False
+    for x, y in subject.batches():
+        rows = torch.eye(subject.classes, dtype=x.dtype, device=x.device)[y].unsqueeze(1)
+        subject.lower(x, y, eps, rows, method, options)
+        relaxation = subject.graph(x).last_relaxation
+        assert relaxation is not None
+        for name, mask in relaxation.unstable.items():
+            slopes = relaxation.slopes[name][mask]
+            zero, one = (slopes == 0).sum().cpu(), (slopes == 1).sum().cpu()
+            counts += torch.stack([zero, slopes.numel() - zero - one, one])
+            if relaxation.gradients is not None:
+                stepped, idle = True, idle + int((relaxation.gradients[name][mask] == 0).sum())
+    total = float(counts.sum())
+    fractions = (counts / total).tolist() if total else [math.nan] * 3
+    shares: Row = dict(zip(("zero", "between", "one"), fractions, strict=True))
+    return {"unstable": total / len(subject.x)} | shares | {"idle": idle / total if stepped and total else None}
+
+
+def plot_lower_slopes(result: LowerSlopes, axes: Axes) -> None:
+    """Share of non-zero lower slopes over eps, one line a method."""
+    for number, method in enumerate(result.methods()):
+        eps, zero = result.sparsity(method)
+        axes.plot(eps, [100 * (1 - share) for share in zero], label=method, **style(number))
+    axes.set(
+        xlabel=f"eps of the l{result.norm:g} ball", ylabel="non-zero lower slopes of unstable ReLUs, %", ylim=(0, 101)
+    )
+    axes.legend(fontsize="small")
