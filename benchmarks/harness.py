@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import lirpa_ext
 from lirpa_ext.engine import engine_version
+from lirpa_ext.training import keep_freed_memory
 
 Steps = Callable[[str, int], dict[str, Callable[[], None]]]  # (network, batch) -> what is timed
 
@@ -57,7 +58,8 @@ def interval_loss(model: nn.Sequential, x: Tensor, y: Tensor, eps: float) -> Ten
 
 
 def medians(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each function, called in turn; one call each to warm up."""
+    """Median CPU seconds of each function, called in turn with freed memory kept; one call each to warm up."""
+    keep_freed_memory()
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats + 1):
         for name, function in functions.items():

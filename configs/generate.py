@@ -58,7 +58,12 @@ def l2_configs() -> dict[str, tuple[str, dict[str, Any]]]:
     for images, net, eps, recipe, data, epochs, losses in rows:
         for loss in losses.split():
             network = {"name": net, "input_shape": IMAGES[images]} | ({"classes": 200} if images == "tiny" else {})
-            model = {"network": network, "loss": {"name": loss}, "norm": 2, "eps": _number(eps)} | recipe
+            model = {
+                "network": network,
+                "loss": {"name": loss} | _projected(loss),
+                "norm": 2,
+                "eps": _number(eps),
+            } | recipe
             title = f"Tables 3.2 and B.1: {images}, {net}, l2 {eps}, {loss}"
             configs[f"{images}_{loss}_{net.lower()}"] = title, whole(model, data, epochs)
     return configs
@@ -104,6 +109,11 @@ def linf_configs() -> dict[str, tuple[str, dict[str, Any]]]:
     return configs
 
 
+def _projected(loss: str) -> dict[str, Any]:
+    """CAP trains by random projections, 50 as in C.1.2."""
+    return {"options": {"projections": 50}} if loss == "cap" else {}
+
+
 def linf_config(
     images: str, loss: str, test: str, train: str, kappa: int = 1, beta: int = 1, steps: int = 1
 ) -> tuple[str, dict[str, Any]]:
@@ -130,7 +140,7 @@ def linf_config(
     options = {"steps": 7, "alpha": 0.1} if steps == 7 else {}
     model = {
         "network": {**network, "input_shape": IMAGES[images]},
-        "loss": {"name": loss} | ({"options": options} if options else {}),
+        "loss": {"name": loss} | ({"options": options} if options else _projected(loss)),
         "norm": ".inf",
         "eps": _number(train),
         "schedule": schedule | {"kappa": [kappa, 0], "beta": [1, beta]},

@@ -160,6 +160,8 @@ def model_hash(model: nn.Module) -> str:
 def _check_method(method: str, options: dict[str, Any]) -> None:
     if not isinstance(method, str) or method.lower() not in engine.ENGINE_METHODS:
         check_options(method, find_method(method), options)
+    if options.get("projections") is not None:
+        raise EstimateError("projections give estimates, which certify nothing; leave them out")
     if options.get("norms", "bound") != "bound":
         raise EstimateError(f"norms={options['norms']!r} gives estimates, which certify nothing; leave it out")
 

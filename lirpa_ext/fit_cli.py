@@ -34,9 +34,10 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from .training import require_lightning
+    from .training import keep_freed_memory, require_lightning
 
     require_lightning()
+    keep_freed_memory()
     from .training.sweep import Grid, sweep, table
 
     given = [text for text in arguments.arguments if text != "--"]
@@ -47,9 +48,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from .training import require_lightning
+    from .training import keep_freed_memory, require_lightning
 
     require_lightning()
+    keep_freed_memory()
     from .training.runs import evaluate, fit, parse
 
     config = parse(arguments.arguments, arguments.command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,14 @@ from .module import BoundedModule
 from .perturbation import PerturbationLpNorm
 from .specifications import check_labels, margin_rows
 
-__all__ = ["certified_loss", "fused_cross_entropy", "mixed_loss", "relu_stability_loss", "worst_case_logits"]
+__all__ = [
+    "certified_loss",
+    "clean_and_worst_logits",
+    "fused_cross_entropy",
+    "mixed_loss",
+    "relu_stability_loss",
+    "worst_case_logits",
+]
 
 
 def worst_case_logits(
@@ -64,20 +72,47 @@ def worst_case_logits(
         tensor([[3.0000, 0.5000]])
     """
     bounded = net if isinstance(net, BoundedModule) else BoundedModule(net, x)
-    if logits is None:
-        logits = bounded.source(x)
-    if logits.dim() != 2 or len(logits) != len(x):
-        raise InvalidInputError(f"logits must be ({len(x)}, classes), got {tuple(logits.shape)}")
+    return clean_and_worst_logits(bounded, x, y, eps, method, norm, x_L, x_U, logits=logits, **options)[1]
+
+
+def clean_and_worst_logits(
+    bounded: BoundedModule,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor,
+    method: str = "bcp",
+    norm: float = 2,
+    x_L: float | Tensor | None = None,
+    x_U: float | Tensor | None = None,
+    *,
+    logits: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Clean logits of x and those of `worst_case_logits`, whose arguments it takes.
+
+    Without `logits`, the clean ones are those that the bound is computed of, where its method propagates a ball: one
+    forward pass and its backward pass less in a training step.
+
+    Returns:
+        (B, classes) each, differentiable in the model's parameters.
+    """
+    classes = math.prod(bounded.final_node().output_shape[1:])
+    if len(bounded.final_node().output_shape) != 2 or (logits is not None and logits.shape != (len(x), classes)):
+        given = bounded.final_node().output_shape if logits is None else logits.shape
+        raise InvalidInputError(f"logits must be ({len(x)}, classes), got {tuple(given)}")
     if y.shape != (len(x),):
         raise InvalidInputError(f"there are {len(x)} inputs, and labels of shape {tuple(y.shape)}")
-    rows = margin_rows(y, logits.shape[1], x.dtype, x.device)
+    rows = margin_rows(y, classes, x.dtype, x.device)
     perturbed = BoundedTensor(x, PerturbationLpNorm(eps, norm, x_L, x_U))
     options = label_option(method, y) | options
-    worst_margins, _ = bounded.compute_bounds(x=(perturbed,), C=rows, method=method, bound_upper=False, **options)
+    with bounded.collecting_outputs() as outputs:
+        margins, _ = bounded.compute_bounds(x=(perturbed,), C=rows, method=method, bound_upper=False, **options)
+    if logits is None:
+        logits = outputs[0] if outputs else bounded.source(x)
     # The label's own margin, 0, goes back to its place among the others, which are in order of the class.
     own = logits.gather(1, y.to(logits.device, torch.long).unsqueeze(1))
-    label = functional.one_hot(y.long(), logits.shape[1]).bool().to(logits.device)
-    return own - torch.zeros_like(logits).masked_scatter(~label, worst_margins)
+    label = functional.one_hot(y.long(), classes).bool().to(logits.device)
+    return logits, own - torch.zeros_like(logits).masked_scatter(~label, margins)
 
 
 def certified_loss(logits: Tensor, worst_logits: Tensor, y: Tensor, weight: float) -> Tensor:

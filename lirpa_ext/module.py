@@ -84,6 +84,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         set_attribute(self, "power_iterations", {})
         set_attribute(self, "_inside", False)  # calls of the engine to itself pass through our overrides
         set_attribute(self, "_matrix_twin", None)
+        set_attribute(self, "_collected", None)
         self._build(tuple(with_our_perturbation(tensor) for tensor in as_tuple(x)))
 
     def _build(self, inputs: tuple[Tensor, ...]) -> None:
@@ -221,8 +222,23 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         with self._engine_inside(), engine.default_dtype(self._inputs[0].dtype):
             return run_method(
                 self, str(method), self._inputs, C, bound_lower, bound_upper, options,
-                self.norm_cache, self.power_iterations, self.source.training,
+                self.norm_cache, self.power_iterations, self.source.training, self._collected,
             )  # fmt: skip
+
+    @contextlib.contextmanager
+    def collecting_outputs(self) -> Iterator[list[Tensor]]:
+        """Collect the clean outputs f(x), (B, ...), that the calls inside compute on their way.
+
+        Methods that propagate a ball ("bcp", "lipschitz", ...) do; a training step saves a forward pass. They hold
+        their autograd graph.
+        """
+        before = self._collected
+        outputs: list[Tensor] = []
+        object.__setattr__(self, "_collected", outputs)
+        try:
+            yield outputs
+        finally:
+            object.__setattr__(self, "_collected", before)
 
     def activation_bounds(
         self, x: Tensor | tuple[Tensor, ...] | None = None, intermediate: str = "ibp"

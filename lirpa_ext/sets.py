@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .perturbation import PerturbationLpNorm
 
@@ -71,7 +73,30 @@ class BallBox:
 
 def box_radius(center: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """Distance (B,) from `center` to the farthest corner of a box, with a gradient of 0 where that is 0."""
-    return torch.linalg.vector_norm(flat(torch.maximum(upper - center, center - lower)), dim=1)
+    return _BoxRadius.apply(center, lower, upper)
+
+
+class _BoxRadius(torch.autograd.Function):
+    """As one function: in autograd's own graph the backward pass moves three times as much memory."""
+
+    @staticmethod
+    def forward(ctx: Any, center: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+        far, below = upper - center, center - lower
+        above = far >= below
+        far = torch.maximum(far, below, out=far)
+        radius = torch.linalg.vector_norm(flat(far), dim=1)
+        ctx.save_for_backward(far, above, radius)
+        return radius
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, to_radius: Tensor) -> Any:
+        far, above, radius = ctx.saved_tensors
+        scale = torch.where(radius > 0, to_radius / radius, 0.0)
+        to_far = far * per_sample(scale, far)
+        to_upper = to_far * above
+        to_lower = to_upper - to_far
+        return -(to_upper + to_lower), to_lower, to_upper
 
 
 def flat(values: Tensor) -> Tensor:

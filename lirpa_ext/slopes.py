@@ -19,9 +19,8 @@ from .rules import RULES, State, rows_times_constant
 from .rules.linear import Affine
 from .sets import BallBox, flat
 
-# Elements of the widest coefficient tensor of one part of the batch. Convolutions of a few dozen rows take half
-# the time for each of what they take for a thousand, and temporaries of this size are not asked of the kernel anew.
-_MOST_ELEMENTS = 2**21
+# Elements of the widest coefficient tensor of one part of the batch: what bounds the memory of large networks.
+_MOST_ELEMENTS = 2**23
 
 # Elements of a temporary of elementwise work.
 _CACHED = 2**16

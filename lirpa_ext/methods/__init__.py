@@ -1,6 +1,6 @@
 """Bound methods: a table from name to function. `base` says what one is; each further file is one method."""
 
-from . import bcp, bcp_crown, slopes  # noqa: F401  (they fill the table)
+from . import bcp, bcp_crown, cap, slopes  # noqa: F401  (they fill the table)
 from .base import (
     METHODS,
     Bounds,

@@ -29,6 +29,7 @@ def run_method(
     cache: NormCache,
     power_iterations: dict[str, PowerIteration],
     training: bool,
+    collected: list[Tensor] | None = None,
 ) -> Bounds:
     """Run one of the package's methods on a graph of ours or of the engine's, and free what it leaves there.
 
@@ -43,6 +44,7 @@ def run_method(
         cache: Norm bounds of the module.
         power_iterations: Power iterations of the module.
         training: Whether they may move.
+        collected: Takes the clean output, if the method computes it.
 
     Returns:
         (lower, upper).
@@ -58,7 +60,11 @@ def run_method(
             outputs = math.prod(module.final_node().output_shape[1:])  # type: ignore[operator]
             check_specification(C, inputs[0], outputs)
         problem = Problem(module, C, bound_lower, bound_upper, cache, power_iterations, training)
-        return function(problem, **options)
+        bounds = function(problem, **options)
+        output = getattr(module.final_node(), "forward_value", None)  # type: ignore[operator]
+        if collected is not None and output is not None:
+            collected.append(output)
+        return bounds
     finally:
         engine.free_graphs(module)
 

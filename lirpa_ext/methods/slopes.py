@@ -17,21 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import engine
 from ..errors import InvalidInputError, OptionError, UnknownMethodError
 from ..fusion import chords_of_margins, cross_entropy_bound
 from ..intervals import propagate_intervals
 from ..sets import BallBox
-from ..slopes import ACTIVATIONS, Lines, SlopePass, Slopes
+from ..slopes import Lines, SlopePass, Slopes
 from ..specifications import check_labels, margin_rows
-from .base import FAMILIES, Bounds, Family, Method, Problem, register_method, set_of
+from .base import FAMILIES, Bounds, Family, Method, Problem, set_of
 from .bcp import tightened
 
 # Without C the bounds of so many outputs are those of a box, as in "bcp".
 _LARGEST_IDENTITY = 1024
-
-# Rows that one pass of "cap" carries from a hidden layer, of which each neuron is one.
-_ROWS_AT_ONCE = 64
 
 VARIANTS = ("slope:crown", "slope:cap", "slope:random", "slope:P,Q", "slope:ibp", "slope:same")
 
@@ -114,8 +110,8 @@ def sparse_slope(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1 or not alpha > 0:
         raise OptionError(f"steps must be a whole number from 1 and alpha positive, got {steps} and {alpha}")
     work = _Work(problem, labels, intermediate, norms, outward, loss_fusion)
-    source = _source(generator, seed)
-    slopes = {node.name: _uniform(work.lines(node).line, source) for node in work.plain.activations}
+    source = random_source(generator, seed)
+    slopes = {node.name: uniform(work.lines(node).line, source) for node in work.plain.activations}
     signs: dict[str, Tensor] = {}
     for _ in range(steps):
         signs = work.descent(slopes)
@@ -157,7 +153,7 @@ def _drawn(draw: Callable[[tuple[Tensor, Tensor], torch.Generator | None], Tenso
         loss_fusion: bool = False,
     ) -> Bounds:
         work = _Work(problem, labels, intermediate, norms, outward, loss_fusion)
-        source = _source(generator, seed)
+        source = random_source(generator, seed)
         return work.bounds({node.name: draw(work.box(node), source) for node in work.plain.activations})
 
     return method
@@ -206,54 +202,6 @@ def slope_same(
 def slope_ibp(problem: Problem, *, outward: bool | None = None) -> Bounds:
     """Interval bound propagation with the last layer merged into C: both lines level (3.3.2)."""
     return _Work(problem, None, "ibp", "bound", outward, False).bounds(None)
-
-
-def cap(problem: Problem, *, outward: bool | None = None) -> Bounds:
-    """Fast-Lin, the bound of CAP (Wong and Kolter 2018): both lines parallel, for the hidden layers' boxes too.
-
-    Args:
-        problem: What to bound.
-        outward: As in `sparse_slope`.
-
-    Returns:
-        As `sparse_slope`.
-    """
-    context = problem.context("bound", outward)
-    activations = [
-        node
-        for node in engine.ancestors_in_order(problem.final)
-        if type(node).__name__ in ACTIVATIONS and node.perturbed
-    ]
-    # The boxes before the first activations are exact (but for a cut lp ball): nothing to gain there.
-    names = frozenset(
-        node.inputs[0].name
-        for node in activations
-        if any(other in activations for other in engine.ancestors_in_order(node.inputs[0]))
-    )
-
-    def refine(node: Any, states: dict[str, Any]) -> BallBox:
-        known = states[node.name]
-        chosen = _parallel(problem, tightened(states) if context.outward else states, context.outward, node)
-        size, total = known.center[0].numel(), known.center.shape
-        eye = torch.eye(size, dtype=known.center.dtype, device=known.center.device)
-        ends = []
-        for sign in (1, -1):
-            rows = (sign * eye).split(_ROWS_AT_ONCE)
-            bounds = [chosen.lower(some.expand(len(known.center), -1, -1)) for some in rows]
-            ends.append(sign * torch.cat(bounds, dim=1).view(total))
-        return BallBox(0.5 * (ends[0] + ends[1]), known.radius, *ends)
-
-    states = propagate_intervals(problem.module, context, (refine, names))
-    states = tightened(states) if context.outward else states
-    return _both_sides(problem, _parallel(problem, states, context.outward))
-
-
-def _parallel(problem: Problem, states: dict[str, Any], outward: bool, final: Any = None) -> SlopePass:
-    """The pass whose lower lines are parallel to the upper ones."""
-    plain = SlopePass(problem.module, states, {}, outward=outward, final=final)
-    return plain.with_slopes(
-        {node.name: _chord(set_of(plain.states[node.inputs[0].name]).box()) for node in plain.activations}
-    )
 
 
 class _Work:
@@ -337,10 +285,10 @@ class _Work:
         chosen = self.plain.with_slopes(slopes)
         if self.loss_fusion:
             return None, cross_entropy_bound(chosen, self.chords, self.margins).unsqueeze(1)
-        return _both_sides(self.problem, chosen)
+        return both_sides(self.problem, chosen)
 
 
-def _both_sides(problem: Problem, chosen: SlopePass) -> Bounds:
+def both_sides(problem: Problem, chosen: SlopePass) -> Bounds:
     """The asked sides of C f, or of f."""
     output = chosen.states[problem.final.name]
     assert isinstance(output, BallBox)
@@ -364,13 +312,13 @@ def _saveable() -> contextlib.AbstractContextManager[Any]:
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
 
 
-def _source(generator: torch.Generator | None, seed: int | None) -> torch.Generator | None:
+def random_source(generator: torch.Generator | None, seed: int | None) -> torch.Generator | None:
     if generator is not None and seed is not None:
         raise OptionError("give a generator or a seed, not both")
     return generator if seed is None else torch.Generator().manual_seed(seed)
 
 
-def _uniform(like: Tensor, source: torch.Generator | None) -> Tensor:
+def uniform(like: Tensor, source: torch.Generator | None) -> Tensor:
     """U[0, 1] of the shape of `like`, drawn on the generator's device."""
     device = like.device if source is None else source.device
     return torch.rand(like.shape, generator=source, dtype=like.dtype, device=device).to(like.device)
@@ -382,7 +330,7 @@ def _adaptive(box: tuple[Tensor, Tensor]) -> Tensor:
     return (upper.clamp(min=0) + lower.clamp(max=0) > 0).to(upper)
 
 
-def _chord(box: tuple[Tensor, Tensor]) -> Tensor:
+def chord(box: tuple[Tensor, Tensor]) -> Tensor:
     """CAP's: u+ / (u+ - l-), parallel to the upper line."""
     lower, upper = box
     above, below = upper.detach().clamp(min=0), lower.detach().clamp(max=0)
@@ -395,15 +343,15 @@ def _bernoulli(p: float, q: float) -> Callable[[tuple[Tensor, Tensor], torch.Gen
     def draw(box: tuple[Tensor, Tensor], source: torch.Generator | None) -> Tensor:
         lower, upper = box
         chance = torch.where(lower.abs() > upper.abs(), p, q)
-        return (_uniform(upper, source) < chance).to(upper)
+        return (uniform(upper, source) < chance).to(upper)
 
     return draw
 
 
 _FIXED: dict[str, Method] = {
     "crown": _fixed(_adaptive),
-    "cap": _fixed(_chord),
-    "random": _drawn(lambda box, source: _uniform(box[1], source)),
+    "cap": _fixed(chord),
+    "random": _drawn(lambda box, source: uniform(box[1], source)),
     "same": slope_same,
     "ibp": slope_ibp,
 }
@@ -429,6 +377,5 @@ def _the_step(name: str) -> Method:
     return sparse_slope
 
 
-register_method("cap", cap)
 FAMILIES["sparse-slope"] = Family(_the_step, ("sparse-slope",))
 FAMILIES["slope"] = Family(_variant, VARIANTS)

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import ConfigError
 from .architectures import ARCHITECTURES, Network, build
 from .batches import Batches
+from .memory import keep_freed_memory
 from .objectives import OBJECTIVES, Loss, Objective, register_objective
 from .schedules import Decay, Ramp, Schedule
 
@@ -36,6 +37,7 @@ __all__ = [
     "Ramp",
     "Schedule",
     "build",
+    "keep_freed_memory",
     "register_objective",
     "require_lightning",
 ]

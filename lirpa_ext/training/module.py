@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..module import BoundedModule
 from ..perturbation import PerturbationLpNorm
 from .architectures import Network, build
-from .batchnorm import fixed_statistics, population_statistics, recorded_statistics
+from .batchnorm import differs_in_training, fixed_statistics, population_statistics, recorded_statistics
 from .objectives import Loss, Step, step_loss
 from .randomized import check_randomized, ensemble_report, randomized_loss
 from .schedules import Decay, Schedule, Values
@@ -206,7 +206,7 @@ class CertifiedClassifier(LightningModule):
         else:
             bounded = self._graph(x)
             with recorded_statistics(self.model) as statistics:
-                logits = self.model(x)
+                logits = self.model(x) if differs_in_training(self.model) else None
             with fixed_statistics(statistics):
                 loss = step_loss(self.loss, Step(bounded, x, y, logits, self.values(), self.norm, *self.data_range))
         self._losses = [self._losses[0] + loss.detach() * len(x), self._losses[1] + len(x)]

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ..attacks import PGD
 from ..errors import ConfigError, RegistrationError
-from ..losses import certified_loss, fused_cross_entropy, mixed_loss, relu_stability_loss, worst_case_logits
+from ..losses import certified_loss, clean_and_worst_logits, fused_cross_entropy, mixed_loss, relu_stability_loss
 from ..methods import check_options, find_method
 from ..module import BoundedModule
 from ..perturbation import PerturbationLpNorm
@@ -59,7 +59,7 @@ OBJECTIVES: dict[str, Objective] = {
     "ibp": Objective("slope:ibp", "slope:ibp"),
     "crown-ibp": Objective("slope:crown", "slope:crown", mixes=True),
     "cap-ibp": Objective("slope:cap", "slope:cap", mixes=True),
-    "cap": Objective("cap", "cap"),
+    "cap": Objective("cap"),
     "sparse-slope": Objective("sparse-slope", "sparse-slope", mixes=True),
     "adv-bnn": Objective(attack=True, randomized="adv-bnn"),
     "rse": Objective(attack=True, randomized="rse"),
@@ -149,7 +149,7 @@ class Step:
         bounded: Graph of the model.
         x: Inputs, (B, ...).
         y: Labels, (B,).
-        logits: Clean logits, (B, classes).
+        logits: Clean logits, (B, classes); None to take them of the bound, or of the model where the bound has none.
         values: eps, kappa and beta.
         norm: p of the ball.
         x_L: Lower end of the data range, or None.
@@ -159,17 +159,21 @@ class Step:
     bounded: BoundedModule
     x: Tensor
     y: Tensor
-    logits: Tensor
+    logits: Tensor | None
     values: Values
     norm: float
     x_L: float | None
     x_U: float | None
 
-    def worst(self, method: str, **options: Any) -> Tensor:
-        """Worst-case logits of a method, (B, classes)."""
-        return worst_case_logits(
+    def clean(self) -> Tensor:
+        """Clean logits, (B, classes)."""
+        return self.bounded.source(self.x) if self.logits is None else self.logits
+
+    def worst(self, method: str, logits: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+        """Clean logits, those given if any, and worst-case logits of a method, (B, classes) each."""
+        return clean_and_worst_logits(
             self.bounded, self.x, self.y, self.values.eps, method, self.norm, self.x_L, self.x_U,
-            logits=self.logits, **options,
+            logits=logits, **options,
         )  # fmt: skip
 
 
@@ -195,25 +199,25 @@ def step_loss(loss: Loss, step: Step) -> Tensor:
 
 
 def _robust_loss(loss: Loss, objective: Objective, step: Step) -> Tensor:
-    values = step.values
-    clean = functional.cross_entropy(step.logits, step.y)
+    values, y = step.values, step.y
     if values.eps == 0 or values.kappa == 1 or (not objective.method and not objective.attack):
-        return clean
+        return functional.cross_entropy(step.clean(), y)
     if objective.attack:
-        return certified_loss(step.logits, _attacked_logits(loss, step), step.y, 1 - values.kappa)
+        return certified_loss(step.clean(), _attacked_logits(loss, step), y, 1 - values.kappa)
     if loss.fused:
         bound = fused_cross_entropy(
-            step.bounded, step.x, step.y, values.eps, objective.method, step.norm, step.x_L, step.x_U, **loss.options
+            step.bounded, step.x, y, values.eps, objective.method, step.norm, step.x_L, step.x_U, **loss.options
         )
-        return values.kappa * clean + (1 - values.kappa) * bound.mean()
+        return values.kappa * functional.cross_entropy(step.clean(), y) + (1 - values.kappa) * bound.mean()
     options = ({"norms": "estimate"} if objective.estimate else {}) | loss.options
     if not objective.mixes or values.beta == 1:
-        return certified_loss(step.logits, step.worst(objective.method, **options), step.y, 1 - values.kappa)
-    interval = step.worst("slope:ibp")
+        logits, worst = step.worst(objective.method, step.logits, **options)
+        return certified_loss(logits, worst, y, 1 - values.kappa)
+    logits, interval = step.worst("slope:ibp", step.logits)
     if values.beta == 0:
-        return certified_loss(step.logits, interval, step.y, 1 - values.kappa)
-    tight = step.worst(objective.method, **options)
-    return mixed_loss(step.logits, interval, tight, step.y, values.kappa, values.beta)
+        return certified_loss(logits, interval, y, 1 - values.kappa)
+    _, tight = step.worst(objective.method, logits, **options)
+    return mixed_loss(logits, interval, tight, y, values.kappa, values.beta)
 
 
 def _attacked_logits(loss: Loss, step: Step) -> Tensor:

@@ -24,7 +24,7 @@ from ..perturbation import PerturbationLpNorm
 from ..randomized import REGULARIZERS, elbo_loss, gradients
 from ..randomized.evaluation import RobustAccuracy, evaluate
 from .architectures import Network
-from .batchnorm import fixed_statistics, normalizes, recorded_statistics
+from .batchnorm import differs_in_training, fixed_statistics, recorded_statistics
 from .objectives import Loss
 from .schedules import Schedule, Values
 
@@ -87,7 +87,7 @@ def randomized_loss(
         return functional.cross_entropy(logits, y)
 
     with recorded_statistics(model) as statistics:
-        parts = [values.kappa * of(x)] if values.kappa > 0 or normalizes(model) else []
+        parts = [values.kappa * of(x)] if values.kappa > 0 or differs_in_training(model) else []
     generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))  # the trainer seeds torch's at every step
     attacked = x
     if values.eps > 0 and values.kappa < 1:

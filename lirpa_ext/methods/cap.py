@@ -1,0 +1,95 @@
+"""CAP's bound, Fast-Lin: parallel lines at every ReLU, for the boxes of the hidden layers too.
+
+E. Wong, J. Z. Kolter, Provable defenses against adversarial examples via the convex outer adversarial polytope,
+ICML 2018; L. Weng et al., Towards fast computation of certified robustness for ReLU networks, ICML 2018. Proof of
+soundness: each hidden layer's box is a bound of `lirpa_ext.slopes` on the boxes before it, which are sound.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import engine
+from ..errors import OptionError
+from ..intervals import propagate_intervals
+from ..sets import BallBox
+from ..slopes import ACTIVATIONS, SlopePass
+from .base import Bounds, Problem, register_method, set_of
+from .bcp import tightened
+from .projections import Projections
+from .slopes import both_sides, chord, random_source, uniform
+
+# Rows that one pass carries from a hidden layer, of which each neuron is one.
+_ROWS_AT_ONCE = 64
+
+
+def cap(
+    problem: Problem,
+    *,
+    outward: bool | None = None,
+    projections: int | None = None,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+) -> Bounds:
+    """Fast-Lin, the bound of CAP (Wong and Kolter 2018): both lines parallel, for the hidden layers' boxes too.
+
+    Args:
+        problem: What to bound.
+        outward: As in `sparse_slope`.
+        projections: Estimate the hidden layers' boxes by so many random projections (`lirpa_ext.methods.projections`;
+            the source takes 50), for training: it costs as many forward passes, not a row for each neuron. The
+            result is then no certificate. Default None: bounds.
+        generator: Source of the projections; default torch's own.
+        seed: Or the seed of a new one.
+
+    Returns:
+        As `sparse_slope`.
+    """
+    if projections is not None and (isinstance(projections, bool) or not projections >= 1):
+        raise OptionError(f"projections must be a whole number from 1, the source takes 50, got {projections}")
+    context = problem.context("bound", False if projections else outward)
+    activations = [
+        node
+        for node in engine.ancestors_in_order(problem.final)
+        if type(node).__name__ in ACTIVATIONS and node.perturbed
+    ]
+    # The boxes before the first activations are exact (but for a cut lp ball): nothing to gain there.
+    names = frozenset(
+        node.inputs[0].name
+        for node in activations
+        if any(other in activations for other in engine.ancestors_in_order(node.inputs[0]))
+    )
+
+    source = random_source(generator, seed)
+    sums = Projections(problem.module, projections, lambda like: uniform(like, source)) if projections else None
+
+    def refine(node: Any, states: dict[str, Any]) -> BallBox:
+        if sums is not None:
+            return sums.box(node, states)
+        known = states[node.name]
+        chosen = _parallel(problem, tightened(states) if context.outward else states, context.outward, node)
+        size, total = known.center[0].numel(), known.center.shape
+        eye = torch.eye(size, dtype=known.center.dtype, device=known.center.device)
+        ends = []
+        for sign in (1, -1):
+            rows = (sign * eye).split(_ROWS_AT_ONCE)
+            bounds = [chosen.lower(some.expand(len(known.center), -1, -1)) for some in rows]
+            ends.append(sign * torch.cat(bounds, dim=1).view(total))
+        return BallBox(0.5 * (ends[0] + ends[1]), known.radius, *ends)
+
+    states = propagate_intervals(problem.module, context, (refine, names))
+    states = tightened(states) if context.outward else states
+    return both_sides(problem, _parallel(problem, states, context.outward))
+
+
+def _parallel(problem: Problem, states: dict[str, Any], outward: bool, final: Any = None) -> SlopePass:
+    """The pass whose lower lines are parallel to the upper ones."""
+    plain = SlopePass(problem.module, states, {}, outward=outward, final=final)
+    return plain.with_slopes(
+        {node.name: chord(set_of(plain.states[node.inputs[0].name]).box()) for node in plain.activations}
+    )
+
+
+register_method("cap", cap)

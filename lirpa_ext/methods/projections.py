@@ -1,0 +1,111 @@
+"""Boxes of Fast-Lin by random projections: an estimate, for training, at the price of a few forward passes.
+
+E. Wong, F. Schmidt, J. H. Metzen, J. Z. Kolter, Scaling provable adversarial defenses, NeurIPS 2018, 3.2. With
+parallel lines a neuron is m + sum_i g_i t_i with |t_i| <= 1 (of an l2 ball also + h.t with ||t|| <= 1): one generator
+for each input and each unstable neuron before it. Its box reaches ||g||_1 (+ ||h||_2) to both sides of m. For
+independent standard Cauchy c_i, sum_i g_i c_i is distributed as ||g||_1 c_1, and the median of |c_1| is 1; for normal
+ones sum_i h_i c_i has the mean square ||h||_2^2. Both sums are linear: they go through the layers as samples do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import engine
+from ..perturbation import PerturbationLpNorm
+from ..rules import RULES, State
+from ..rules.base import apply
+from ..sets import BallBox, per_sample
+from ..slopes import ACTIVATIONS, Lines
+from .base import set_of
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A node's middle m, (B, ...), and its sums of generators with Cauchy and normal weights, (R, B, ...)."""
+
+    middle: Tensor
+    cauchy: Tensor
+    normal: Tensor
+
+    def box(self) -> BallBox:
+        """The estimated box."""
+        # The mean square of nothing has no gradient; that of zeros would be NaN.
+        square = self.normal.square().mean(0)
+        spread = torch.where(square > 0, square, 1.0).sqrt() * (square > 0)
+        reach = self.cauchy.abs().median(0).values + spread
+        radius = reach.new_full((len(reach),), torch.inf)
+        return BallBox(self.middle, radius, self.middle - reach, self.middle + reach)
+
+
+class Projections:
+    """The sums of the nodes of a graph, each drawn and computed when it is first asked for.
+
+    Args:
+        module: The graph, with the input set on it.
+        count: Number R of projections.
+        draw: Uniform numbers in [0, 1) of the shape of a tensor.
+    """
+
+    def __init__(self, module: nn.Module, count: int, draw: Callable[[Tensor], Tensor]) -> None:
+        self.module, self.count, self.draw = module, count, draw
+        self.sums: dict[str, Sums] = {}
+
+    def box(self, node: Any, states: dict[str, State]) -> BallBox:
+        """The estimated box of a node; `states` has the sets of the nodes up to it."""
+        for other in engine.ancestors_in_order(node):
+            if other.perturbed and other.name not in self.sums:
+                self.sums[other.name] = self._of(other, states)
+        return self.sums[node.name].box()
+
+    def _of(self, node: Any, states: dict[str, State]) -> Sums:
+        inputs, own = [states[parent.name] for parent in node.inputs], set_of(states[node.name])
+        if isinstance(node, engine.BoundInput) and PerturbationLpNorm.of(node.perturbation).norm == 2:
+            return self._ball(own)
+        if type(node).__name__ in ACTIVATIONS:
+            lines, before = Lines.of(node, set_of(inputs[0])), self.sums[node.inputs[0].name]
+            half = 0.5 * lines.offset  # of the strip between the lines
+            cauchy = lines.line * before.cauchy + half * self._cauchy(half)
+            return Sums(lines.line * before.middle + half, cauchy, lines.line * before.normal)
+        rule, rows = RULES.get(type(node).__name__), own.center.new_zeros(1, *own.center.shape)
+        if not inputs or rule is None or rule.adjoint(node, inputs, rows) is None:
+            return self._of_box(own)
+        # affine in its perturbed inputs
+        known = [self.sums[parent.name] for parent in node.inputs if parent.perturbed]
+
+        def image(values: list[Tensor]) -> Tensor:
+            rest = iter(values)
+            return apply(node, inputs, lambda _: next(rest))
+
+        constant = image([torch.zeros_like(sums.middle) for sums in known])
+
+        def images(columns: list[Tensor]) -> Tensor:
+            return torch.stack([image(list(column)) - constant for column in zip(*columns, strict=True)])
+
+        middle = image([sums.middle for sums in known])
+        return Sums(middle, images([sums.cauchy for sums in known]), images([sums.normal for sums in known]))
+
+    def _of_box(self, state: BallBox) -> Sums:
+        """Of a node of which the box alone is known: one generator for each element."""
+        lower, upper = state.box()
+        half = 0.5 * (upper - lower)
+        cauchy = half * self._cauchy(half)
+        return Sums(0.5 * (lower + upper), cauchy, torch.zeros_like(cauchy))
+
+    def _ball(self, state: BallBox) -> Sums:
+        """Of an l2 ball; a data range is not read."""
+        # uniform numbers to normal ones, so that one kind of draw serves both
+        uniform = self.draw(state.center.expand(self.count, *state.center.shape))
+        tiny = torch.finfo(uniform.dtype).eps
+        normal = torch.special.ndtri(uniform.clamp(tiny, 1 - tiny)) * per_sample(state.radius, state.center)
+        return Sums(state.center, torch.zeros_like(normal), normal)
+
+    def _cauchy(self, like: Tensor) -> Tensor:
+        uniform = self.draw(like.expand(self.count, *like.shape))
+        tiny = torch.finfo(uniform.dtype).eps
+        return torch.tan(torch.pi * (uniform.clamp(tiny, 1 - tiny) - 0.5))
