@@ -106,7 +106,7 @@ def make_adv_bnn(model: nn.Module, prior_std: float = 0.1, init_std: float | Non
     layers: dict[nn.Module, BayesianLayer] = {}
     for parent in list(made.modules()):
         for name, child in parent._modules.items():
-            if isinstance(child, nn.Linear | nn.modules.conv._ConvNd):
+            if isinstance(child, nn.Linear | nn.modules.conv._ConvNd) and not isinstance(parent, RandomLayer):
                 if parametrize.is_parametrized(child):
                     raise InvalidInputError(f"layer {name!r} is parametrized: its weights cannot have a posterior")
                 layers.setdefault(child, BayesianLayer(child, prior_std, init_std))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidInputError
+from .bayesian import BayesianLayer
 from .sampling import RandomLayer, seeded
 
 __all__ = ["Noise", "NoiseDraw", "make_rse"]
@@ -94,7 +95,7 @@ def make_rse(model: nn.Module, init: float = 0.2, inner: float = 0.1) -> nn.Modu
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in made.modules():
         for name, child in parent._modules.items():
-            if isinstance(child, nn.modules.conv._ConvNd):
+            if child is not None and not isinstance(parent, RandomLayer) and _convolves(child):
                 places.setdefault(child, []).append((parent, name))
     if not places:
         raise InvalidInputError(
@@ -109,3 +110,7 @@ def make_rse(model: nn.Module, init: float = 0.2, inner: float = 0.1) -> nn.Modu
             if noise.level:
                 parent._modules[name] = nn.Sequential(noise, layer)
     return made[0]
+
+
+def _convolves(layer: nn.Module) -> bool:
+    return isinstance(layer.mean if isinstance(layer, BayesianLayer) else layer, nn.modules.conv._ConvNd)

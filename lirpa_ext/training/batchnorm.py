@@ -18,11 +18,6 @@ _BatchNorm = nn.modules.batchnorm._BatchNorm
 Statistics = dict[nn.Module, tuple[Tensor, Tensor]]
 
 
-def normalizes(model: nn.Module) -> bool:
-    """Whether the model has a batch norm in train mode."""
-    return any(isinstance(module, _BatchNorm) and module.training for module in model.modules())
-
-
 def differs_in_training(model: nn.Module) -> bool:
     """Whether the model has a batch norm or a dropout in train mode, so that its clean logits are not its graph's."""
     kinds = (_BatchNorm, nn.modules.dropout._DropoutNd)

@@ -24,7 +24,7 @@ from ..perturbation import PerturbationLpNorm
 from ..randomized import REGULARIZERS, elbo_loss, gradients
 from ..randomized.evaluation import RobustAccuracy, evaluate
 from .architectures import Network
-from .batchnorm import fixed_statistics, normalizes, recorded_statistics
+from .batchnorm import differs_in_training, fixed_statistics, recorded_statistics
 from .objectives import Loss
 from .schedules import Schedule, Values
 
@@ -63,7 +63,7 @@ def check_randomized(network: Network, loss: Loss, schedule: Schedule, evaluatio
 def randomized_loss(
     loss: Loss, model: nn.Module, x: Tensor, y: Tensor, ball: PerturbationLpNorm, values: Values, samples: int
 ) -> Tensor:
-    """kappa L(X) + (1 - kappa) L(X') + lambda R(X'), X' the end of an attack on X, (2.2.20).
+    """kappa L(X) + (1 - kappa) L(X') + lambda R(X), X' the end of an attack on X, (2.2.20).
 
     What has weight 0 is not computed. Batch norm takes the clean batch's statistics in the attack and in R.
 
@@ -87,10 +87,10 @@ def randomized_loss(
         return functional.cross_entropy(logits, y)
 
     with recorded_statistics(model) as statistics:
-        parts = [values.kappa * of(x)] if values.kappa > 0 or normalizes(model) else []
+        parts = [values.kappa * of(x)] if values.kappa > 0 or differs_in_training(model) else []
     generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))  # the trainer seeds torch's at every step
     attacked = x
-    if values.eps > 0 and (values.kappa < 1 or values.graddiv > 0):
+    if values.eps > 0 and values.kappa < 1:
         with fixed_statistics(statistics):
             attacked = _attack(loss.attack_steps, loss.attack_draws, loss.step_size)(
                 model, x, y, ball, generator
@@ -99,7 +99,7 @@ def randomized_loss(
         parts.append((1 - values.kappa) * of(attacked))
     if loss.graddiv is not None and values.graddiv > 0:
         with fixed_statistics(statistics):
-            found = gradients(model, attacked, y, loss.graddiv_draws, generator)
+            found = gradients(model, x, y, loss.graddiv_draws, generator)
         parts.append(values.graddiv * REGULARIZERS[loss.graddiv](found).mean())
     return torch.stack(parts).sum()
 
