@@ -1,9 +1,10 @@
-"""GradDiv on scikit-learn's digits: Adv-BNN with and without it, and what an attacker gets out of averaging.
+"""GradDiv on scikit-learn's digits: Adv-BNN with and without it, and how alike the gradients of their draws are.
 
     python examples/adv_bnn_graddiv.py
 
-S. Lee's dissertation (2021), chapter 2. The smaller rho, the mean resultant length of the loss gradients of drawn
-networks, the less their average tells about the one that will judge. Takes a minute on one CPU core.
+S. Lee's dissertation (2021), chapter 2. rho, the mean resultant length of the loss gradients of drawn networks, falls
+by a third or more. Of this small dense network the accuracy under EOT-PGD does not rise with it: more diverse gradients
+are worth less to the attacker, and training for them costs margin. Takes half a minute on one CPU core.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def main() -> None:
     x, y = load_digits("test")
     x, y = x[:200], y[:200]
     print(f"{'network':<20} {'rho':>6} {'clean %':>8} {f'EOT-PGD {EPS} %':>15} {f'EOT-PGD {1.5 * EPS:.1f} %':>15}")
-    for name, weight in (("Adv-BNN", 0.0), ("Adv-BNN + GradDiv", 1.0)):
+    for name, weight in (("Adv-BNN", 0.0), ("Adv-BNN + GradDiv", 0.3)):
         model = train(weight)
         found = gradients(model, x, y, 20, torch.Generator().manual_seed(1), create_graph=False)
         levels = evaluate(model, (x, y), [0.0, EPS, 1.5 * EPS]).levels
