@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .analysis.activity import plot_activity, plot_chords, relu_activity
+from .analysis.connectivity import CertifiedObjective, connect, plot_connectivity
 from .analysis.curves import TradeOff, plot_curves, plot_trade_off, read_trade_off, verified_curves
+from .analysis.landscape import SmoothnessComparison, SmoothnessTrace, plot_smoothness
 from .analysis.lower_slopes import lower_slopes, plot_lower_slopes
 from .analysis.outer import outer_bound, plot_outer_bound
 from .analysis.plots import figure, save
@@ -19,6 +21,7 @@ from .analysis.traces import ActivityTrace, LipschitzTrace, Trace
 from .certify_cli import DATA_RANGE, add_data, add_model, numbers
 from .data import SOURCES
 from .errors import OptionError
+from .training import OBJECTIVES, Loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -144,10 +147,47 @@ def _slopes(task: Task) -> Drawn:
 
 def _traces(task: Task, kind: type[Trace]) -> Drawn:
     result = kind.read(task.targets)
-    drawn, axes = figure(result.summary(), columns=len(kind.PANELS))
-    for ax, panel in zip(axes.flat, kind.PANELS, strict=True):
-        result.plot(ax, panel)
-    return result, drawn
+    return result, result.figure()
+
+
+def _smoothness(task: Task) -> Drawn:
+    traces = {name: SmoothnessTrace.load(path / "smoothness.json") for name, path in task.targets.items()}
+    return SmoothnessComparison(traces), plot_smoothness(traces, task.arguments.at)
+
+
+def _smoothness_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--at", choices=("scheduled", "target"), default="scheduled", help="of the picture")
+
+
+def _connectivity(task: Task) -> Drawn:
+    if len(task.targets) != 2:
+        raise OptionError(f"a curve leads from one model to another, got {len(task.targets)}")
+    own: dict[str, Any] = next(iter(task.configs.values())).get("model", {}).get("loss", {})
+    name = task.arguments.loss or own.get("name")
+    if name is None:
+        raise OptionError(f"pass --loss, one of {', '.join(OBJECTIVES)}: only a run's folder says itself which")
+    loss = Loss(**own) if own.get("name") == name else Loss(name)
+    first, second = task.models.values()
+    start, end = task.targets
+    told = task.arguments
+    result = connect(
+        first, second, CertifiedObjective(loss, task.eps, **task.ball), task.data, steps=told.steps, lr=told.lr,
+        batch_size=min(told.batch_size, len(task.data[0])), points=told.points, seed=told.seed,
+        name=f"{name} loss at eps {task.eps:g}", ends=(start, end),
+    )  # fmt: skip
+    return result, plot_connectivity([result])
+
+
+def _connectivity_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(split="train")
+    parser.add_argument(
+        "--loss", choices=OBJECTIVES, help="that the curve is trained by, default that of the first run"
+    )
+    parser.add_argument("--steps", type=int, default=300, help="of training the curve, default 300")
+    parser.add_argument("--lr", type=float, default=0.01, help="default 0.01")
+    parser.add_argument("--batch-size", type=int, default=100, help="default 100")
+    parser.add_argument("--points", type=int, default=21, help="of the curve to evaluate, default 21")
+    parser.add_argument("--seed", type=int, default=0)
 
 
 register_analysis(
@@ -169,4 +209,16 @@ register_analysis(
 register_analysis(
     "training-activity",
     Analysis(partial(_traces, kind=ActivityTrace), "ReLUs in training (Fig. 3.11, C.6 to C.8)", of_folders=True),
+)
+register_analysis(
+    "smoothness",
+    Analysis(
+        _smoothness, "smoothness of the loss in training (Fig. 3.6 to 3.9)", _smoothness_arguments, of_folders=True
+    ),
+)
+register_analysis(
+    "connectivity",
+    Analysis(
+        _connectivity, "a curve of low loss between two models (C.5); on the training split", _connectivity_arguments
+    ),
 )

@@ -13,6 +13,7 @@ from .certify_cli import add_certify
 from .errors import LirpaExtError
 from .fit_cli import add_training
 from .inspect_cli import add_inspect
+from .report_cli import add_report
 from .study_cli import add_study
 from .verify_cli import add_verify
 
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add_verify(commands.add_parser("verify", help="verify a VNN-LIB property of an ONNX network"))
     add_training(commands)
     add_analyze(commands.add_parser("analyze", help="look at tightness and activity: numbers and pictures"))
+    add_report(commands.add_parser("report", help="gather a run's tables and plots into one HTML page"))
     return parser
 
 

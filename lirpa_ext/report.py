@@ -14,9 +14,12 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ResultsError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STATUSES = ("certified", "attacked", "unknown", "error")
 Record = dict[str, Any]
@@ -102,13 +105,12 @@ class Report:
         except OSError as error:
             raise _unwritable(path, error) from error
 
-    def plot(self, path: PathLike) -> None:
-        """Draw accuracies over eps: clean, PGD, verified, and the curve of the certified radii."""
-        from matplotlib.figure import Figure  # slow to import, and pyplot would touch the user's backend
+    def figure(self) -> Figure:
+        """Accuracies over eps: clean, PGD, verified, and the curve of the certified radii; with an alt text."""
+        from .analysis.plots import figure  # the analyses import what certifies
 
         rows, meta = self.summary(), self.meta
-        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-        axes = figure.subplots()
+        drawn, ((axes,),) = figure(self._told(rows))
         axes.axhline(100 * rows[0]["clean"], color=_COLORS["clean"], linestyle=":", label="clean")
         for key, label, marker in (("pgd", "PGD", "s"), ("verified", f"verified ({meta['method']})", "o")):
             if rows[0][key] is not None:
@@ -133,10 +135,22 @@ class Report:
         )
         axes.set_xlim(left=0)
         axes.legend()
+        return drawn
+
+    def _told(self, rows: list[dict[str, Any]]) -> str:
+        levels = "; ".join(
+            f"eps {row['eps']:.6g}: {100 * row['verified']:.1f}% verified"
+            + ("" if row["pgd"] is None else f", {100 * row['pgd']:.1f}% under PGD")
+            for row in rows
+        )
+        return f"Accuracies over eps of {len(self.records)} samples, {100 * rows[0]['clean']:.1f}% clean. {levels}."
+
+    def plot(self, path: PathLike) -> None:
+        """Write `figure` to a file, with the meta data in it."""
         kind = Path(path).suffix.lower()
         field = {".png": "Description", ".svg": "Description", ".pdf": "Subject"}.get(kind)
         try:
-            figure.savefig(path, dpi=150, metadata={field: json.dumps(meta)} if field else None)
+            self.figure().savefig(path, dpi=150, metadata={field: json.dumps(self.meta)} if field else None)
         except (OSError, ValueError) as error:
             raise _unwritable(path, error) from error
 

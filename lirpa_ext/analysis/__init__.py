@@ -11,7 +11,9 @@ import importlib
 from typing import Any
 
 from .activity import Activity, relu_activity
+from .connectivity import CertifiedObjective, Connectivity, bezier, connect, plot_connectivity
 from .curves import Curves, TradeOff, read_trade_off, verified_curves
+from .landscape import Measures, SmoothnessComparison, SmoothnessTrace, plot_smoothness, smoothness
 from .lower_slopes import LowerSlopes, lower_slopes
 from .outer import OuterBound, outer_bound
 from .tightness import Tightness, tightness
@@ -20,23 +22,35 @@ from .traces import ActivityTrace, LipschitzTrace
 _OF_LIGHTNING = {
     "LipschitzConstants": "callbacks",
     "ReluActivity": "callbacks",
+    "Smoothness": "smoothness_callback",
 }
 
 __all__ = [
     "Activity",
     "ActivityTrace",
+    "CertifiedObjective",
+    "Connectivity",
     "Curves",
     "LipschitzConstants",
     "LipschitzTrace",
     "LowerSlopes",
+    "Measures",
     "OuterBound",
     "ReluActivity",
+    "Smoothness",
+    "SmoothnessComparison",
+    "SmoothnessTrace",
     "Tightness",
     "TradeOff",
+    "bezier",
+    "connect",
     "lower_slopes",
     "outer_bound",
+    "plot_connectivity",
+    "plot_smoothness",
     "read_trade_off",
     "relu_activity",
+    "smoothness",
     "tightness",
     "verified_curves",
 ]

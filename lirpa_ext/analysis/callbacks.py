@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..training.module import CertifiedClassifier
 from .lower_slopes import has_slopes
-from .plots import figure, save
+from .plots import save
 from .results import Row
 from .traces import ActivityTrace, LipschitzTrace, Trace, activity_record, lipschitz_records
 
@@ -64,18 +64,17 @@ class EveryEpoch(Callback):
             self._record(trainer, pl_module, 0, pl_module.values().eps)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record, and write the files."""
+        """Record, and write the numbers."""
         assert isinstance(pl_module, CertifiedClassifier)
         values = pl_module.schedule.at(pl_module.global_step - 1, pl_module.steps_per_epoch, pl_module.eps)
         self._record(trainer, pl_module, trainer.current_epoch + 1, values.eps)
-        if not trainer.is_global_zero:
-            return
-        folder, trace = Path(trainer.default_root_dir), self.trace
-        trace.save(folder / trace.NAME)
-        drawn, axes = figure(trace.summary(), columns=len(trace.PANELS))
-        for ax, panel in zip(axes.flat, trace.PANELS, strict=True):
-            trace.plot(ax, panel)
-        save(drawn, folder / f"{trace.NAME}.png")
+        if trainer.is_global_zero:
+            self.trace.save(Path(trainer.default_root_dir) / self.KIND.NAME)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the picture."""
+        if trainer.is_global_zero and self.records:
+            save(self.trace.figure(), Path(trainer.default_root_dir) / f"{self.KIND.NAME}.png")
 
     def _record(self, trainer: Trainer, module: CertifiedClassifier, epoch: int, eps: float) -> None:
         if self._batch is None or not trainer.is_global_zero:

@@ -119,8 +119,8 @@ def verified_curves(
     for name, model in models.items():
         for method in methods:
             report = certify(
-                model, pair, list(eps), norm, method, options=chosen[method], x_L=x_L, x_U=x_U, attack_steps=attack_steps,
-                radius=False, batch_size=batch_size, progress=False, seed=seed,
+                model, pair, list(eps), norm, method, options=chosen[method], x_L=x_L, x_U=x_U,
+                attack_steps=attack_steps, radius=False, batch_size=batch_size, progress=False, seed=seed,
             )  # fmt: skip
             levels += [
                 {"model": name, "method": method, "errors": row["error"]}

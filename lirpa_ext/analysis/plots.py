@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "SIZE", "alt_text", "describe", "figure", "read_alt", "save", "style", "svg"]
+__all__ = ["COLORS", "SIZE", "alt_text", "describe", "figure", "image_size", "read_alt", "save", "style", "svg"]
 
 # M. Okabe, K. Ito: Color universal design (2008). Their yellow is left out: as a line on white it is not seen.
 COLORS = {
@@ -124,12 +124,25 @@ def read_alt(path: str | os.PathLike[str]) -> str:
     """The alt text that `save` put into a PNG file, "" if there is none.
 
     Raises:
-        ResultsError: The file is no PNG file, or cannot be read.
+        ResultsError: The file is no image, or cannot be read.
     """
+    return str(_image(path)[1].get("Description", ""))
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Width and height of a PNG or JPEG file in pixels.
+
+    Raises:
+        ResultsError: The file is no image, or cannot be read.
+    """
+    return _image(path)[0]
+
+
+def _image(path: str | os.PathLike[str]) -> tuple[tuple[int, int], dict[Any, Any]]:
     from PIL import Image  # of matplotlib
 
     try:
         with Image.open(path) as image:
-            return str(image.info.get("Description", ""))
+            return image.size, dict(image.info)
     except (OSError, ValueError) as error:
         raise ResultsError(f"{path} is no image: {error}") from error

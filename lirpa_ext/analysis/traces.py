@@ -18,11 +18,12 @@ from ..errors import InvalidInputError, ResultsError
 from ..lipschitz import lipschitz
 from .activity import STATES, relu_activity
 from .lower_slopes import lower_slopes
-from .plots import style
+from .plots import figure, style
 from .results import Result, Row, read_result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["ActivityTrace", "LipschitzTrace", "Trace", "activity_record", "lipschitz_records"]
 
@@ -96,6 +97,14 @@ class Trace(Result):
         axes.set(xlabel="epoch", ylabel=self.PANELS[panel])
         if axes.has_data() and len(self.runs()) > 1:
             axes.legend(fontsize="small")
+
+    def figure(self) -> Figure:
+        """All panels, one below the other."""
+        drawn, axes = figure(self.summary(), rows=len(self.PANELS), sharex=True)
+        for ax, panel in zip(axes.flat, self.PANELS, strict=True):
+            self.plot(ax, panel)
+            ax.label_outer()
+        return drawn
 
     def ramp_end(self, run: str) -> int | None:
         """First epoch recorded at the largest eps; None for a run whose eps is always 0."""

@@ -199,18 +199,30 @@ class CertifiedClassifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch."""
         x, y = batch
-        if self.randomized:
-            ball = PerturbationLpNorm(self.values().eps, self.norm, *self.data_range)
-            samples = self.trainer.num_training_batches * len(x) * self.trainer.world_size
-            loss = randomized_loss(self.loss, self.model, x, y, ball, self.values(), int(samples))
-        else:
-            bounded = self._graph(x)
-            with recorded_statistics(self.model) as statistics:
-                logits = self.model(x) if differs_in_training(self.model) else None
-            with fixed_statistics(statistics):
-                loss = step_loss(self.loss, Step(bounded, x, y, logits, self.values(), self.norm, *self.data_range))
+        loss = self.batch_loss(x, y, self.values())
         self._losses = [self._losses[0] + loss.detach() * len(x), self._losses[1] + len(x)]
         return loss
+
+    def batch_loss(self, x: Tensor, y: Tensor, values: Values) -> Tensor:
+        """The loss of a batch at given eps, kappa and beta.
+
+        Args:
+            x: Images, (B, C, H, W).
+            y: Labels, (B,).
+            values: Of the schedule.
+
+        Returns:
+            Mean over the batch, 0-dim.
+        """
+        if self.randomized:
+            ball = PerturbationLpNorm(values.eps, self.norm, *self.data_range)
+            samples = self.trainer.num_training_batches * len(x) * self.trainer.world_size
+            return randomized_loss(self.loss, self.model, x, y, ball, values, int(samples))
+        bounded = self._graph(x)
+        with recorded_statistics(self.model) as statistics:
+            logits = self.model(x) if differs_in_training(self.model) else None
+        with fixed_statistics(statistics):
+            return step_loss(self.loss, Step(bounded, x, y, logits, values, self.norm, *self.data_range))
 
     @property
     def randomized(self) -> bool:
@@ -296,8 +308,7 @@ class CertifiedClassifier(LightningModule):
             self._counts += torch.tensor([1.0, row["clean"], row["pgd"], 0.0]) * len(x)
             return
         assert self._certifier is not None
-        steps = self.evaluation.attack_steps
-        attack = PGD(steps) if steps and self.norm != 1 else None
+        attack = PGD(self.evaluation.attack_steps) if self._attacks else None
         with torch.inference_mode(False), torch.enable_grad():
             x = self._certifier.place(x.clone())
             records = self._certifier.certify(range(len(x)), x, y.clone(), [self.evaluation_eps], attack, batch_idx)
@@ -310,8 +321,18 @@ class CertifiedClassifier(LightningModule):
         """Report fractions of all samples."""
         self._certifier = None
         total, *counts = self._reduced(self._counts).tolist()
-        names = ("val_clean", "val_pgd") if self.randomized else ("val_clean", "val_pgd", "val_verified")
-        self.log_dict({name: count / max(total, 1) for name, count in zip(names, counts, strict=False)})
+        names = ("val_clean", "val_pgd", "val_verified")
+        found = {name: count / max(total, 1) for name, count in zip(names, counts, strict=True)}
+        if self.randomized:
+            del found["val_verified"]
+        elif not self._attacks:
+            del found["val_pgd"]
+        self.log_dict(found)
+
+    @property
+    def _attacks(self) -> bool:
+        """Whether validation runs an attack: PGD has none for l1 balls."""
+        return self.evaluation.attack_steps > 0 and self.norm != 1
 
     def _reduced(self, values: Tensor) -> Tensor:
         """Sum over all processes."""

@@ -31,8 +31,10 @@ from torch import nn
 
 from .. import engine
 from .._version import __version__
+from ..analysis.plots import save
 from ..loading import save_model
 from .card import write_card
+from .learning_curve import plot_metrics
 from .module import CertifiedClassifier
 
 __all__ = ["Best", "Last", "Metrics", "environment", "export_onnx", "save_network"]
@@ -71,7 +73,7 @@ class Metrics(Checkpoint):
         self.rows.append(row)
         if trainer.is_global_zero:
             write_rows(self.rows, self.folder / "metrics.csv")
-            plot_rows(self.rows, self.folder / "learning_curve.png")
+            save(plot_metrics(self.rows), self.folder / "learning_curve.png")
 
     def _elapsed(self) -> float:
         return round(self._before + time.perf_counter() - self._start, 3)
@@ -92,32 +94,6 @@ def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss and eps above, accuracies on the validation samples below."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
-    upper, lower = figure.subplots(2, sharex=True)
-    epochs = [row["epoch"] + 1 for row in rows]
-    upper.plot(epochs, [row.get("loss") for row in rows], "k-", label="loss")
-    upper.set(ylabel="training loss")
-    right = upper.twinx()
-    right.plot(epochs, [row.get("eps") for row in rows], color="tab:orange", label="eps")
-    right.set(ylabel="eps at the epoch's last step", ylim=(0, None))
-    upper.legend(loc="center left")
-    right.legend(loc="center right")
-    for key, label, color in (
-        ("val_clean", "clean", "tab:gray"), ("val_pgd", "PGD", "tab:blue"), ("val_verified", "verified", "tab:green"),
-    ):  # fmt: skip
-        points = [(row["epoch"] + 1, 100 * row[key]) for row in rows if key in row]
-        if points:
-            lower.plot(*zip(*points, strict=True), color=color, label=label)
-    lower.set(xlabel="epoch", ylabel="accuracy on the validation samples, %", ylim=(0, 101))
-    if lower.has_data():
-        lower.legend()
-    figure.savefig(path, dpi=120)
 
 
 class Best(Checkpoint):

@@ -1,0 +1,185 @@
+"""`Smoothness`: a callback of Lightning's trainer that measures how smooth the loss is while it is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..training.module import CertifiedClassifier
+from ..training.schedules import Values
+from .landscape import SmoothnessTrace, log_lengths, plot_smoothness, record, smoothness
+from .plots import save
+from .results import Row
+
+__all__ = ["Smoothness"]
+
+
+class Smoothness(Callback):
+    """Measures `lirpa_ext.analysis.smoothness` every so many steps, and writes it into the folder of the run.
+
+    The loss is that of the step's batch, at the weights before and after the optimizer's step: at the scheduled eps
+    (Fig. 3.6 and 3.7), and at the end of the schedule (Fig. 3.8). Training goes on as if nothing had been measured,
+    bit by bit: weights, buffers, power iterations and torch's generator are put back. What the loss draws at random
+    is drawn alike in all evaluations of a measurement; what a power iteration estimates starts from the same vector.
+
+    Cost: 2 gradients and `points` losses for each loss measured. With the default 10 points that took 6 to 9 steps of
+    training (``benchmarks/smoothness_cost.py``), twice that with `target` before the end of the ramp: with
+    ``every=100`` a run takes 6 to 18% longer. Besides, one copy of the weights is kept.
+
+    In a configuration::
+
+        trainer:
+          callbacks:
+            - class_path: lirpa_ext.analysis.Smoothness
+              init_args: {every: 100}
+
+    Of several processes the first measures, its own share of the batch; a resumed run goes on with the records that
+    its checkpoint has.
+
+    Args:
+        every: Optimizer steps between two measurements, default 100.
+        target: Whether to measure the loss of the end of the schedule too, default yes.
+        points: Step lengths along the gradient, default 10.
+        longest: Length of the longest, in steps of the learning rate, default 5.
+        name: Name of the files, default "smoothness": ``smoothness.json``, ``.csv`` and ``.png``.
+
+    Raises:
+        ConfigError: `every` or `points` is below 1, or `longest` is not positive.
+    """
+
+    def __init__(
+        self, every: int = 100, target: bool = True, points: int = 10, longest: float = 5.0, name: str = "smoothness"
+    ) -> None:
+        if every < 1 or points < 1 or not longest > 0:
+            raise ConfigError(
+                f"Smoothness takes every and points of 1 or more and a positive longest, got {every}, {points} and "
+                f"{longest}"
+            )
+        self.every, self.target, self.name = every, target, name
+        self.lengths = log_lengths(points, longest)
+        self.records: list[Row] = []
+        self._start: tuple[int, Values, list[Tensor]] | None = None  # of a step that is measured
+
+    @property
+    def trace(self) -> SmoothnessTrace:
+        """What was measured so far."""
+        return SmoothnessTrace(tuple(self.records))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check what is trained.
+
+        Raises:
+            ConfigError: It is no CertifiedClassifier.
+        """
+        if not isinstance(pl_module, CertifiedClassifier):
+            raise ConfigError(
+                f"Smoothness measures the loss of a CertifiedClassifier, not of a {type(pl_module).__name__}: for "
+                "other losses call lirpa_ext.analysis.smoothness"
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the weights before a step that is measured."""
+        assert isinstance(pl_module, CertifiedClassifier)
+        self._start = None
+        if trainer.is_global_zero and trainer.global_step % self.every == 0:
+            weights = [weight.detach().clone() for weight in _weights(pl_module)]
+            self._start = (trainer.global_step, pl_module.values(), weights)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure the step."""
+        assert isinstance(pl_module, CertifiedClassifier)
+        if self._start is None or trainer.global_step == self._start[0]:  # gradients were only accumulated
+            return
+        step, scheduled, before = self._start
+        self._start = None
+        schedule = pl_module.schedule
+        target = Values(pl_module.eps, schedule.kappa[1], schedule.beta[1])
+        wanted = {"scheduled": scheduled} | ({"target": target} if self.target else {})
+        step_size = float(trainer.optimizers[0].param_groups[0]["lr"])
+        found: dict[Values, Row] = {}
+        for at, values in wanted.items():
+            where: Row = {"step": step, "epoch": trainer.current_epoch, "at": at}
+            if values in found:  # after the ramp: nothing more was measured, and nothing spent
+                self.records.append(where | found[values] | {"seconds": 0.0})
+                continue
+            found[values] = self._measured(pl_module, batch, before, values, step_size)
+            self.records.append(where | found[values])
+
+    def _measured(
+        self, module: CertifiedClassifier, batch: tuple[Tensor, Tensor], before: list[Tensor], values: Values, lr: float
+    ) -> Row:
+        start = time.perf_counter()
+        weights = _weights(module)
+        after = [weight.detach().clone() for weight in weights]
+        with _undone(module) as again:
+
+            def loss_fn() -> Tensor:
+                again()
+                return module.batch_loss(*batch, values)
+
+            try:
+                with torch.no_grad():
+                    for weight, value in zip(weights, before, strict=True):
+                        weight.copy_(value)
+                measures = smoothness(loss_fn, weights, lr, after, self.lengths)
+            finally:
+                with torch.no_grad():
+                    for weight, value in zip(weights, after, strict=True):
+                        weight.copy_(value)
+        settings = {"eps": values.eps, "kappa": values.kappa, "beta": values.beta, "step_size": lr}
+        return record(measures, time.perf_counter() - start, **settings)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the files."""
+        folder = Path(trainer.default_root_dir)
+        if trainer.is_global_zero and self.records:
+            self.trace.save(folder / self.name)
+            save(plot_smoothness({"this run": self.trace}), folder / f"{self.name}.png")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The records so far."""
+        return {"records": self.records}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with them."""
+        self.records = list(state_dict["records"])
+
+
+def _weights(module: CertifiedClassifier) -> list[Tensor]:
+    return [weight for weight in module.model.parameters() if weight.requires_grad]
+
+
+@contextlib.contextmanager
+def _undone(module: CertifiedClassifier) -> Iterator[Any]:
+    """Put back what evaluating the loss changes besides the weights; gives a function that does so in between.
+
+    That makes the loss a function of the weights: the same draws, the same start of every power iteration.
+    """
+    assert module.bounded is not None  # the step that is measured has built the graph
+    buffers = {name: value.detach().clone() for name, value in module.model.named_buffers()}
+    iterations = module.bounded.power_iterations
+    vectors = {name: iteration.u.detach().clone() for name, iteration in iterations.items()}
+
+    @torch.no_grad()
+    def again() -> None:
+        for name, value in module.model.named_buffers():
+            value.copy_(buffers[name])
+        for name, iteration in iterations.items():
+            iteration.load_state_dict({"u": vectors[name]})
+        torch.manual_seed(module.seed)
+
+    with torch.random.fork_rng():
+        try:
+            yield again
+        finally:
+            again()
