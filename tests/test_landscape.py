@@ -7,6 +7,9 @@ import csv
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -292,6 +295,30 @@ def test_a_killed_run_resumes_with_its_records(tmp_path, monkeypatch):
     for row in [*whole, *resumed]:
         del row["seconds"]
     assert whole == resumed
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_first_measures(tmp_path):
+    """And both train as they would have."""
+    pytest.importorskip("lightning", reason="training needs Lightning")
+    for name, every in (("measured", 3), ("plain", 0)):
+        code = (
+            f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+            "from pathlib import Path; import test_landscape\n"
+            f"sys.exit(test_landscape.quick(Path({str(tmp_path / name)!r}), '--trainer.devices', '2', "
+            f"'--trainer.strategy', 'ddp', every={every}))"
+        )
+        (tmp_path / f"{name}.py").write_text(code)  # Lightning starts it anew for the second process
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / f"{name}.py")],
+            env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    measured, plain = weights(tmp_path / "measured"), weights(tmp_path / "plain")
+    assert all(torch.equal(value, plain[name]) for name, value in measured.items())
+    trace = SmoothnessTrace.load(tmp_path / "measured" / "smoothness.json")
+    assert [row["step"] for row in trace.chosen()] == [0, 3, 6, 9]
 
 
 def test_a_batch_norm_keeps_its_statistics():

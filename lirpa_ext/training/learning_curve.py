@@ -62,7 +62,8 @@ def plot_metrics(rows: Sequence[dict[str, Any]]) -> Figure:
     right = upper.twinx()
     right.plot(epochs, [row.get("eps") for row in rows], color=COLORS["orange"], linestyle="--", label="eps")
     right.set(ylabel="eps at the epoch's last step", ylim=(0, None))
-    right.legend(handles=[*upper.lines, *right.lines], loc="center right")
+    handles = [*upper.lines, *right.lines]
+    right.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     for key, label, look in _ACCURACIES:
         points = [(row["epoch"] + 1, 100 * row[key]) for row in rows if key in row]
         if points:
