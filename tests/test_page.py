@@ -242,6 +242,9 @@ def test_what_is_corrupt_is_named_and_the_rest_is_shown(folder, tmp_path):
 def test_nothing_to_show_is_an_error(tmp_path, capsys):
     with pytest.raises(DataError, match="there is no"):
         gather(tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="is no folder"):
+        gather(tmp_path, [tmp_path / "file"])
     with pytest.raises(DataError, match="nothing to show"):
         gather(tmp_path)
     assert main(["report", str(tmp_path)]) == 2 and "nothing to show" in capsys.readouterr().err

@@ -29,6 +29,9 @@ __all__ = ["gather"]
 _ROWS = 24  # of a table; the file has all
 _DEPTH = 3
 _KNOWN = {"learning_curve.png", "report.png"}  # drawn anew from the numbers
+_UNREADABLE = (
+    LirpaExtError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, csv.Error, yaml.YAMLError,
+)  # fmt: skip
 _NAMES = {"test": "Certification, test split", "validate": "Certification, validation samples"}
 
 
@@ -52,6 +55,9 @@ def gather(target: str | Path, others: Sequence[str | Path] = (), title: str = "
     for needed in (path, *folders):
         if not needed.exists():
             raise DataError(f"there is no {needed}: give the folder of a run or of results, or a model file")
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"{folder} is no folder: further results come from folders")
     facts: list[Fact] = []
     broken: list[tuple[Path, str]] = []
     sections: list[Section] = []
