@@ -97,8 +97,8 @@ def test_traces_are_drawn_by_run_and_read_back(tmp_path):
 
 QUICK = [
     "--config", str(ROOT / "configs" / "digits_bcp.yaml"), "--data.limit", "140", "--data.validation", "20",
-    "--data.batch_size", "40", "--data.test_limit", "30", "--model.schedule.warmup", "0.5",
-    "--model.schedule.ramp", "0.5", "--model.evaluation.attack_steps", "0", "--model.loss.name", "crown-ibp",
+    "--data.batch_size", "40", "--data.test_limit", "30", "--model.schedule.warmup", "0.3",
+    "--model.schedule.ramp", "0.3", "--model.evaluation.attack_steps", "0", "--model.loss.name", "crown-ibp",
     "--model.norm", "inf", "--model.eps", "0.02", "--trainer.accelerator", "cpu",
     "--trainer.logger", "false", "--progress", "false",
 ]  # fmt: skip
