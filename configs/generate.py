@@ -3,11 +3,13 @@
     python configs/generate.py
 
 S. Lee's dissertation (2021): Tables 3.2 and B.1 (l2, in configs/), Tables 3.4 and C.2 to C.6 (l-infinity, in
-configs/linf/). A file that stands in several tables is written once, and its first line says which.
+configs/linf/), section 2.2.4 and appendix A (randomized networks, in configs/randomized/). A file that stands in
+several tables is written once, and its first line says which.
 """
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,56 @@ def linf_config(
     return name, whole(model, data | {"batch_size": 32 if loss == "cap" else batch}, epochs)
 
 
+def randomized_configs() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Section 2.2.4, Table A.1 and A.6: the networks of A.1 as RSE and Adv-BNN, without GradDiv and with the best one.
+
+    RSE is trained on clean images, as its authors do; Adv-BNN on PGD's of 10 steps of eps / 4 from the clean image. The
+    source takes the last training images for validation, here they are drawn.
+    """
+    rows: list[tuple[str, dict[str, Any], float, str, dict[str, Any], tuple[str, float], int, int]] = [
+        (
+            "mnist", {"name": "3C2F", "input_shape": IMAGES["mnist"]}, 0.05, "0.3",
+            {"warmup": 3, "ramp": 20, "milestones": [30]}, ("kappa", 1), 60, 5000,
+        ),
+        (
+            "cifar10", {"name": "VGG16", "input_shape": IMAGES["cifar10"]}, 0.1, "8/255",
+            {"warmup": 6, "ramp": 90, "milestones": [80, 140, 180]}, ("dpp", 1), 200, 5000,
+        ),
+        (
+            "stl10", {"name": "6C1F", "input_shape": [3, 96, 96]}, 0.15, "0.03",
+            {"warmup": 6, "ramp": 60, "milestones": [60, 100]}, ("mean", 0.7), 120, 500,
+        ),
+    ]  # fmt: skip
+    configs = {}
+    for images, network, prior_std, eps, table, best, epochs, validation in rows:
+        data = dict(CIFAR) if images == "cifar10" else {"source": f"data/{images}"}
+        for kind in ("rse", "adv-bnn"):
+            for regularizer, weight in ((None, 0), ("kappa", 1) if kind == "rse" else best):
+                if kind == "rse" and weight and images != "cifar10":
+                    continue
+                natural = int(kind == "rse")
+                options = {} if natural else {"options": {"prior_std": prior_std}}
+                decay = {"milestones": table["milestones"], "gamma": 0.1}
+                model = {
+                    "network": network | {"randomized": kind} | options,
+                    "loss": {"name": kind, "attack_steps": 10, "step_size": 0.25}
+                    | ({"graddiv": regularizer, "graddiv_draws": 3} if weight else {}),
+                    "norm": ".inf",
+                    "eps": _number(eps),
+                    "schedule": {
+                        "warmup": table["warmup"], "ramp": table["ramp"], "eps_start": float(Fraction(eps)),
+                        "kappa": [natural, natural], "graddiv": [0, weight],
+                    },
+                    "optimizer": {"name": "adam", "lr": 0.001, "decay": decay},
+                    "evaluation": {"final_attack_steps": 20},
+                }  # fmt: skip
+                name = f"{images}_{kind}" + ("_graddiv" if weight else "")
+                what = kind + (f" with GradDiv-{regularizer}, lambda {weight}" if weight else "")
+                content = whole(model, data | {"batch_size": 128, "validation": validation}, epochs)
+                configs[name] = f"2.2.4, Table A.1: {images}, l-infinity {eps}, {what}", content
+    return configs
+
+
 def _usual(test: str) -> str:
     return f"{min(0.4, float(test) + 0.1):.1f}"
 
@@ -175,7 +227,8 @@ def whole(model: dict[str, Any], data: dict[str, Any], epochs: int) -> dict[str,
 def texts() -> dict[Path, str]:
     """Every file and its content."""
     found = {}
-    for folder, configs in ((HERE, l2_configs()), (HERE / "linf", linf_configs())):
+    folders = ((HERE, l2_configs()), (HERE / "linf", linf_configs()), (HERE / "randomized", randomized_configs()))
+    for folder, configs in folders:
         for name, (title, config) in configs.items():
             body = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=110)
             found[folder / f"{name}.yaml"] = f"# {title}\n{body.replace(chr(39) + '.inf' + chr(39), '.inf')}"

@@ -38,32 +38,40 @@ def add_analyze(parser: argparse.ArgumentParser) -> None:
         targets = "folders" if analysis.of_folders else "model files, or folders of lirpa-ext fit"
         command.add_argument("targets", nargs="+", metavar="FOLDER" if analysis.of_folders else "MODEL", help=targets)
         if not analysis.of_folders:
-            _add_settings(command)
+            add_settings(command)
+            task = command.add_argument_group("methods")
+            task.add_argument("--methods", nargs="+", metavar="METHOD", help="bounds to compare")
+            task.add_argument(
+                "--option", action="append", default=[], metavar="METHOD.KEY=VALUE", help="of one; repeatable"
+            )
         analysis.add_arguments(command)
         command.add_argument("--out", type=Path, metavar="DIR", help="for NAME.json, .csv and .png")
 
 
-def _add_settings(command: argparse.ArgumentParser) -> None:
+def add_settings(command: argparse.ArgumentParser) -> None:
+    """The arguments of a `Task` on models: how to read them, which data, which ball."""
     add_model(command)
     data = add_data(command)
     data.add_argument("--data", help=f"default that of the run; {SOURCES}")
     data.add_argument("--data-range", type=numbers, metavar="LO,HI", help=f"default that of the run, else {DATA_RANGE}")
-    task = command.add_argument_group("analysis")
+    task = command.add_argument_group("ball")
     task.add_argument("--norm", type=float, help="1 to inf, default that of the run, else 2")
     task.add_argument("--eps", type=numbers, help="in units of the raw input, default that of the run")
-    task.add_argument("--methods", nargs="+", metavar="METHOD", help="bounds to compare")
-    task.add_argument("--option", action="append", default=[], metavar="METHOD.KEY=VALUE", help="of one; repeatable")
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
-    result, drawn = ANALYSES[arguments.analysis].run(Task(arguments))
+    tell(arguments.analysis, *ANALYSES[arguments.analysis].run(Task(arguments)), arguments.out)
+    return 0
+
+
+def tell(name: str, result: Result, drawn: Figure, out: Path | None) -> None:
+    """Print a result, and write numbers and picture into a folder if one is given."""
     print(result.table())
     print(result.summary())
-    if arguments.out:
-        result.save(arguments.out / arguments.analysis)
-        save(drawn, arguments.out / f"{arguments.analysis}.png")
-        print(f"written to {arguments.out}")
-    return 0
+    if out:
+        result.save(out / name)
+        save(drawn, out / f"{name}.png")
+        print(f"written to {out}")
 
 
 # --- the table ---

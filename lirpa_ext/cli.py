@@ -14,6 +14,7 @@ from .errors import LirpaExtError
 from .fit_cli import add_training
 from .inspect_cli import add_inspect
 from .report_cli import add_report
+from .study_cli import add_study
 from .verify_cli import add_verify
 
 
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True)
     add_certify(commands.add_parser("certify", help="certify a model on a data set"))
     add_inspect(commands.add_parser("inspect", help="what is in an ONNX file, and which methods can bound it"))
+    add_study(commands.add_parser("study", help="study randomized models: gradients, attacks, transfer"))
     add_verify(commands.add_parser("verify", help="verify a VNN-LIB property of an ONNX network"))
     add_training(commands)
     add_analyze(commands.add_parser("analyze", help="look at tightness and activity: numbers and pictures"))

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lirpa_ext import PerturbationLpNorm
-from lirpa_ext.attacks import LOSSES, PGD, Attack, Target
-from lirpa_ext.errors import InvalidInputError
+from lirpa_ext.attacks import EOT, FGM, FGSM, LOSSES, PGD, TARGETED_LOSSES, Attack, AutoAttack, Target
+from lirpa_ext.errors import ConfigError, InvalidInputError
 from lirpa_ext.specifications import check_labels, margin_rows, margins
 
 NORMS = [2.0, math.inf, 3.0]
@@ -34,6 +34,154 @@ def assert_inside(points, x, perturbation):
     if perturbation.range_lower is not None:
         assert points.min() >= perturbation.range_lower
         assert points.max() <= perturbation.range_upper
+
+
+# Every attack there is: a new one is added here.
+ATTACKS = {
+    "fgsm": FGSM,
+    "fgm": FGM,
+    "pgd": lambda: PGD(8),
+    "pgd-restarts": lambda: PGD(5, restarts=3, step_size=0.7, loss="dlr"),
+    "eot-fgsm": lambda: EOT(FGSM(), 4),
+    "eot-pgd": lambda: EOT(PGD(5), 3, keep="final"),
+    "autoattack-rand": lambda: AutoAttack("rand"),
+    "autoattack": AutoAttack,
+}
+
+
+def make(name):
+    if name.startswith("autoattack"):
+        pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
+    return ATTACKS[name]()
+
+
+# AutoAttack refuses l3, works in float32 and takes seconds: once for each of its versions and norms is enough.
+COMBINATIONS = [
+    (name, norm, dtype)
+    for name in ATTACKS
+    for norm in NORMS
+    for dtype in (torch.float32, torch.float64)
+    if not name.startswith("autoattack") or (norm == math.inf and dtype == torch.float32)
+] + [("autoattack-rand", 2.0, torch.float64)]
+
+
+@pytest.mark.parametrize(("name", "norm", "dtype"), COMBINATIONS)
+def test_every_attack_stays_in_ball_and_range(name, norm, dtype):
+    """To 1e-6, for each sample's own eps, and no point is worse than the clean one."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(25, 12), nn.ReLU(), nn.Linear(12, 5)).to(dtype).eval()
+    x = 2 * torch.rand(4, 1, 5, 5, dtype=dtype) - 1
+    y = model(x).argmax(1)
+    eps = torch.tensor([0.0, 0.05, 0.5, 0.5], dtype=dtype)
+    found = make(name)(model, x, y, PerturbationLpNorm(eps, norm, -1.0, 1.0))
+    length = torch.linalg.vector_norm((found.inputs - x).double().flatten(1), ord=norm, dim=1)
+    assert (length <= eps + 1e-6).all()
+    assert found.inputs.min() >= -1 and found.inputs.max() <= 1
+    assert found.inputs.dtype == dtype
+    torch.testing.assert_close(found.margins, margins(model(found.inputs), y))
+    if "final" not in repr(make(name)):
+        assert (found.margins <= margins(model(x), y)).all()
+    assert (found.margins[2:] < margins(model(x), y)[2:]).any()
+
+
+@pytest.mark.parametrize("norm", NORMS, ids="l{:g}".format)
+def test_fgsm_is_one_step_of_length_eps(batch, network, norm):
+    """(2.1.3): x + eps times the unit vector of largest inner product with the gradient."""
+    x, y = batch
+    at = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(network(at), y, reduction="sum"), at)
+    found = EOT(FGSM(), 1, keep="final")(network, x, y, PerturbationLpNorm(0.2, norm)).inputs
+    if norm == math.inf:
+        torch.testing.assert_close(found, x + 0.2 * gradient.sign(), rtol=0, atol=1e-12)
+    if norm == 2:
+        unit = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        torch.testing.assert_close(found, x + 0.2 * unit, rtol=0, atol=1e-12)
+    dual = 1.0 if norm == math.inf else norm / (norm - 1)
+    product = ((found - x) * gradient).flatten(1).sum(1)
+    torch.testing.assert_close(product, 0.2 * torch.linalg.vector_norm(gradient.flatten(1), ord=dual, dim=1))
+
+
+@pytest.mark.parametrize("loss", TARGETED_LOSSES)
+def test_a_targeted_attack_makes_the_model_say_its_target(batch, loss):
+    torch.manual_seed(5)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 5)).double()
+    x = batch[0]
+    y = network(x).argmax(1)
+    targets = (y + torch.arange(1, 7) % 4 + 1) % 5
+    found = PGD(60, restarts=5, loss=loss)(network, x, y, PerturbationLpNorm(20.0, 2), targets=targets)
+    assert (network(found.inputs).argmax(1) == targets).all()
+    torch.testing.assert_close(found.margins, -margins(network(found.inputs), targets))
+    assert (found.margins < 0).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_grow_with_success_and_have_gradients(loss):
+    y, targets = torch.tensor([0, 1]), torch.tensor([2, 0])
+    logits = torch.tensor([[2.0, 1.0, 0.5, 0.0], [0.0, 2.0, 1.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: LOSSES[loss](z, y), logits)
+    assert torch.autograd.gradcheck(lambda z: TARGETED_LOSSES[loss](z, y, targets), logits)
+    wrong = torch.tensor([[0.0, 1.0, 2.0, 0.5], [2.0, 0.0, 1.0, -1.0]], dtype=torch.float64)
+    assert (LOSSES[loss](wrong, y) > LOSSES[loss](logits, y)).all()
+    assert (TARGETED_LOSSES[loss](wrong, y, targets) > TARGETED_LOSSES[loss](logits, y, targets)).all()
+
+
+def test_dlr_by_hand_and_without_scale():
+    logits, y = torch.tensor([[4.0, 3.0, 1.0, 0.0]], dtype=torch.float64), torch.tensor([0])
+    torch.testing.assert_close(LOSSES["dlr"](logits, y).item(), -(4 - 3) / (4 - 1))
+    torch.testing.assert_close(TARGETED_LOSSES["dlr"](logits, y, torch.tensor([2])).item(), -(4 - 1) / (4 - 0.5))
+    torch.testing.assert_close(LOSSES["dlr"](1000 * logits, y), LOSSES["dlr"](logits, y))
+    assert LOSSES["dlr"](torch.zeros(1, 4), y).item() == 0  # not NaN
+    for table, others in ((LOSSES, ()), (TARGETED_LOSSES, (torch.tensor([1]),))):
+        with pytest.raises(InvalidInputError, match="classes"):
+            table["dlr"](logits[:, :2], y, *others)
+
+
+def test_what_autoattack_returns_is_checked(batch, monkeypatch, caplog):
+    """A point outside of ball and range is brought back inside, and said so."""
+    import lirpa_ext.attacks.autoattack as ours
+
+    class Careless:
+        def __init__(self, model, **options):
+            self.apgd_targeted = self.fab = type("", (), {})()
+
+        def run_standard_evaluation(self, unit, y, batch_size):
+            return unit + 0.5, y
+
+    monkeypatch.setattr(ours, "_pyautoattack", lambda: type("", (), {"AutoAttack": Careless}))
+    torch.manual_seed(5)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 5)).double()
+    for norm in (2, math.inf):
+        perturbation = PerturbationLpNorm(0.1, norm, 0.0, 1.0)
+        found = AutoAttack("rand")(network, batch[0], batch[1], perturbation)
+        assert_inside(found.inputs, batch[0], perturbation)
+        assert "left the set of 6 samples" in caplog.text
+
+
+def test_without_pyautoattack_the_error_has_the_command(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyautoattack", None)
+    with pytest.raises(ConfigError, match="pip install pyautoattack"):
+        AutoAttack()
+
+
+def test_autoattack_refuses_what_it_cannot_attack(batch, network):
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
+    x, y = batch
+    torch.manual_seed(5)
+    five = nn.Sequential(nn.Flatten(), nn.Linear(16, 5)).double()
+    ball = PerturbationLpNorm(0.1, 2, 0.0, 1.0)
+    for version, model, perturbation, message in (
+        ("rand", five, PerturbationLpNorm(0.1, 3, 0.0, 1.0), "norm 2 and inf"),
+        ("rand", five, PerturbationLpNorm(0.1, 2), "data range"),
+        ("standard", five, ball, "5 pixels"),
+        ("rand", nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).double(), ball, "3 classes"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            AutoAttack(version)(model, x, y.clamp(max=1), perturbation)
+    with pytest.raises(InvalidInputError, match="untargeted"):
+        AutoAttack("rand")(five, x, y, ball, targets=y + 1)
+    for options in ({"version": "plus"}, {"batch_size": 0}):
+        with pytest.raises(InvalidInputError):
+            AutoAttack(**options)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -127,6 +275,11 @@ def test_bad_input(batch, network):
         PGD()(network, x, y + 5, ball)
     with pytest.raises(InvalidInputError, match="classifier"):
         PGD()(nn.Identity(), x, y, ball)
+    for targets in (y, y + 5, y[:2]):
+        with pytest.raises(InvalidInputError):
+            PGD()(network, x, y, ball, targets=targets)
+    with pytest.raises(InvalidInputError, match="unknown loss"):
+        FGSM("hinge")
     for options in ({"steps": 0}, {"restarts": 0}, {"step_size": -1.0}, {"step_size": math.nan}, {"loss": "hinge"}):
         with pytest.raises(InvalidInputError):
             PGD(**options)

@@ -18,10 +18,10 @@ from .plots import save
 from .results import Row
 from .traces import ActivityTrace, LipschitzTrace, Trace, activity_record, lipschitz_records
 
-__all__ = ["LipschitzConstants", "ReluActivity"]
+__all__ = ["EveryEpoch", "LipschitzConstants", "ReluActivity"]
 
 
-class _EveryEpoch(Callback):
+class EveryEpoch(Callback):
     """Records before the first epoch and after each; what it records is in the checkpoints, so a resumed run goes on.
 
     Training goes on as if nothing had been recorded: a copy of the network is measured, in eval mode and on the CPU,
@@ -93,7 +93,7 @@ class _EveryEpoch(Callback):
         self.records = list(state_dict["records"])
 
 
-class LipschitzConstants(_EveryEpoch):
+class LipschitzConstants(EveryEpoch):
     """Records bounds on the spectral norms of all layers after each epoch: ``lipschitz.json``, ``.csv`` and ``.png``.
 
     In a configuration::
@@ -112,7 +112,7 @@ class LipschitzConstants(_EveryEpoch):
         return lipschitz_records(model, x)
 
 
-class ReluActivity(_EveryEpoch):
+class ReluActivity(EveryEpoch):
     """Records ReLU activity at the scheduled eps after each epoch: ``activity.json``, ``.csv`` and ``.png``.
 
     On the first samples of the epoch's last batch; lower slopes are those of the loss's own bound, if it has any.

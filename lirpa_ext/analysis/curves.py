@@ -183,10 +183,10 @@ class TradeOff(Result):
 
     def summary(self) -> str:
         """The most verified run of each loss."""
-        best = [max((r for r in self.runs if r["loss"] == loss), key=lambda r: r["verified"]) for loss in self.losses()]
+        best = [max((r for r in self.runs if r["loss"] == loss), key=_lowest) for loss in self.losses()]
         told = "; ".join(
             f"{row['loss']} trained at eps {row['eps']}: {100 * row['clean']:.1f}% clean, "
-            f"{100 * row['verified']:.1f}% verified"
+            f"{100 * _lowest(row):.1f}% {'under PGD' if row['verified'] is None else 'verified'}"
             for row in best
         )
         return f"Standard against robust accuracy of {len(self.runs)} runs. Most verified of each loss: {told}."
@@ -217,14 +217,22 @@ def read_trade_off(folder: str | Path) -> TradeOff:
     return TradeOff(runs)
 
 
+def _lowest(row: Row) -> float:
+    """Verified accuracy; of a randomized network, of which nothing is verified, PGD's."""
+    return float(row["pgd"] if row["verified"] is None else row["verified"])
+
+
 def plot_trade_off(result: TradeOff, axes: Axes) -> None:
-    """Standard accuracy against verified accuracy, with a segment up to PGD's, one line a loss (Fig. B.4)."""
+    """Standard accuracy against verified accuracy, with a segment up to PGD's, one line a loss (Fig. B.4).
+
+    Of a randomized network, of which nothing is verified, PGD's alone.
+    """
     for number, loss in enumerate(result.losses()):
         chosen = sorted((row for row in result.runs if row["loss"] == loss), key=lambda row: row["clean"])
         shown = style(number) | {"linestyle": ":"}
-        axes.plot([100 * r["clean"] for r in chosen], [100 * r["verified"] for r in chosen], label=loss, **shown)
+        axes.plot([100 * r["clean"] for r in chosen], [100 * _lowest(r) for r in chosen], label=loss, **shown)
         for row in chosen:
-            if row["pgd"] is not None:
+            if row["pgd"] is not None and row["verified"] is not None:
                 axes.plot([100 * row["clean"]] * 2, [100 * row["verified"], 100 * row["pgd"]], color=shown["color"])
     axes.set(xlabel="standard accuracy, %", ylabel="robust accuracy, %: from verified to PGD")
     axes.legend(fontsize="small")

@@ -102,8 +102,8 @@ class Smoothness(Callback):
             return
         step, scheduled, before = self._start
         self._start = None
-        schedule = pl_module.schedule
-        target = Values(pl_module.eps, schedule.kappa[1], schedule.beta[1])
+        schedule, per_epoch = pl_module.schedule, pl_module.steps_per_epoch
+        target = schedule.at(sum(schedule.steps(per_epoch)), per_epoch, pl_module.eps)
         wanted = {"scheduled": scheduled} | ({"target": target} if self.target else {})
         step_size = float(trainer.optimizers[0].param_groups[0]["lr"])
         found: dict[Values, Row] = {}
@@ -165,9 +165,8 @@ def _undone(module: CertifiedClassifier) -> Iterator[Any]:
 
     That makes the loss a function of the weights: the same draws, the same start of every power iteration.
     """
-    assert module.bounded is not None  # the step that is measured has built the graph
     buffers = {name: value.detach().clone() for name, value in module.model.named_buffers()}
-    iterations = module.bounded.power_iterations
+    iterations = {} if module.bounded is None else module.bounded.power_iterations  # a randomized one has no graph
     vectors = {name: iteration.u.detach().clone() for name, iteration in iterations.items()}
 
     @torch.no_grad()

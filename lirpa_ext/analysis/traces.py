@@ -70,9 +70,7 @@ class Trace(Result):
             path = Path(folder) / f"{cls.NAME}.json"
             content = read_result(path) if path.is_file() else None
             if content is None or content["analysis"] != cls.__name__:
-                raise ResultsError(
-                    f"{path} is no {cls.__name__}: train with lirpa_ext.analysis.{cls.CALLBACK} among trainer.callbacks"
-                )
+                raise ResultsError(f"{path} is no {cls.__name__}: train with {cls.CALLBACK} among trainer.callbacks")
             records += [row | {"run": name} for row in content["rows"]]
         return cls(tuple(records))
 
@@ -123,7 +121,7 @@ class LipschitzTrace(Trace):
     """
 
     NAME = "lipschitz"
-    CALLBACK = "LipschitzConstants"
+    CALLBACK = "lirpa_ext.analysis.LipschitzConstants"
     PANELS: ClassVar[dict[str, str]] = {
         PRODUCT: "Lipschitz constant, product of all layers", BEFORE_LAST: "product of all layers but the last",
     }  # fmt: skip
@@ -159,7 +157,7 @@ class ActivityTrace(Trace):
     """
 
     NAME = "activity"
-    CALLBACK = "ReluActivity"
+    CALLBACK = "lirpa_ext.analysis.ReluActivity"
     PANELS: ClassVar[dict[str, str]] = {
         "active": "active ReLUs, %", "unstable": "unstable ReLUs, %", "dead": "dead ReLUs, %",
         "chord": "mean chord of unstable ReLUs", "nonzero": "non-zero lower slopes, %",

@@ -1,22 +1,24 @@
-"""Networks by the names of the source (B.3.3, C.1), for images of any size and any number of classes.
+"""Networks by the names of the source (A.1, B.3.3, C.1), for images of any size and any number of classes.
 
 S. Lee's dissertation (2021); 4C3F is E. Wong et al.'s (2018), Small, Medium and Large are S. Gowal et al.'s (2018).
-Each is a plain torch module, with the per-channel normalization inside: eps is in units of the raw image.
+Each is a plain torch module, with the per-channel normalization inside: eps is in units of the raw image. Those of A.1
+are named here as the others are: 3C2F (MNIST), VGG16 (CIFAR-10) and 6C1F (STL-10).
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, InvalidInputError
 from ..preprocessing import Normalization
+from ..randomized import make_adv_bnn, make_rse
 
 __all__ = ["ARCHITECTURES", "Network", "Residual", "build", "named_network"]
 
@@ -43,7 +45,31 @@ _PLAIN: dict[str, tuple[list[Conv], list[int]]] = {
     "2C2F": ([(16, 4, 2, 1), (32, 4, 2, 1)], [100]),
 }  # fmt: skip
 
-ARCHITECTURES = (*_PLAIN, "WRN")
+# name -> (activation, batch norm after convolutions, convolutions and poolings, widths of the hidden dense layers).
+# MP and AP halve the sides. The source says "VGG-16" alone: this is the usual one for CIFAR-10, K. Simonyan and
+# A. Zisserman's (2015) convolutions with batch norm and one dense layer, as in the official code of Adv-BNN.
+_POOLED: dict[str, tuple[type[nn.Module], bool, list[Conv | str], list[int]]] = {
+    "3C2F": (nn.LeakyReLU, False, [(32, 3, 1, 1), (64, 3, 1, 1), "MP", (128, 3, 1, 1), "MP"], [1024]),
+    "VGG16": (
+        nn.ReLU, True,
+        [(width, 3, 1, 1) if width else "MP" for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0,
+                                                            512, 512, 512, 0)],
+        [],
+    ),
+    "6C1F": (
+        nn.ReLU, True,
+        [(32, 3, 1, 1), "MP", (64, 3, 1, 1), "MP", (128, 3, 1, 1), "MP", (256, 3, 1, 1), "MP", (256, 3, 1, 0),
+         (512, 3, 1, 0), "AP"],
+        [],
+    ),
+    # 3C2F at a quarter of its channels and an eighth of its dense width, for runs on one CPU core.
+    "3C2F/4": (nn.LeakyReLU, False, [(8, 3, 1, 1), (16, 3, 1, 1), "MP", (32, 3, 1, 1), "MP"], [128]),
+}  # fmt: skip
+
+ARCHITECTURES = (*_PLAIN, *_POOLED, "WRN")
+
+RANDOMIZED: dict[str, Callable[..., nn.Module]] = {"adv-bnn": make_adv_bnn, "rse": make_rse}
+"""How a network becomes a randomized one."""
 
 
 @dataclass
@@ -56,6 +82,8 @@ class Network:
         classes: Number of classes, default 10.
         mean: Per-channel mean, subtracted inside of the network; default none.
         std: Per-channel standard deviation, likewise.
+        randomized: "adv-bnn" or "rse" (`RANDOMIZED`), default "": not.
+        options: Of `lirpa_ext.randomized.make_adv_bnn` or `make_rse`, such as ``{prior_std: 0.05}``.
     """
 
     name: str
@@ -63,6 +91,8 @@ class Network:
     classes: int = 10
     mean: list[float] | None = None
     std: list[float] | None = None
+    randomized: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def build(network: Network) -> nn.Module:
@@ -78,6 +108,8 @@ def build(network: Network) -> nn.Module:
         raise ConfigError(f"network.classes must be 2 or more, got {network.classes}")
     if network.name in _PLAIN:
         body: nn.Module = _plain_net(*_PLAIN[network.name], shape, network.classes)
+    elif network.name in _POOLED:
+        body = _pooled_net(*_POOLED[network.name], shape, network.classes)
     elif network.name == "WRN":
         body = _wide_residual(shape, network.classes)
     elif ":" in network.name:
@@ -106,7 +138,20 @@ def build(network: Network) -> nn.Module:
             f"network {network.name!r} gives outputs of shape {tuple(logits.shape)} for one image, not "
             f"(1, {network.classes}): set network.classes"
         )
-    return body.train()
+    return _randomized(body, network).train()
+
+
+def _randomized(body: nn.Module, network: Network) -> nn.Module:
+    if not network.randomized:
+        if network.options:
+            raise ConfigError(f"network.options are of network.randomized, which is not set: {network.options}")
+        return body
+    if network.randomized not in RANDOMIZED:
+        raise ConfigError(f"unknown network.randomized {network.randomized!r}: known are {', '.join(RANDOMIZED)}")
+    try:
+        return RANDOMIZED[network.randomized](body, **network.options)
+    except (TypeError, InvalidInputError) as error:
+        raise ConfigError(f"network.randomized {network.randomized!r}: {error}") from error
 
 
 def named_network(**network: Any) -> nn.Module:
@@ -135,6 +180,36 @@ def _plain_net(convolutions: Sequence[Conv], widths: Sequence[int], shape: Seque
         layers += [nn.Linear(features, width), nn.ReLU()]
         features = width
     return nn.Sequential(*layers, nn.Linear(features, classes))
+
+
+def _pooled_net(
+    activation: type[nn.Module],
+    batch_norm: bool,
+    layout: Sequence[Conv | str],
+    widths: Sequence[int],
+    shape: Sequence[int],
+    classes: int,
+) -> nn.Module:
+    layers: list[nn.Module] = []
+    channels = shape[0]
+    for part in layout:
+        if isinstance(part, str):
+            layers.append({"MP": nn.MaxPool2d, "AP": nn.AvgPool2d}[part](2))
+            continue
+        out, kernel, stride, padding = part
+        norm = [nn.BatchNorm2d(out)] if batch_norm else []
+        layers += [nn.Conv2d(channels, out, kernel, stride, padding), *norm, activation()]
+        channels = out
+    body = nn.Sequential(*layers, nn.Flatten())
+    try:
+        with torch.no_grad():
+            features = body.eval()(torch.zeros(1, *shape)).shape[1]
+    except RuntimeError as error:  # an image smaller than a kernel
+        raise ConfigError(f"an image of shape {list(shape)} is too small for this network: {error}") from error
+    for width in widths:
+        body.extend([nn.Linear(features, width), activation()])
+        features = width
+    return body.append(nn.Linear(features, classes))
 
 
 class Residual(nn.Module):

@@ -12,6 +12,26 @@ import yaml
 __all__ = ["write_card"]
 
 
+_CERTIFIED = [
+    "Verified: the margin has a positive lower bound over the whole ball (sound norms, float64).",
+    "PGD is an attack: the robust accuracy lies between the two.",
+    "",
+    "## Limits",
+    "",
+    "Certificates hold for the norm and the eps of the table, for inputs like those of the data set, and for the",
+    "network in `model.pt` and `model.onnx` computed in the precision that was certified. They say nothing of",
+    "other perturbations.",
+]
+_RANDOMIZED = [
+    "The network draws its weights or noise anew at every call. Accuracies are those of an ensemble of draws that the",
+    "attack (PGD: EOT-PGD here) has not seen.",
+    "",
+    "## Limits",
+    "",
+    "Nothing is verified: a stronger attack may find more. There is no ONNX file, which would hold one draw for ever.",
+]
+
+
 def write_card(folder: Path) -> None:
     """Write ``README.md`` from the other files of a run's folder.
 
@@ -22,12 +42,14 @@ def write_card(folder: Path) -> None:
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     model, data = config["model"], config["data"]
     network, loss = model["network"], model["loss"]
+    randomized = network.get("randomized", "")
     ran = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     lines = [
         f"# {network['name']} trained with the {loss['name']} loss, l{float(model['norm']):g} eps {model['eps']}",
         "",
         f"* Network: {network['name']}, images of shape {network['input_shape']}, {network['classes']} classes; "
-        f"normalization inside: mean {network['mean']}, std {network['std']}.",
+        f"normalization inside: mean {network['mean']}, std {network['std']}."
+        + (f" Randomized: {randomized}, {_compact(network['options'])}." if randomized else ""),
         f"* Data: {_described(data)}. Pixels in {model['data_range']}; eps is in these units.",
         f"* Loss: {_compact(loss)}; schedule (epochs): {_compact(model['schedule'])}.",
         f"* Optimizer: {_compact(model['optimizer'])}; {config['trainer']['max_epochs']} epochs.",
@@ -54,17 +76,7 @@ def write_card(folder: Path) -> None:
             f"| validation, after epoch {int(best['epoch']) + 1} (the checkpoint's choice: optimistic) | | "
             f"{_percent(best['val_clean'])} | {_percent(best['val_pgd'])} | {_percent(best['val_verified'])} | |"
         )
-    lines += [
-        "",
-        "Verified: the margin has a positive lower bound over the whole ball (sound norms, float64).",
-        "PGD is an attack: the robust accuracy lies between the two.",
-        "",
-        "## Limits",
-        "",
-        "Certificates hold for the norm and the eps of the table, for inputs like those of the data set, and for the",
-        "network in `model.pt` and `model.onnx` computed in the precision that was certified. They say nothing of",
-        "other perturbations.",
-    ]
+    lines += ["", *(_RANDOMIZED if randomized else _CERTIFIED)]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -74,8 +86,13 @@ def best_row(folder: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
     with path.open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["ramp_done"] == "True" and row["val_verified"]]
-    return max(rows, key=lambda row: (float(row["val_verified"]), float(row["val_clean"])), default=None)
+        rows = [row for row in csv.DictReader(file) if row["ramp_done"] == "True" and judged(row)]
+    return max(rows, key=lambda row: (float(judged(row)), float(row["val_clean"])), default=None)
+
+
+def judged(row: dict[str, str]) -> str:
+    """What a checkpoint is chosen by: the verified samples, or, where nothing is verified, those PGD left."""
+    return row["val_verified"] or row["val_pgd"]
 
 
 def _described(data: dict[str, Any]) -> str:

@@ -14,9 +14,11 @@ from ..attacks import PGD
 from ..certifier import Certifier
 from ..errors import ConfigError
 from ..module import BoundedModule
+from ..perturbation import PerturbationLpNorm
 from .architectures import Network, build
 from .batchnorm import differs_in_training, fixed_statistics, population_statistics, recorded_statistics
 from .objectives import Loss, Step, step_loss
+from .randomized import check_randomized, ensemble_report, randomized_loss
 from .schedules import Decay, Schedule, Values
 
 __all__ = ["CertifiedClassifier", "Evaluation", "Optimizer", "number"]
@@ -72,6 +74,10 @@ class Evaluation:
         options: Options of that method.
         attack_steps: Steps of PGD after each epoch of training, default 10; 0 for none.
         final_attack_steps: Steps of PGD of the commands, default 100, as in the source.
+        draws: Networks of the ensemble that a randomized network predicts by, default 20.
+        attack_draws: Networks of which EOT-PGD averages the gradients after each epoch, default 5.
+        final_attack_draws: The same in the commands, default 20.
+        step_size: Of EOT-PGD, as a fraction of eps; default 1/4, as in the source.
     """
 
     eps: float | str | None = None
@@ -79,6 +85,10 @@ class Evaluation:
     options: dict[str, Any] = field(default_factory=dict)
     attack_steps: int = 10
     final_attack_steps: int = 100
+    draws: int = 20
+    attack_draws: int = 5
+    final_attack_draws: int = 20
+    step_size: float = 0.25
 
 
 class CertifiedClassifier(LightningModule):
@@ -131,10 +141,11 @@ class CertifiedClassifier(LightningModule):
         self.loss.check()
         self.schedule.check(self.eps, None)
         self.optimizer_config.check()
+        check_randomized(network, loss, schedule, evaluation)
         if loss.fused and list(self.schedule.beta) != [1.0, 1.0]:
             raise ConfigError("loss.fused bounds the loss itself, which beta cannot mix: set schedule.beta to [1, 1]")
         if loss.objective.attack and self.norm == 1:
-            raise ConfigError("loss pgd attacks lp balls with p > 1 only: set model.norm")
+            raise ConfigError(f"loss {loss.name} attacks lp balls with p > 1 only: set model.norm")
         self.seed = seed
         self.model = build(network)
         _initialize(self.model, initialization)
@@ -203,11 +214,20 @@ class CertifiedClassifier(LightningModule):
         Returns:
             Mean over the batch, 0-dim.
         """
+        if self.randomized:
+            ball = PerturbationLpNorm(values.eps, self.norm, *self.data_range)
+            samples = self.trainer.num_training_batches * len(x) * self.trainer.world_size
+            return randomized_loss(self.loss, self.model, x, y, ball, values, int(samples))
         bounded = self._graph(x)
         with recorded_statistics(self.model) as statistics:
             logits = self.model(x) if differs_in_training(self.model) else None
         with fixed_statistics(statistics):
             return step_loss(self.loss, Step(bounded, x, y, logits, values, self.norm, *self.data_range))
+
+    @property
+    def randomized(self) -> bool:
+        """Whether the network draws at every call: there is nothing to bound then, and an ensemble to attack."""
+        return bool(self.network.randomized)
 
     def _graph(self, x: Tensor) -> BoundedModule:
         """The graph for inputs of this shape, built before anything is computed of the weights that it touches."""
@@ -241,6 +261,7 @@ class CertifiedClassifier(LightningModule):
         values = self.schedule.at(self.global_step - 1, self.steps_per_epoch, self.eps)
         self.log_dict(
             {"loss": total / max(count, 1), "eps": values.eps, "kappa": values.kappa, "beta": values.beta}
+            | ({"graddiv": values.graddiv} if self.randomized else {})
             | {"lr": self.optimizers().param_groups[0]["lr"]},  # type: ignore[union-attr]
             rank_zero_only=False,
         )
@@ -271,6 +292,8 @@ class CertifiedClassifier(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Copy the network as it is now, in float64."""
         self._counts = torch.zeros(4)
+        if self.randomized:
+            return
         self._certifier = Certifier(
             self.model, self.verifier, self.verifier_options(), self.norm, self.data_range,
             torch.float64, None,
@@ -278,8 +301,13 @@ class CertifiedClassifier(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count what is classified, attacked and certified; bounds are sound, in float64, with sound norms."""
-        assert self._certifier is not None
         x, y = batch
+        if self.randomized:
+            with torch.inference_mode(False):
+                (row,) = ensemble_report(self, (x.clone(), y.clone()), final=False, seed=batch_idx).summary
+            self._counts += torch.tensor([1.0, row["clean"], row["pgd"], 0.0]) * len(x)
+            return
+        assert self._certifier is not None
         attack = PGD(self.evaluation.attack_steps) if self._attacks else None
         with torch.inference_mode(False), torch.enable_grad():
             x = self._certifier.place(x.clone())
@@ -293,10 +321,11 @@ class CertifiedClassifier(LightningModule):
         """Report fractions of all samples."""
         self._certifier = None
         total, *counts = self._reduced(self._counts).tolist()
-        names = ("val_clean", "val_pgd", "val_verified")
-        found = {name: count / max(total, 1) for name, count in zip(names, counts, strict=True)}
+        found = dict(zip(("val_clean", "val_pgd", "val_verified"), (c / max(total, 1) for c in counts), strict=True))
         if not self._attacks:
             del found["val_pgd"]
+        if self.randomized:
+            del found["val_verified"]
         self.log_dict(found)
 
     @property

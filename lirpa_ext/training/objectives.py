@@ -19,6 +19,7 @@ from ..losses import certified_loss, clean_and_worst_logits, fused_cross_entropy
 from ..methods import check_options, find_method
 from ..module import BoundedModule
 from ..perturbation import PerturbationLpNorm
+from ..randomized import REGULARIZERS
 from .schedules import Values
 
 __all__ = ["OBJECTIVES", "Loss", "Objective", "Step", "register_objective", "step_loss"]
@@ -35,6 +36,7 @@ class Objective:
         estimate: Whether training takes estimated norms.
         mixes: Whether beta mixes the bound with IBP's.
         attack: Train on the points of a PGD attack in place of a bound.
+        randomized: The network that it trains, an entry of `RANDOMIZED`; "" for a deterministic one.
     """
 
     method: str = ""
@@ -42,6 +44,7 @@ class Objective:
     estimate: bool = False
     mixes: bool = False
     attack: bool = False
+    randomized: str = ""
 
     def verifier(self, norm: float) -> str:
         """Method that verifies, for the norm of the ball."""
@@ -58,6 +61,8 @@ OBJECTIVES: dict[str, Objective] = {
     "cap-ibp": Objective("slope:cap", "slope:cap", mixes=True),
     "cap": Objective("cap"),
     "sparse-slope": Objective("sparse-slope", "sparse-slope", mixes=True),
+    "adv-bnn": Objective(attack=True, randomized="adv-bnn"),
+    "rse": Objective(attack=True, randomized="rse"),
 }
 
 
@@ -82,7 +87,13 @@ class Loss:
         fused: Bound the loss by one row in place of one a class (`lirpa_ext.fused_cross_entropy`): several times
             cheaper, and looser. Default False.
         stability: Weight of the ReLU stability regularizer (C.13), default 0.
-        attack_steps: Steps of PGD where the loss is "pgd", default 7.
+        attack_steps: Steps of PGD where the loss is "pgd", "adv-bnn" or "rse", default 7.
+        step_size: Of the attack on a randomized network, as a fraction of eps; default 1/4, as in the source.
+        attack_draws: Networks of which that attack averages the gradients, default 1.
+        kl_factor: Weight of the KL divergence in "adv-bnn", default 0.02.
+        graddiv: Regularizer of a randomized network, one of `lirpa_ext.randomized.REGULARIZERS`, default none. Its
+            weight is ``schedule.graddiv``.
+        graddiv_draws: Gradients that it takes, default 3.
     """
 
     name: str
@@ -90,6 +101,11 @@ class Loss:
     fused: bool = False
     stability: float = 0.0
     attack_steps: int = 7
+    step_size: float = 0.25
+    attack_draws: int = 1
+    kl_factor: float = 0.02
+    graddiv: str | None = None
+    graddiv_draws: int = 3
 
     @property
     def objective(self) -> Objective:
@@ -112,6 +128,17 @@ class Loss:
             raise ConfigError(f"loss {self.name!r} cannot be fused: only crown-ibp, cap-ibp and sparse-slope can")
         if not 0 <= self.stability < math.inf or self.attack_steps < 1:
             raise ConfigError("loss.stability must be 0 or more, and loss.attack_steps 1 or more")
+        if not 0 <= self.kl_factor < math.inf or not 0 < self.step_size < math.inf or self.attack_draws < 1:
+            raise ConfigError("loss.kl_factor must be 0 or more, loss.step_size positive, loss.attack_draws 1 or more")
+        if self.graddiv is not None:
+            if not self.objective.randomized:
+                raise ConfigError(f"loss {self.name!r} trains one network, and GradDiv is of draws: use adv-bnn or rse")
+            if self.graddiv not in REGULARIZERS:
+                raise ConfigError(f"unknown loss.graddiv {self.graddiv!r}: known are {', '.join(REGULARIZERS)}")
+            if self.graddiv_draws < 2:
+                raise ConfigError(
+                    f"loss.graddiv_draws must be 2 or more: diversity is of pairs; got {self.graddiv_draws}"
+                )
 
 
 @dataclass(frozen=True)

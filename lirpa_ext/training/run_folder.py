@@ -3,12 +3,12 @@
 ======================  ==============================================================================================
 ``config.yaml``         the whole configuration, with defaults
 ``environment.json``    versions, device, seed
-``metrics.csv``         one row an epoch: loss, eps, kappa, beta, learning rate, seconds, clean, PGD, verified
+``metrics.csv``         one row an epoch: loss, eps, kappa, beta, lambda, learning rate, seconds, clean, PGD, verified
 ``learning_curve.png``  the same as a plot
 ``last.ckpt``           to resume from
 ``best.ckpt``           most verified validation samples since the end of the ramp
 ``model.pt``            the best network, for `lirpa_ext.loading.load_model` and ``lirpa-ext certify``
-``model.onnx``          the same as ONNX, of any batch size
+``model.onnx``          the same as ONNX, of any batch size; not of a randomized network
 ``README.md``           the model card
 ======================  ==============================================================================================
 """
@@ -40,7 +40,7 @@ from .module import CertifiedClassifier
 __all__ = ["Best", "Last", "Metrics", "environment", "export_onnx", "save_network"]
 
 COLUMNS = (
-    "epoch", "step", "loss", "eps", "kappa", "beta", "lr", "seconds", "val_clean", "val_pgd", "val_verified",
+    "epoch", "step", "loss", "eps", "kappa", "beta", "graddiv", "lr", "seconds", "val_clean", "val_pgd", "val_verified",
     "ramp_done",
 )  # fmt: skip
 
@@ -99,6 +99,8 @@ def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
 class Best(Checkpoint):
     """Keeps ``best.ckpt``: most verified validation samples among the epochs after the ramp; a tie goes to more clean.
 
+    Of a randomized network, of which nothing is verified, those that withstand EOT-PGD count.
+
     Args:
         folder: Of the run.
     """
@@ -111,9 +113,10 @@ class Best(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep this epoch's weights if they are the best so far."""
         metrics = trainer.callback_metrics
-        if "val_verified" not in metrics or not getattr(pl_module, "ramp_done", True):
+        judged = next((name for name in ("val_verified", "val_pgd") if name in metrics), None)
+        if judged is None or not getattr(pl_module, "ramp_done", True):
             return
-        score = (float(metrics["val_verified"]), float(metrics["val_clean"]))
+        score = (float(metrics[judged]), float(metrics["val_clean"]))
         if self.score is None or score > self.score:
             self.score, self.epoch = score, trainer.current_epoch
             trainer.save_checkpoint(self.path, weights_only=False)
@@ -174,7 +177,8 @@ def save_network(module: CertifiedClassifier, folder: Path) -> None:
         torch.save(model.state_dict(), folder / "model.pt")
     else:
         save_model(model, folder / "model.pt", "lirpa_ext.training.architectures:named_network", **vars(network))
-    export_onnx(model, network.input_shape, folder / "model.onnx")
+    if not module.randomized:  # a trace would hold one draw for ever
+        export_onnx(model, network.input_shape, folder / "model.onnx")
     write_card(folder)
 
 

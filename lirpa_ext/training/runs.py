@@ -22,6 +22,7 @@ from ..errors import ConfigError, LirpaExtError
 from ..report import Report
 from .card import write_card
 from .module import CertifiedClassifier
+from .randomized import EnsembleReport, ensemble_report
 from .run_folder import Best, Last, Metrics, save_network, write_environment
 
 __all__ = ["evaluate", "fit", "parse", "parser"]
@@ -128,7 +129,7 @@ def fit(config: Namespace) -> CertifiedClassifier:
     return model
 
 
-def evaluate(config: Namespace, command: str) -> Report:
+def evaluate(config: Namespace, command: str) -> Report | EnsembleReport:
     """Certify the run's best network on the validation samples or the test split, and write the report to its folder.
 
     Args:
@@ -136,7 +137,8 @@ def evaluate(config: Namespace, command: str) -> Report:
         command: "validate" or "test".
 
     Returns:
-        The report: clean, PGD and verified accuracy, in float64 with sound norms.
+        The report: clean, PGD and verified accuracy, in float64 with sound norms. Of a randomized network: accuracy of
+        an ensemble, clean and under EOT-PGD.
 
     Raises:
         ConfigError: There is no checkpoint, or it is of another network.
@@ -152,17 +154,22 @@ def evaluate(config: Namespace, command: str) -> Report:
     data.setup(command)
     loader = data.test_dataloader() if command == "test" else data.val_dataloader()
     folder.mkdir(parents=True, exist_ok=True)
-    steps = model.evaluation.final_attack_steps
-    report = certify(
-        model.model.eval(), gather(loader), model.evaluation_eps, model.norm, model.verifier,
-        options=model.verifier_options(), x_L=model.data_range[0], x_U=model.data_range[1],
-        attack_steps=0 if model.norm == 1 else steps, radius=False, progress=config.progress,
-        batch_size=getattr(data, "evaluation_batch", 100),
-    )  # fmt: skip
+    report = _reported(model, loader, getattr(data, "evaluation_batch", 100), config.progress)
     report.to_json(folder / f"{command}.json")
     if all((folder / name).is_file() for name in ("config.yaml", "environment.json")):
         write_card(folder)
     return report
+
+
+def _reported(model: CertifiedClassifier, loader: Any, batch_size: int, progress: bool) -> Report | EnsembleReport:
+    if model.randomized:
+        return ensemble_report(model, gather(loader), final=True)
+    return certify(
+        model.model.eval(), gather(loader), model.evaluation_eps, model.norm, model.verifier,
+        options=model.verifier_options(), x_L=model.data_range[0], x_U=model.data_range[1],
+        attack_steps=0 if model.norm == 1 else model.evaluation.final_attack_steps, radius=False, progress=progress,
+        batch_size=batch_size,
+    )  # fmt: skip
 
 
 def _check_batch(model: CertifiedClassifier, data: LightningDataModule) -> None:

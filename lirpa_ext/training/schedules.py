@@ -1,4 +1,4 @@
-"""What changes from step to step: eps, the loss weights kappa and beta, and the learning rate. Plain numbers only."""
+"""What changes from step to step: eps, the weights in the loss, and the learning rate. Plain numbers only."""
 
 from __future__ import annotations
 
@@ -53,11 +53,13 @@ class Values:
         eps: Radius, in units of the raw input.
         kappa: Weight of the natural loss, in [0, 1]; (3.2.13) has lambda = 1 - kappa.
         beta: Weight of the method's bound against IBP's, in [0, 1].
+        graddiv: Weight of the GradDiv regularizer, lambda in (2.2.20), 0 or more.
     """
 
     eps: float
     kappa: float
     beta: float
+    graddiv: float = 0.0
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Schedule:
         eps_start: eps before the ramp, default 0: natural training.
         kappa: Weight of the natural loss before and after the ramp, default from 1 to 0.
         beta: Weight of the method's bound against IBP's, default from 1 to 1: the method alone.
+        graddiv: Weight of the GradDiv regularizer of a randomized network, default from 0 to 0: none.
     """
 
     warmup: float = 0.0
@@ -77,6 +80,7 @@ class Schedule:
     eps_start: float = 0.0
     kappa: list[float] = field(default_factory=lambda: [1.0, 0.0])
     beta: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    graddiv: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
     def check(self, eps: float, epochs: float | None) -> None:
         """Raise ConfigError unless the schedule makes sense and its ramp ends before training does.
@@ -91,6 +95,8 @@ class Schedule:
         for name, pair in (("kappa", self.kappa), ("beta", self.beta)):
             if len(pair) != 2 or not all(0 <= value <= 1 for value in pair):
                 raise ConfigError(f"schedule.{name} is [before, after the ramp], both in [0, 1], got {pair}")
+        if len(self.graddiv) != 2 or not all(0 <= value < math.inf for value in self.graddiv):
+            raise ConfigError(f"schedule.graddiv is [before, after the ramp], both 0 or more, got {self.graddiv}")
         if not 0 <= self.eps_start <= eps:
             raise ConfigError(f"schedule.eps_start must lie between 0 and eps = {eps:g}, got {self.eps_start}")
         if epochs is not None and self.warmup + self.ramp >= epochs:
@@ -114,7 +120,7 @@ class Schedule:
             eps: Target.
         """
         span = self.steps(per_epoch)
-        ramps = (Ramp(self.eps_start, eps), Ramp(*self.kappa), Ramp(*self.beta))
+        ramps = (Ramp(self.eps_start, eps), Ramp(*self.kappa), Ramp(*self.beta), Ramp(*self.graddiv))
         return Values(*(ramp.at(step, *span) for ramp in ramps))
 
     def done(self, steps: int, per_epoch: int) -> bool:

@@ -99,16 +99,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text, accuracies in percent."""
     lines = [f"{'loss':<14} {'eps':>10} {'seed':>5} {'clean %':>8} {'PGD %':>8} {'verified %':>10}"]
     for row in rows:
-        pgd = "-" if row["pgd"] is None else f"{100 * row['pgd']:.2f}"
+        pgd, verified = ("-" if row[key] is None else f"{100 * row[key]:.2f}" for key in ("pgd", "verified"))
         lines.append(
-            f"{row['loss']:<14} {row['eps']!s:>10} {row['seed']:>5} {100 * row['clean']:>8.2f} {pgd:>8} "
-            f"{100 * row['verified']:>10.2f}"
+            f"{row['loss']:<14} {row['eps']!s:>10} {row['seed']:>5} {100 * row['clean']:>8.2f} {pgd:>8} {verified:>10}"
         )
     return "\n".join(lines)
 
 
 def plot_sweep(rows: list[dict[str, Any]], path: Path) -> None:
-    """Standard accuracy against verified accuracy, with a segment up to PGD's, one line a loss."""
+    """Standard accuracy against verified accuracy, with a segment up to PGD's, one line a loss.
+
+    Of a randomized network, of which nothing is verified, PGD's alone.
+    """
     from ..analysis.curves import TradeOff, plot_trade_off
     from ..analysis.plots import figure, save
 

@@ -1,0 +1,100 @@
+"""Adv-BNN with and without GradDiv on MNIST, several seeds: is EOT weaker where gradients are more diverse?
+
+    python benchmarks/graddiv.py --data FOLDER [--seeds 0 1 2] [--out FOLDER]
+
+Trains configs/mnist_adv-bnn_reference.yaml, as it is and with GradDiv, and evaluates on the first test images with
+draws that the attack has not seen: the source's EOT-PGD, 20 steps of eps / 4, 20 draws a gradient. A run that was
+stopped goes on; results are in FOLDER, and when all are there the table of docs/graddiv.md is written from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lirpa_ext.data import load_data
+from lirpa_ext.randomized import evaluate, gradients, von_mises_fisher
+from lirpa_ext.training.runs import fit, parse
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "mnist_adv-bnn_reference.yaml"
+KINDS = {
+    "Adv-BNN": [],
+    "Adv-BNN + GradDiv": ["--model.loss.graddiv", "kappa", "--model.schedule.graddiv", "[0, 1]"],
+}
+EPS = [0.0, 0.3, 0.36]
+DRAWS = 20  # of the gradients' statistics
+
+
+def run(kind: str, seed: int, data: str, samples: int, folder: Path) -> dict[str, Any]:
+    """Train, or go on, and evaluate; or what a finished run wrote."""
+    place = folder / f"{'graddiv' if KINDS[kind] else 'plain'}_{seed}"
+    result = place / "result.json"
+    if result.is_file():
+        return json.loads(result.read_text(encoding="utf-8"))
+    given = ["--config", str(CONFIG), "--data.source", data, "--run", str(place), "--seed", str(seed), *KINDS[kind]]
+    module = fit(parse([*given, "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--progress", "false"]))
+    model = module.model.eval().requires_grad_(False)
+    x, y = load_data(data, "test", samples)
+    found = gradients(model, x, y, DRAWS, torch.Generator().manual_seed(seed), create_graph=False)
+    directions = von_mises_fisher(found)
+    accuracy = evaluate(model, (x, y), EPS, seed=seed)
+    row = {
+        "kind": kind,
+        "seed": seed,
+        "samples": len(x),
+        "rho": float(directions.rho.mean()),
+        "kappa/d": float(directions.printed.mean() / found.shape[2]),
+        "gradient length": float(found.norm(dim=2).mean()),
+        **{f"eps {level.eps:g}": level.ensemble.value for level in accuracy.levels},
+        **{f"one draw, eps {level.eps:g}": level.single.value for level in accuracy.levels},
+        "attack": accuracy.attack,
+    }
+    result.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line for each run, and the means."""
+    columns = ["rho", "kappa/d", *(f"eps {eps:g}" for eps in EPS)]
+    lines = [
+        "| network | seed | rho | kappa / d | clean % | eps 0.3 % | eps 0.36 % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind in KINDS:
+        chosen = [row for row in rows if row["kind"] == kind]
+        mean = {key: statistics.mean(row[key] for row in chosen) for key in columns}
+        for name, row in [*((str(row["seed"]), row) for row in chosen), ("**mean**", mean)]:
+            accuracies = " | ".join(f"{100 * row[key]:.1f}" for key in columns[2:])
+            lines.append(f"| {kind} | {name} | {row['rho']:.3f} | {row['kappa/d']:.2f} | {accuracies} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is asked for, and write the table when all seeds are there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of MNIST's four IDX files")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--samples", type=int, default=300, help="test images")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "graddiv")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "graddiv.md")
+    arguments = parser.parse_args()
+    rows = [
+        run(kind, seed, arguments.data, arguments.samples, arguments.out) for seed in arguments.seeds for kind in KINDS
+    ]
+    written = table(rows)
+    print(written)
+    start, end = "<!-- experiment: start -->", "<!-- experiment: end -->"
+    page = arguments.page.read_text(encoding="utf-8")
+    before, after = page.partition(start)[0], page.partition(end)[2]
+    arguments.page.write_text(f"{before}{start}\n\n{written}\n\n{end}{after}", encoding="utf-8")
+    (ROOT / "benchmarks" / "graddiv.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

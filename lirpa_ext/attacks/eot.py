@@ -1,0 +1,150 @@
+"""Expectation over transformation (EOT): attacks on the average of a randomized model, not on one draw of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidInputError
+from ..perturbation import PerturbationLpNorm
+from ..randomized.sampling import sample
+from .base import Attack, Target
+
+AVERAGES = ("gradients", "outputs")
+KEPT = ("best", "final")
+_MOST_ROWS = 1024  # of a batch of several draws together
+
+
+class EOT(Attack):
+    """Any attack, its gradients averaged over draws of a randomized model (2.2.8).
+
+    A. Athalye et al., Synthesizing robust adversarial examples, ICML 2018. Each gradient takes fresh draws. Points are
+    scored by the mean class probabilities over the same draws; to know what they do to others, evaluate them on others
+    (`lirpa_ext.randomized.evaluate`). Of a deterministic model all draws are one, and the attack is what it is without.
+
+    Args:
+        attack: The attack, such as ``PGD(20, step_size=0.25)`` (EOT-PGD) or ``FGSM()`` (EOT-FGSM).
+        draws: Networks drawn for each gradient, default 20.
+        average: "gradients" (default): the mean over draws of the loss's gradient, as in the source; "outputs": the
+            gradient of the loss of the mean class probabilities.
+        keep: "best": each sample's point of best score among all that were evaluated; "final": among the ends of the
+            attack's runs only, as in the source. Default "best" for deterministic models, "final" for randomized ones,
+            of which the best of many scores is that of a lucky draw: a weaker attack, and the more so the fewer draws.
+
+    Raises:
+        InvalidInputError: Fewer than one draw, an unknown name, or an `EOT` within.
+
+    Example:
+        >>> from lirpa_ext import PerturbationLpNorm
+        >>> from lirpa_ext.attacks import EOT, FGSM
+        >>> model, x, y = torch.nn.Linear(2, 2, bias=False), torch.tensor([[0.5, 0.5]]), torch.tensor([0])
+        >>> model.weight.data = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> EOT(FGSM(), draws=5)(model, x, y, PerturbationLpNorm(0.25)).inputs
+        tensor([[0.2500, 0.7500]])
+    """
+
+    def __init__(self, attack: Attack, draws: int = 20, average: str = "gradients", keep: str | None = None) -> None:
+        if not isinstance(attack, Attack) or isinstance(attack, EOT):
+            raise InvalidInputError(f"EOT wraps an attack such as PGD(), got {type(attack).__name__}")
+        if draws < 1:
+            raise InvalidInputError(f"EOT needs at least one draw, got {draws}")
+        for name, value, known in (("average", average, AVERAGES), ("keep", keep, (None, *KEPT))):
+            if value not in known:
+                raise InvalidInputError(f"{name} must be one of {', '.join(map(str, known))}; got {value!r}")
+        self.attack, self.draws, self.average, self.keep = attack, draws, average, keep
+
+    def run(self, target: Target) -> None:
+        """Run the attack on the average."""
+        self.attack.run(target)
+
+    def target(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        perturbation: PerturbationLpNorm,
+        generator: torch.Generator,
+        targets: Tensor | None,
+    ) -> ExpectedTarget:
+        """The average under attack."""
+        return ExpectedTarget(self, model, x, y, perturbation, generator, targets)
+
+
+class ExpectedTarget(Target):
+    """A batch under attack whose gradients, and logits, are averages over draws of the model.
+
+    Args:
+        eot: How to average.
+        model, x, y, perturbation, generator, targets: As of `Target`.
+    """
+
+    def __init__(
+        self,
+        eot: EOT,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        perturbation: PerturbationLpNorm,
+        generator: torch.Generator,
+        targets: Tensor | None = None,
+    ) -> None:
+        self.eot = eot
+        super().__init__(model, x, y, perturbation, generator, targets, eot.keep)
+
+    @property
+    def draws(self) -> int:
+        """Draws of one average."""
+        return self.eot.draws if self.randomized else 1
+
+    def outputs(self, points: Tensor) -> Iterator[Tensor]:
+        """Logits of fresh draws, (some draws, B, classes) at a time; the model's own where there is nothing to draw."""
+        if not self.randomized:
+            yield self.model(points).unsqueeze(0)
+            return
+        together = max(1, _MOST_ROWS // max(1, len(points)))
+        for start in range(0, self.draws, together):
+            yield sample(self.model, self.generator, min(together, self.draws - start)).each(points)
+
+    def logits(self, points: Tensor) -> Tensor:
+        """Logarithm of the mean class probabilities over fresh draws, (B, classes)."""
+        return mean_output(torch.cat(list(self.outputs(points))))
+
+    def gradient(self, points: Tensor, loss: str) -> Tensor:
+        """Average gradient over fresh draws."""
+        points = points.detach().requires_grad_()
+        gradient, outputs = torch.zeros_like(points), []
+        with torch.enable_grad():
+            for logits in self.outputs(points):
+                if self.eot.average == "gradients":
+                    gradient += self._gradient(logits, loss, points) / self.draws
+                    logits = logits.detach()  # frees the graph
+                outputs.append(logits)
+            mean = mean_output(torch.cat(outputs))
+            if self.eot.average == "outputs":
+                gradient = self._gradient(mean.unsqueeze(0), loss, points)
+        if self.keep == "best":
+            self.remember(points.detach(), mean.detach())
+        return gradient
+
+    def _gradient(self, logits: Tensor, loss: str, points: Tensor) -> Tensor:
+        """Sum over draws of the gradients of each one's loss."""
+        losses = torch.stack([self.loss(loss, some) for some in logits])
+        (gradient,) = torch.autograd.grad(losses.sum(), points)
+        return gradient
+
+
+def mean_output(logits: Tensor) -> Tensor:
+    """Logarithm of the mean over draws of the class probabilities: logits of the ensemble.
+
+    Args:
+        logits: Of each draw, (draws, B, classes).
+
+    Returns:
+        (B, classes); of a single draw its own logits, which have the same probabilities.
+    """
+    if len(logits) == 1:
+        return logits[0]
+    return logits.log_softmax(2).logsumexp(0) - math.log(len(logits))

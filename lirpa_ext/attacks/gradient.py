@@ -1,0 +1,72 @@
+"""Attacks that follow the gradient of a loss: one step (FGSM, FGM) or many (PGD)."""
+
+from __future__ import annotations
+
+import math
+
+from ..errors import InvalidInputError
+from .base import Attack, Target
+from .losses import LOSSES
+
+
+class PGD(Attack):
+    """Projected gradient descent: x <- project(x + step * steepest direction), from a random point.
+
+    A. Madry et al., Towards deep learning models resistant to adversarial attacks, ICLR 2018.
+
+    Args:
+        steps: Steps of a run, default 40.
+        restarts: Runs, default 1; each sample keeps its best point over all of them.
+        step_size: Length of a step as a fraction of eps, default 2.5 / steps.
+        loss: "margin" (default: the smallest of z_y - z_j), "cross-entropy" or "dlr".
+        random_start: Start at a random point, default; else at the clean input.
+
+    Raises:
+        InvalidInputError: A number that is not positive, or an unknown loss.
+    """
+
+    def __init__(
+        self,
+        steps: int = 40,
+        restarts: int = 1,
+        step_size: float | None = None,
+        loss: str = "margin",
+        random_start: bool = True,
+    ) -> None:
+        if steps < 1 or restarts < 1:
+            raise InvalidInputError(f"PGD needs at least one step and one restart, got {steps} and {restarts}")
+        if step_size is not None and not 0 < step_size < math.inf:
+            raise InvalidInputError(f"step_size is a positive fraction of eps, got {step_size}")
+        if loss not in LOSSES:
+            raise InvalidInputError(f"unknown loss {loss!r}; known are {', '.join(LOSSES)}")
+        self.steps, self.restarts, self.loss, self.random_start = steps, restarts, loss, random_start
+        self.step_size = 2.5 / steps if step_size is None else step_size
+
+    def run(self, target: Target) -> None:
+        """Climb the loss from each start."""
+        for _ in range(self.restarts):
+            points = target.random_points() if self.random_start else target.x
+            for _ in range(self.steps):
+                direction = target.steepest(target.gradient(points, self.loss))
+                points = target.project(points + self.step_size * target.eps * direction)
+            target.score(points)
+
+
+class FGSM(PGD):
+    """Fast gradient (sign) method (2.1.3): one step of length eps along the steepest direction of the clean input.
+
+    I. Goodfellow et al., Explaining and harnessing adversarial examples, ICLR 2015. In an l-infinity ball the direction
+    is the gradient's sign; in an l2 ball the normalized gradient, which is called FGM.
+
+    Args:
+        loss: "cross-entropy" (default), "margin" or "dlr".
+
+    Raises:
+        InvalidInputError: An unknown loss.
+    """
+
+    def __init__(self, loss: str = "cross-entropy") -> None:
+        super().__init__(steps=1, step_size=1.0, loss=loss, random_start=False)
+
+
+FGM = FGSM  # the norm of the set makes the difference

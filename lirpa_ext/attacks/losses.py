@@ -1,0 +1,55 @@
+"""Losses that an attack climbs, by name: one number a sample, from its logits and its label.
+
+"dlr" is the difference of logits ratio of F. Croce and M. Hein, Reliable evaluation of adversarial robustness with an
+ensemble of diverse parameter-free attacks, ICML 2020: the margin over a spread of the logits, so that no scaling of the
+network hides its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import InvalidInputError
+from ..specifications import margins
+
+# Where all of the logits that a spread is made of agree, the loss is 0 and not NaN; as in the authors' code.
+_LEAST_SPREAD = 1e-12
+
+
+def _dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """-(z_y - max of the others) / (z_(1) - z_(3)), with z_(k) the k-th largest."""
+    ordered = _ordered(logits, 3)
+    return -margins(logits, y) / (ordered[:, 0] - ordered[:, 2] + _LEAST_SPREAD)
+
+
+def _targeted_dlr(logits: Tensor, y: Tensor, targets: Tensor) -> Tensor:
+    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2)."""
+    ordered = _ordered(logits, 4)
+    own, wanted = (logits.gather(1, label.unsqueeze(1)).squeeze(1) for label in (y, targets))
+    return (wanted - own) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + _LEAST_SPREAD)
+
+
+def _ordered(logits: Tensor, least: int) -> Tensor:
+    if logits.shape[1] < least:
+        raise InvalidInputError(
+            f"loss 'dlr' needs at least {least} classes, the model has {logits.shape[1]}; use 'margin'"
+        )
+    return logits.sort(dim=1, descending=True).values
+
+
+# (logits (B, classes), y (B,)) -> (B,): large where the model is far from predicting y.
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "margin": lambda logits, y: -margins(logits, y),
+    "cross-entropy": lambda logits, y: functional.cross_entropy(logits, y, reduction="none"),
+    "dlr": _dlr,
+}
+
+# (logits, y, targets (B,)) -> (B,): large where the model predicts the target.
+TARGETED_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "margin": lambda logits, y, targets: margins(logits, targets),
+    "cross-entropy": lambda logits, y, targets: -functional.cross_entropy(logits, targets, reduction="none"),
+    "dlr": _targeted_dlr,
+}

@@ -1,0 +1,153 @@
+"""Adv-BNN: networks with a Gaussian posterior over their weights, trained by an adversarial evidence lower bound.
+
+X. Liu, Y. Li, C. Wu, C.-J. Hsieh: Adv-BNN: improved adversarial defense through robust Bayesian neural network,
+ICLR 2019.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.utils import parametrize
+
+from ..errors import InvalidInputError
+from .sampling import RandomLayer
+
+__all__ = ["BayesianLayer", "elbo_loss", "kl_divergence", "make_adv_bnn"]
+
+Weights = dict[str, Tensor]
+
+
+class BayesianLayer(RandomLayer):
+    """A layer whose weights are drawn from independent Gaussians, weight = mean + std * noise.
+
+    Args:
+        layer: Dense or convolutional layer; its weights become the means.
+        prior_std: Standard deviation of the prior N(0, prior_std^2), the same for all weights.
+        init_std: Standard deviation of the posterior to begin with.
+
+    Attributes:
+        mean: The layer with the mean weights.
+        log_std: Logarithms of the standard deviations, a parameter for each of the layer's.
+    """
+
+    def __init__(self, layer: nn.Module, prior_std: float, init_std: float) -> None:
+        super().__init__()
+        self.mean, self.prior_std = layer, prior_std
+        self.log_std = nn.ParameterDict(
+            {name: torch.full_like(mean, math.log(init_std)) for name, mean in layer.named_parameters()}
+        )
+
+    def draw(self, generator: torch.Generator) -> Weights:
+        """Standard normal noise for each weight."""
+        return {
+            name: torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=generator.device)
+            for name, mean in self.mean.named_parameters()
+        }
+
+    def held(self, x: Tensor, draws: Sequence[Weights]) -> Tensor:
+        """Outputs of the drawn layers, in one pass of `torch.func.vmap` if there are several."""
+        if len(draws) == 1:
+            return functional_call(self.mean, self._weights(draws[0]), (x,))
+        noise = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+        blocks = x.unflatten(0, (len(draws), -1))
+        return vmap(lambda weights, block: functional_call(self.mean, weights, (block,)))(
+            self._weights(noise), blocks
+        ).flatten(0, 1)
+
+    def _weights(self, noise: Weights) -> Weights:
+        means = dict(self.mean.named_parameters())
+        return {name: means[name] + self.log_std[name].exp() * noise[name].to(means[name]) for name in means}
+
+    def kl_divergence(self) -> Tensor:
+        """Kullback-Leibler divergence of the posterior from the prior, over all weights, 0-dim and in nats.
+
+        sum of log(prior_std / std) + (std^2 + mean^2) / (2 prior_std^2) - 1/2.
+        """
+        total = torch.zeros(())
+        for name, mean in self.mean.named_parameters():
+            log_std = self.log_std[name]
+            terms = math.log(self.prior_std) - log_std - 0.5
+            terms = terms + ((2 * log_std).exp() + mean.square()) / (2 * self.prior_std**2)
+            total = total.to(terms) + terms.sum()
+        return total
+
+    def extra_repr(self) -> str:
+        """The prior."""
+        return f"prior_std={self.prior_std}"
+
+
+def make_adv_bnn(model: nn.Module, prior_std: float = 0.1, init_std: float | None = None) -> nn.Module:
+    """A copy of a network with a posterior over the weights and biases of every dense and convolutional layer.
+
+    Args:
+        model: Any torch module; it stays as it is. Its weights become the means.
+        prior_std: Of the Gaussian prior of mean 0; the source has 0.05 (MNIST), 0.1 (CIFAR-10, default) and 0.15
+            (STL-10).
+        init_std: Of the posterior to begin with, default `prior_std`, as in the official code.
+
+    Returns:
+        The randomized network. Other layers, batch norm among them, stay as they are.
+
+    Raises:
+        InvalidInputError: A standard deviation is not positive, the network has no such layer, or one that is
+            parametrized (spectral or weight norm), whose weights are no parameters.
+    """
+    init_std = prior_std if init_std is None else init_std
+    for name, value in (("prior_std", prior_std), ("init_std", init_std)):
+        if not 0 < value < math.inf:
+            raise InvalidInputError(f"{name} is a standard deviation, above 0, got {value}")
+    made = nn.Sequential(copy.deepcopy(model))  # so that a single layer has a place too
+    layers: dict[nn.Module, BayesianLayer] = {}
+    for parent in list(made.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, nn.Linear | nn.modules.conv._ConvNd) and not isinstance(parent, RandomLayer):
+                if parametrize.is_parametrized(child):
+                    raise InvalidInputError(f"layer {name!r} is parametrized: its weights cannot have a posterior")
+                layers.setdefault(child, BayesianLayer(child, prior_std, init_std))
+                parent._modules[name] = layers[child]
+    if not layers:
+        raise InvalidInputError(f"this {type(model).__name__} has no dense or convolutional layer to make Bayesian")
+    return made[0]
+
+
+def kl_divergence(model: nn.Module) -> Tensor:
+    """Sum of `BayesianLayer.kl_divergence` over a network, 0-dim and in nats.
+
+    Raises:
+        InvalidInputError: The network has no `BayesianLayer`.
+    """
+    parts = [layer.kl_divergence() for layer in model.modules() if isinstance(layer, BayesianLayer)]
+    if not parts:
+        raise InvalidInputError(
+            f"this {type(model).__name__} has no Bayesian layer: make one by lirpa_ext.randomized.make_adv_bnn"
+        )
+    return torch.stack(parts).sum()
+
+
+def elbo_loss(model: nn.Module, logits: Tensor, y: Tensor, samples: int, kl_factor: float = 0.02) -> Tensor:
+    """Negative evidence lower bound for each sample: cross entropy + kl_factor * KL / samples.
+
+    At the points of an attack it is Adv-BNN's loss.
+
+    Args:
+        model: Network with Bayesian layers.
+        logits: Of one draw of it, (B, classes).
+        y: Labels, (B,).
+        samples: Size of the whole training set.
+        kl_factor: Weight of the KL divergence, default 0.02, as in the source; 1 is the bound itself.
+
+    Returns:
+        0-dim, in nats.
+
+    Raises:
+        InvalidInputError: `samples` is below 1, `kl_factor` is negative, or there is no Bayesian layer.
+    """
+    if samples < 1 or not 0 <= kl_factor < math.inf:
+        raise InvalidInputError(f"samples must be 1 or more and kl_factor 0 or more, got {samples} and {kl_factor}")
+    return nn.functional.cross_entropy(logits, y) + kl_factor / samples * kl_divergence(model)

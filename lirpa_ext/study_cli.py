@@ -1,0 +1,208 @@
+"""``lirpa-ext study NAME``: the studies of `lirpa_ext.studies` on models and runs, as table, files and picture."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .analysis.plots import figure
+from .analysis.results import Result
+from .analysis.task import Analysis, Task
+from .analyze_cli import add_settings, tell
+from .attacks import EOT, FGSM, LOSSES, PGD, Attack, AutoAttack
+from .attacks.eot import AVERAGES, KEPT
+from .errors import OptionError
+from .studies.gradients import (
+    concentrations,
+    cosine_matrix,
+    gradient_scatter,
+    plot_concentrations,
+    plot_cosines,
+    plot_scatter,
+)  # fmt: skip
+from .studies.robustness import (
+    accuracy_study,
+    loss_increase,
+    plot_accuracy,
+    plot_loss_increase,
+    plot_transfer,
+    transfer_matrix,
+)  # fmt: skip
+from .studies.training import ConcentrationTrace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Drawn = tuple[Result, "Figure"]
+
+
+def add_study(parser: argparse.ArgumentParser) -> None:
+    """Describe the subcommand: one of its own for each study of the table."""
+    names = parser.add_subparsers(title="studies", required=True, metavar="NAME")
+    for name, study in STUDIES.items():
+        command = names.add_parser(name, help=study.help, description=study.help)
+        command.set_defaults(run=_study, study=name)
+        targets = "folders of lirpa-ext fit" if study.of_folders else "model files, or folders of lirpa-ext fit"
+        command.add_argument("targets", nargs="+", metavar="FOLDER" if study.of_folders else "MODEL", help=targets)
+        if not study.of_folders:
+            add_settings(command)
+            command.add_argument("--seed", type=int, default=0, help="of all draws, default 0")
+        study.add_arguments(command)
+        command.add_argument("--out", type=Path, metavar="DIR", help="for NAME.json, .csv and .png")
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    tell(arguments.study, *STUDIES[arguments.study].run(Task(arguments)), arguments.out)
+    return 0
+
+
+# --- attacks by name ---
+
+
+def _add_attack(parser: argparse.ArgumentParser, draws: str = "20") -> None:
+    group = parser.add_argument_group("attack")
+    group.add_argument("--attack", choices=("pgd", "fgsm", "autoattack"), default="pgd", help="default pgd")
+    group.add_argument("--steps", type=int, default=20, help="of PGD, default 20")
+    group.add_argument("--step-size", type=float, default=0.25, help="of PGD, as a fraction of eps, default 0.25")
+    group.add_argument("--restarts", type=int, default=1, help="of PGD, default 1; more start at random points")
+    group.add_argument("--loss", choices=LOSSES, default="cross-entropy", help="default cross-entropy")
+    if draws:
+        group.add_argument("--attack-draws", type=_whole, default=_whole(draws), metavar="N", help=f"default {draws}")
+        group.add_argument("--average", choices=AVERAGES, default="gradients", help="of what over draws")
+        group.add_argument("--keep", choices=KEPT, help="which points count, default final for randomized models")
+
+
+def _whole(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _attack(arguments: argparse.Namespace) -> Attack:
+    """The attack without EOT."""
+    if arguments.attack == "autoattack":
+        return AutoAttack("rand")
+    if arguments.attack == "fgsm":
+        return FGSM(arguments.loss)
+    restarts = arguments.restarts
+    return PGD(arguments.steps, restarts, arguments.step_size, arguments.loss, random_start=restarts > 1)
+
+
+def _eot(arguments: argparse.Namespace) -> EOT:
+    if len(arguments.attack_draws) > 1:
+        raise OptionError(f"this study takes one --attack-draws, got {len(arguments.attack_draws)}")
+    return EOT(_attack(arguments), arguments.attack_draws[0], arguments.average, arguments.keep)
+
+
+# --- the table ---
+
+
+def _one(task: Task) -> tuple[Tensor, Tensor]:
+    """The sample of ``--sample``."""
+    (x, y), index = task.data, task.arguments.sample
+    if not 0 <= index < len(x):
+        raise OptionError(f"--sample {index} is none of the {len(x)} samples")
+    return x[index], y[index]
+
+
+def _add_draws(parser: argparse.ArgumentParser, sample: bool = True) -> None:
+    parser.add_argument("--draws", type=int, default=100, help="gradients of each sample, default 100")
+    if sample:
+        parser.add_argument("--sample", type=int, default=0, metavar="N", help="number of the sample, default 0")
+
+
+def _scatter(task: Task) -> Drawn:
+    result = gradient_scatter(task.models, *_one(task), task.arguments.draws, task.arguments.seed)
+    drawn, axes = figure(result.summary(), size=(5.0, 5.0))
+    plot_scatter(result, axes[0, 0])
+    return result, drawn
+
+
+def _cosines(task: Task) -> Drawn:
+    result = cosine_matrix(task.models, *_one(task), task.arguments.draws, task.arguments.seed)
+    return result, _panels(result, plot_cosines, task.models)
+
+
+def _concentrations(task: Task) -> Drawn:
+    result = concentrations(task.models, *task.data, task.arguments.draws, task.arguments.seed)
+    drawn, axes = figure(result.summary())
+    plot_concentrations(result, axes[0, 0], task.arguments.form)
+    return result, drawn
+
+
+def _add_concentrations(parser: argparse.ArgumentParser) -> None:
+    _add_draws(parser, sample=False)
+    parser.add_argument("--form", choices=("printed", "banerjee", "rho"), default="printed", help="what is drawn")
+
+
+def _loss_increase(task: Task) -> Drawn:
+    result = loss_increase(
+        task.models, task.data, task.eps, _eot(task.arguments), **task.ball, draws=task.arguments.ensemble,
+        seed=task.arguments.seed,
+    )  # fmt: skip
+    drawn, axes = figure(result.summary())
+    plot_loss_increase(result, axes[0, 0])
+    return result, drawn
+
+
+def _add_loss_increase(parser: argparse.ArgumentParser) -> None:
+    _add_attack(parser)
+    parser.add_argument("--ensemble", type=int, default=20, help="fresh draws that the loss is averaged over")
+
+
+def _accuracy(task: Task) -> Drawn:
+    arguments = task.arguments
+    result = accuracy_study(
+        task.models, task.data, task.levels, arguments.attack_draws, _attack(arguments), **task.ball,
+        average=arguments.average, keep=arguments.keep, ensemble=arguments.ensemble, seed=arguments.seed,
+    )  # fmt: skip
+    drawn, axes = figure(result.summary())
+    plot_accuracy(result, axes[0, 0], arguments.over)
+    return result, drawn
+
+
+def _add_accuracy(parser: argparse.ArgumentParser) -> None:
+    _add_attack(parser, draws="5,10,20")
+    parser.add_argument("--ensemble", type=int, default=20, help="fresh draws that judge")
+    parser.add_argument("--over", choices=("eps", "draws"), default="eps", help="horizontal axis of the picture")
+
+
+def _transfer(task: Task) -> Drawn:
+    result = transfer_matrix(
+        task.models, task.data, task.eps, task.arguments.networks, _attack(task.arguments), **task.ball,
+        seed=task.arguments.seed,
+    )  # fmt: skip
+    return result, _panels(result, plot_transfer, task.models)
+
+
+def _add_transfer(parser: argparse.ArgumentParser) -> None:
+    _add_attack(parser, draws="")
+    parser.add_argument("--networks", type=int, default=50, help="drawn of each model, default 50")
+
+
+def _training(task: Task) -> Drawn:
+    result = ConcentrationTrace.read(task.targets)
+    drawn, axes = figure(result.summary(), columns=len(result.PANELS))
+    for ax, panel in zip(axes.flat, result.PANELS, strict=True):
+        result.plot(ax, panel)
+    return result, drawn
+
+
+def _panels(result: Any, plot: Any, models: dict[str, nn.Module]) -> Figure:
+    """A figure with axes for each model."""
+    drawn, axes = figure(result.summary(), columns=len(models), size=(4.2 * len(models), 3.8))
+    for ax, name in zip(axes.flat, models, strict=True):
+        plot(result, ax, name)
+    return drawn
+
+
+STUDIES: dict[str, Analysis] = {
+    "concentration": Analysis(_training, "concentration of gradients in training (Fig. 2.3)", of_folders=True),
+    "scatter": Analysis(_scatter, "gradients of one sample in a plane (Fig. 2.4)", _add_draws),
+    "loss-increase": Analysis(_loss_increase, "what an attack adds to the loss (Fig. 2.5)", _add_loss_increase),
+    "kappa": Analysis(_concentrations, "concentration of each sample's gradients (Fig. 2.6)", _add_concentrations),
+    "accuracy": Analysis(_accuracy, "accuracy over eps and attack draws (Fig. 2.7, A.5, Table 2.1)", _add_accuracy),
+    "transfer": Analysis(_transfer, "transfer between drawn networks (Fig. 2.8)", _add_transfer),
+    "cosines": Analysis(_cosines, "cosines of pairs of gradients (Fig. 2.9)", _add_draws),
+}

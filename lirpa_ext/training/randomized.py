@@ -1,0 +1,161 @@
+"""Adversarial training of randomized networks, with GradDiv, and what takes the place of certificates for them.
+
+S. Lee (2021), 2.2: L(X) + lambda R(X), (2.2.20), with L the loss at the points of an attack on the randomized network:
+Adv-BNN's evidence lower bound, or RSE's cross entropy. Nothing is verified of a randomized network; validation gives
+the accuracy of an ensemble, clean and under EOT-PGD, judged by draws that the attack has not seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..attacks import EOT, PGD
+from ..data import Pair
+from ..errors import ConfigError
+from ..perturbation import PerturbationLpNorm
+from ..randomized import REGULARIZERS, elbo_loss, gradients
+from ..randomized.evaluation import RobustAccuracy, evaluate
+from .architectures import Network
+from .batchnorm import differs_in_training, fixed_statistics, recorded_statistics
+from .objectives import Loss
+from .schedules import Schedule, Values
+
+if TYPE_CHECKING:
+    from .module import CertifiedClassifier, Evaluation
+
+__all__ = ["EnsembleReport", "check_randomized", "ensemble_report", "randomized_loss"]
+
+
+def check_randomized(network: Network, loss: Loss, schedule: Schedule, evaluation: Evaluation) -> None:
+    """Raise ConfigError unless the loss is one of this network, GradDiv has a name and a weight, and attacks a step."""
+    wanted = loss.objective.randomized
+    if network.randomized != wanted:
+        raise ConfigError(
+            f"loss {loss.name!r} trains "
+            + (f"networks with network.randomized: {wanted}" if wanted else "deterministic networks")
+            + f", and network.randomized is {network.randomized!r}"
+        )
+    weighted = max(schedule.graddiv) > 0
+    if weighted and loss.graddiv is None:
+        raise ConfigError(f"schedule.graddiv weighs a regularizer: name it in loss.graddiv ({', '.join(REGULARIZERS)})")
+    if loss.graddiv is not None and not weighted:
+        raise ConfigError(f"loss.graddiv {loss.graddiv!r} has weight 0: set schedule.graddiv, such as [0, 1]")
+    steps = (evaluation.attack_steps, evaluation.final_attack_steps)
+    draws = (evaluation.draws, evaluation.attack_draws, evaluation.final_attack_draws)
+    if wanted and (min(*steps, *draws) < 1 or not 0 < evaluation.step_size < math.inf):
+        raise ConfigError(
+            "a randomized network is judged by an attack: steps, draws and step_size in evaluation must be positive"
+        )
+    if wanted and (evaluation.method or evaluation.options):
+        raise ConfigError("no bound verifies a randomized network: leave evaluation.method and evaluation.options out")
+    if wanted and loss.stability:
+        raise ConfigError("loss.stability is of activation bounds, which a randomized network has not")
+
+
+def randomized_loss(
+    loss: Loss, model: nn.Module, x: Tensor, y: Tensor, ball: PerturbationLpNorm, values: Values, samples: int
+) -> Tensor:
+    """kappa L(X) + (1 - kappa) L(X') + lambda R(X), X' the end of an attack on X, (2.2.20).
+
+    What has weight 0 is not computed. Batch norm takes the clean batch's statistics in the attack and in R.
+
+    Args:
+        loss: Which.
+        model: Randomized network, in train mode.
+        x: Inputs, (B, ...).
+        y: Labels, (B,).
+        ball: The set around each sample; where its eps is 0, X' is X.
+        values: kappa and lambda.
+        samples: Size of the training set.
+
+    Returns:
+        Mean over the batch, 0-dim.
+    """
+
+    def of(inputs: Tensor) -> Tensor:
+        logits = model(inputs)
+        if loss.objective.randomized == "adv-bnn":
+            return elbo_loss(model, logits, y, samples, loss.kl_factor)
+        return functional.cross_entropy(logits, y)
+
+    with recorded_statistics(model) as statistics:
+        parts = [values.kappa * of(x)] if values.kappa > 0 or differs_in_training(model) else []
+    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))  # the trainer seeds torch's at every step
+    attacked = x
+    if values.eps > 0 and values.kappa < 1:
+        with fixed_statistics(statistics):
+            attacked = _attack(loss.attack_steps, loss.attack_draws, loss.step_size)(
+                model, x, y, ball, generator
+            ).inputs
+    if values.kappa < 1:
+        parts.append((1 - values.kappa) * of(attacked))
+    if loss.graddiv is not None and values.graddiv > 0:
+        with fixed_statistics(statistics):
+            found = gradients(model, x, y, loss.graddiv_draws, generator)
+        parts.append(values.graddiv * REGULARIZERS[loss.graddiv](found).mean())
+    return torch.stack(parts).sum()
+
+
+def _attack(steps: int, draws: int, step_size: float) -> EOT:
+    """EOT-PGD as in the source, whose end counts and not a lucky draw on the way."""
+    return EOT(PGD(steps, step_size=step_size, loss="cross-entropy", random_start=False), draws, keep="final")
+
+
+@dataclass(frozen=True)
+class EnsembleReport:
+    """What `lirpa-ext validate` and `test` say of a randomized network, in the form of a certification report.
+
+    Attributes:
+        accuracy: At eps 0 and at the eps of the evaluation.
+    """
+
+    accuracy: RobustAccuracy
+
+    @property
+    def summary(self) -> list[dict[str, Any]]:
+        """One row: eps, and fractions of the samples; nothing is verified."""
+        clean, attacked = (level.ensemble.value for level in self.accuracy.levels)
+        return [{"eps": self.accuracy.levels[1].eps, "clean": clean, "pgd": attacked, "verified": None}]
+
+    def table(self) -> str:
+        """Accuracies with their intervals."""
+        return f"{self.accuracy.table()}\n{self.accuracy.summary()}"
+
+    def to_json(self, path: Path) -> None:
+        """Write meta, summary and the accuracies with their intervals."""
+        meta = {
+            "samples": self.accuracy.samples,
+            "method": f"none: ensemble of {self.accuracy.draws} draws, {self.accuracy.attack}",
+            "dtype": "float32",
+        }
+        content = {"meta": meta, "summary": self.summary, "accuracies": self.accuracy.rows()}
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def ensemble_report(module: CertifiedClassifier, data: Pair, final: bool, seed: int = 0) -> EnsembleReport:
+    """Accuracy of an ensemble, clean and under EOT-PGD at the evaluation's eps, judged by fresh draws.
+
+    Args:
+        module: Trained module; its network is evaluated in eval mode.
+        data: Inputs (B, ...) and labels (B,).
+        final: Attack with the final steps and draws, else with those of the validation after each epoch.
+        seed: Of all draws.
+    """
+    chosen = module.evaluation
+    steps, draws = (
+        (chosen.final_attack_steps, chosen.final_attack_draws) if final else (chosen.attack_steps, chosen.attack_draws)
+    )
+    return EnsembleReport(
+        evaluate(
+            module.model.eval(), data, [0.0, module.evaluation_eps], _attack(steps, draws, chosen.step_size),
+            module.norm, *module.data_range, draws=chosen.draws, seed=seed,
+        )
+    )  # fmt: skip
