@@ -187,12 +187,12 @@ def test_runs_are_compared_from_their_files(tmp_path, capsys):
 # --- the callback ---
 
 
-def quick(folder: Path, *arguments: str, every: int = 3) -> int:
+def quick(folder: Path, *arguments: str, every: int = 3, config: str = "digits_bcp") -> int:
     pytest.importorskip("lightning", reason="training needs Lightning")
     pytest.importorskip("jsonargparse", reason="training needs jsonargparse")
     callbacks = [{"class_path": "lirpa_ext.analysis.Smoothness", "init_args": {"every": every, "points": 4}}]
     return main([
-        "fit", "--config", str(ROOT / "configs" / "digits_bcp.yaml"), "--data.limit", "260", "--data.validation", "20",
+        "fit", "--config", str(ROOT / "configs" / f"{config}.yaml"), "--data.limit", "260", "--data.validation", "20",
         "--data.batch_size", "40", "--trainer.max_epochs", "2", "--model.schedule.warmup", "0.5",
         "--model.schedule.ramp", "1", "--model.evaluation.attack_steps", "0", "--trainer.accelerator", "cpu",
         "--trainer.logger", "false", "--progress", "false", "--run", str(folder),
@@ -205,11 +205,21 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return content["state_dict"] | content["lirpa_ext"]["power_iterations"]
 
 
-@pytest.mark.parametrize("loss", ["bcp", "sparse-slope"])
-def test_training_goes_on_as_if_nothing_had_been_measured(tmp_path, loss):
-    """With power iterations, and with slopes drawn at random."""
-    arguments = ("--model.loss.name", loss, "--model.norm", "2" if loss == "bcp" else "inf", "--model.eps", "0.1")
-    assert quick(tmp_path / "measured", *arguments) == quick(tmp_path / "plain", *arguments, every=0) == 0
+LINF = ["--model.norm", "inf", "--model.eps", "0.1"]
+ONCE = [f"--model.evaluation.{name}=1" for name in ("draws", "attack_draws", "attack_steps")]
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments"),
+    [
+        pytest.param("digits_bcp", ["--model.eps", "0.1"], id="power iterations"),
+        pytest.param("digits_bcp", [*LINF, "--model.loss.name", "sparse-slope"], id="slopes drawn at random"),
+        pytest.param("digits_adv-bnn_graddiv", [*LINF, *ONCE], id="a randomized network"),
+    ],
+)
+def test_training_goes_on_as_if_nothing_had_been_measured(tmp_path, config, arguments):
+    assert quick(tmp_path / "measured", *arguments, config=config) == 0
+    assert quick(tmp_path / "plain", *arguments, config=config, every=0) == 0
     measured, plain = weights(tmp_path / "measured"), weights(tmp_path / "plain")
     assert measured.keys() == plain.keys()
     assert all(torch.equal(value, plain[name]) for name, value in measured.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,7 @@ class Smoothness(Callback):
                 with torch.no_grad():
                     for weight, value in zip(weights, after, strict=True):
                         weight.copy_(value)
-        settings = {"eps": values.eps, "kappa": values.kappa, "beta": values.beta, "step_size": lr}
-        return record(measures, time.perf_counter() - start, **settings)
+        return record(measures, time.perf_counter() - start, **asdict(values), step_size=lr)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files."""
