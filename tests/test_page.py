@@ -269,6 +269,16 @@ def test_nothing_to_show_is_an_error(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_certifications_are_told_apart_by_their_place(folder, tmp_path):
+    for name in ("report.json", "validate.json", "other/report.json", "other/more.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "test.json", tmp_path / name)
+    assert [section.title for section in gather(tmp_path).sections] == [
+        "Certification, other more", "Certification, other", "Certification", "Certification, validation samples",
+    ]  # fmt: skip
+    assert gather(tmp_path).sections[0].paragraphs[0].startswith("8 samples, l2 ball, method bcp")
+
+
 # --- parts ---
 
 

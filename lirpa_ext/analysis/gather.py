@@ -109,13 +109,13 @@ def _results(folder: Path, facts: list[Fact], broken: list[tuple[Path, str]], be
         keys = content.keys() if isinstance(content, dict) else set()
         if not keys >= {"meta", "summary", "records"} and not keys >= {"meta", "summary", "accuracies"}:
             return []
-        split = f"{_NAMES.get(path.stem, path.stem)}{suffix}"
+        place = _place(path, folder) + suffix
         claimed.update((path, path.with_suffix(".png")))
         if "accuracies" in keys:  # of a randomized network
-            made, found = _ensemble(content, f"Robust accuracy, {split}")
+            made, found = _ensemble(content, f"Robust accuracy{place}")
         else:
             report = Report.load(path)
-            made, found = _certification(report, f"Certification, {split}"), _facts(report.summary(), report.meta)
+            made, found = _certification(report, f"Certification{place}"), _facts(report.summary(), report.meta)
         if not facts:
             facts.extend(found)
         return [made]
@@ -164,6 +164,13 @@ def _files(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
             yield from _files(path, depth - 1)
 
 
+def _place(path: Path, folder: Path) -> str:
+    """Of what a certification is: the split, or where its file lies."""
+    parts = path.relative_to(folder).with_suffix("").parts
+    name = _NAMES.get(path.stem) or " ".join(parts[:-1] if parts[-1] == "report" else parts)
+    return name and f", {name}"
+
+
 # --- a section each ---
 
 
@@ -178,7 +185,7 @@ def _certification(report: Report, title: str) -> Section:
     made = table("Accuracies and counts", rows)
     made = type(made)(made.caption, made.columns, made.rows, (True,) * len(made.columns))
     said = (
-        f"{len(report.records)} samples, l{meta['norm']} ball, method {meta['method']} in {meta['dtype']}, "
+        f"{len(report.records)} samples, l{float(meta['norm']):g} ball, method {meta['method']} in {meta['dtype']}, "
         f"{meta['model']}. Verified: the margin has a positive lower bound over the whole ball. PGD is an attack: the "
         "robust accuracy lies between the two."
     )
@@ -199,7 +206,7 @@ def _ensemble(content: dict[str, Any], title: str) -> tuple[Section, list[Fact]]
 def _facts(summary: list[dict[str, Any]], meta: dict[str, Any]) -> list[Fact]:
     """Of the largest eps."""
     row = max(summary, key=lambda row: row["eps"])
-    ball = f"l{meta['norm']} eps {row['eps']:.4g}" if "norm" in meta else f"eps {row['eps']:.4g}"
+    ball = f"l{float(meta['norm']):g} eps {row['eps']:.4g}" if "norm" in meta else f"eps {row['eps']:.4g}"
     named = (
         ("verified", f"verified accuracy, {ball}"),
         ("pgd", f"accuracy under PGD, {ball}"),
