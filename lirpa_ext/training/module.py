@@ -321,11 +321,12 @@ class CertifiedClassifier(LightningModule):
         """Report fractions of all samples."""
         self._certifier = None
         total, *counts = self._reduced(self._counts).tolist()
-        found = dict(zip(("val_clean", "val_pgd", "val_verified"), (c / max(total, 1) for c in counts), strict=True))
-        if not self._attacks:
-            del found["val_pgd"]
+        names = ("val_clean", "val_pgd", "val_verified")
+        found = {name: count / max(total, 1) for name, count in zip(names, counts, strict=True)}
         if self.randomized:
             del found["val_verified"]
+        elif not self._attacks:
+            del found["val_pgd"]
         self.log_dict(found)
 
     @property
