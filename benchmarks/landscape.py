@@ -66,9 +66,13 @@ def table(results: dict[str, dict[str, dict[str, float]]], at: str) -> str:
     names = " | ".join(f"{measure.replace('_', ' ')}" for measure in MEASURES)
     lines = [f"| loss ({at} eps) | {names} |", "|---" * (len(MEASURES) + 1) + "|"]
     for loss, found in results.items():
-        cells = [f"{found[at][m]:.3g} ({found[at][f'{m}_low']:.3g} to {found[at][f'{m}_high']:.3g})" for m in MEASURES]
-        lines.append(f"| `{loss}` | {' | '.join(cells)} |")
+        lines.append(f"| `{loss}` | {' | '.join(_cell(found[at], measure) for measure in MEASURES)} |")
     return "\n".join(lines)
+
+
+def _cell(found: dict[str, float], measure: str) -> str:
+    low, high = found[f"{measure}_low"], found[f"{measure}_high"]
+    return f"{found[measure]:.3g}" + (f" ({low:.3g} to {high:.3g})" if low < high else "")
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import importlib.util
 import itertools
 import json
 import math
@@ -184,6 +185,18 @@ def test_runs_are_compared_from_their_files(tmp_path, capsys):
     assert main(["analyze", "smoothness", str(tmp_path / "absent")]) == 2
 
 
+@pytest.mark.parametrize("name", ["digits", "digits_sparsity", "mnist"])
+@pytest.mark.parametrize("at", ["scheduled", "target"])
+def test_the_tables_of_the_docs_are_those_of_the_benchmark(name, at):
+    pytest.importorskip("lightning", reason="the benchmark trains by Lightning")
+    spec = importlib.util.spec_from_file_location("landscape", ROOT / "benchmarks" / "landscape.py")
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    found = json.loads((ROOT / "benchmarks" / f"landscape_{name}.json").read_text())["medians_of_the_ramp"]
+    assert benchmark.table(found, at) in (ROOT / "docs" / "landscape.md").read_text(encoding="utf-8")
+
+
 # --- the callback ---
 
 
@@ -236,7 +249,7 @@ def test_training_goes_on_as_if_nothing_had_been_measured(tmp_path, config, argu
     assert "Smoothness of the scheduled loss" in read_alt(tmp_path / "measured" / "smoothness.png")
 
 
-def test_the_measures_of_a_run_are_those_of_its_loss():
+def test_the_measures_of_a_run_are_those_of_its_loss(tmp_path):
     """Natural training by plain gradient descent, against cross entropy and its gradients written out."""
     pytest.importorskip("lightning", reason="training needs Lightning")
     from lightning.pytorch import Trainer
@@ -254,6 +267,7 @@ def test_the_measures_of_a_run_are_those_of_its_loss():
     trainer = Trainer(
         max_steps=1, callbacks=[callback], logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, accelerator="cpu", num_sanity_val_steps=0, limit_val_batches=0,
+            default_root_dir=tmp_path,
     )  # fmt: skip
     batches = Batches(x, y, 8)
     trainer.fit(module, train_dataloaders=batches)
@@ -331,7 +345,7 @@ def test_of_two_processes_the_first_measures(tmp_path):
     assert [row["step"] for row in trace.chosen()] == [0, 3, 6, 9]
 
 
-def test_a_batch_norm_keeps_its_statistics():
+def test_a_batch_norm_keeps_its_statistics(tmp_path):
     pytest.importorskip("lightning", reason="training needs Lightning")
     from lightning.pytorch import Trainer
 
@@ -349,6 +363,7 @@ def test_a_batch_norm_keeps_its_statistics():
         trainer = Trainer(
             max_steps=3, callbacks=callbacks, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, accelerator="cpu", num_sanity_val_steps=0, limit_val_batches=0,
+            default_root_dir=tmp_path,
         )  # fmt: skip
         trainer.fit(module, train_dataloaders=Batches(x, y, 8))
         states.append(module.model.state_dict())
