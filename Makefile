@@ -11,7 +11,7 @@ STAMP := $(VENV)/.ready
 RUN := $(if $(AUTO_LIRPA),PYTHONPATH=$(abspath $(AUTO_LIRPA))$(if $(PYTHONPATH),:$(PYTHONPATH)),) $(BIN)/
 PYTEST_ARGS ?= -n 2
 
-.PHONY: env demo test reproduce check docs benchmark benchmark-slopes benchmark-trainer clean
+.PHONY: env demo test reproduce check docs benchmark benchmark-slopes benchmark-graddiv benchmark-trainer clean
 
 env: $(STAMP)
 
@@ -45,6 +45,9 @@ benchmark: env
 
 benchmark-slopes: env
 	OMP_NUM_THREADS=1 $(RUN)python benchmarks/slopes.py
+
+benchmark-graddiv: env
+	OMP_NUM_THREADS=1 $(RUN)python benchmarks/graddiv_step.py
 
 benchmark-trainer: env
 	OMP_NUM_THREADS=1 $(RUN)python benchmarks/trainer.py

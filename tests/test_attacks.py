@@ -55,17 +55,17 @@ def make(name):
     return ATTACKS[name]()
 
 
-# AutoAttack refuses l3, works in float32 and takes seconds: once for each of its versions and norms is enough.
-COMBINATIONS = [
-    (name, norm, dtype)
-    for name in ATTACKS
-    for norm in NORMS
-    for dtype in (torch.float32, torch.float64)
-    if not name.startswith("autoattack") or (norm == math.inf and dtype == torch.float32)
-] + [("autoattack-rand", 2.0, torch.float64)]
+def combinations():
+    """Every attack in every norm and type. AutoAttack takes no l3, and seconds: once for each version is enough."""
+    for name in ATTACKS:
+        for norm in NORMS:
+            for dtype in (torch.float32, torch.float64):
+                if not name.startswith("autoattack") or (norm, dtype) == (math.inf, torch.float32):
+                    yield pytest.param(name, norm, dtype, id=f"{name}-l{norm:g}-{str(dtype)[6:]}")
+    yield pytest.param("autoattack-rand", 2.0, torch.float64, id="autoattack-rand-l2-float64")
 
 
-@pytest.mark.parametrize(("name", "norm", "dtype"), COMBINATIONS)
+@pytest.mark.parametrize(("name", "norm", "dtype"), combinations())
 def test_every_attack_stays_in_ball_and_range(name, norm, dtype):
     """To 1e-6, for each sample's own eps, and no point is worse than the clean one."""
     torch.manual_seed(3)
@@ -231,6 +231,16 @@ def test_same_generator_same_result(batch, network):
     x, y = batch
     runs = [PGD(5)(network, x, y, PerturbationLpNorm(0.3, 2), torch.Generator().manual_seed(7)) for _ in range(2)]
     assert torch.equal(runs[0].inputs, runs[1].inputs)
+
+
+def test_labels_of_any_whole_number_type(batch, network):
+    x, y = batch
+    ball = PerturbationLpNorm(0.3, 2)
+    targets = (y + 1) % 3
+    for given in (None, targets):
+        expected = PGD(3)(network, x, y, ball, targets=given)
+        short = None if given is None else given.to(torch.uint8)
+        assert torch.equal(PGD(3)(network, x, y.int(), ball, targets=short).inputs, expected.inputs)
 
 
 def test_parameters_get_no_gradient(batch, network):

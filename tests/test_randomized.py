@@ -17,7 +17,7 @@ from torch.nn import functional
 import lirpa_ext.randomized.sampling
 from lirpa_ext.attacks import EOT, PGD
 from lirpa_ext.cli import main
-from lirpa_ext.errors import InvalidInputError
+from lirpa_ext.errors import ConfigError, InvalidInputError
 from lirpa_ext.loading import load_model
 from lirpa_ext.perturbation import PerturbationLpNorm
 from lirpa_ext.randomized import (
@@ -442,7 +442,7 @@ def test_a_run_judges_an_ensemble_and_verifies_nothing(trained):
 
 def test_a_run_is_tested_by_eot(trained, capsys):
     assert run(trained, command="test") == 0
-    assert "4 draws" in capsys.readouterr().out
+    assert "judged by 3 fresh draws" in capsys.readouterr().out
     report = json.loads((trained / "test.json").read_text())
     (row,) = report["summary"]
     assert row["verified"] is None
@@ -490,7 +490,8 @@ def test_the_loss_is_the_sum_that_the_source_prints():
         return randomized_loss(loss, model, x, y, ball, Values(0.1, kappa, 1.0, weight), samples=50)
 
     torch.manual_seed(5)
-    torch.testing.assert_close(value(1.0, 0.0), elbo_loss(model, model(x), y, 50))
+    clean = elbo_loss(model, model(x), y, 50)
+    torch.testing.assert_close(value(1.0, 0.0), clean)
     torch.manual_seed(5)
     source = generator(int(torch.randint(2**62, ())))
     attack = EOT(PGD(3, step_size=0.25, loss="cross-entropy", random_start=False), 1, keep="final")
@@ -533,10 +534,19 @@ def test_networks_of_the_source(name, shape, parameters):
     assert model(torch.rand(2, *shape)).shape == (2, 10)
 
 
+def test_networks_become_randomized_by_name():
+    made = build(Network("2C2F", [1, 8, 8], mean=[0.5], randomized="rse", options={"init": 0.3}))
+    assert [layer.level for layer in made.modules() if isinstance(layer, Noise)] == [0.3, 0.1]
+    with pytest.raises(ConfigError, match="known are adv-bnn, rse"):
+        build(Network("2C2F", [1, 8, 8], randomized="bnn"))
+    with pytest.raises(ConfigError, match="which is not set"):
+        build(Network("2C2F", [1, 8, 8], options={"init": 0.3}))
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--model.network.randomized", "bnn"], "known are adv-bnn, rse"),
+        (["--model.network.randomized", "bnn"], "network.randomized is 'bnn'"),
         (["--model.network.randomized", "rse"], "network.randomized: adv-bnn"),
         (["--model.loss.name", "pgd", "--model.loss.graddiv", "null"], "deterministic networks"),
         (["--model.network.options", "{sigma: 0.1}"], "sigma"),

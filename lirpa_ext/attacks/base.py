@@ -68,6 +68,7 @@ class Target:
         with torch.no_grad():
             logits = self.logits(x)
         self._check(logits)
+        self.y, self.targets = y.long(), None if targets is None else targets.long()
         self.classes = logits.shape[1]
         clean = self.margins(logits)
         self.best = Attacked(x, clean if self.keep == "best" else torch.full_like(clean, math.inf))

@@ -62,8 +62,6 @@ _POOLED: dict[str, tuple[type[nn.Module], bool, list[Conv | str], list[int]]] = 
          (512, 3, 1, 0), "AP"],
         [],
     ),
-    # 3C2F at a quarter of its channels and an eighth of its dense width, for runs on one CPU core.
-    "3C2F/4": (nn.LeakyReLU, False, [(8, 3, 1, 1), (16, 3, 1, 1), "MP", (32, 3, 1, 1), "MP"], [128]),
 }  # fmt: skip
 
 ARCHITECTURES = (*_PLAIN, *_POOLED, "WRN")
