@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attacks import LOSSES, PGD
+from ..attacks import PGD
 from ..errors import InvalidInputError
 from .plots import style
 from .results import Result, Row
@@ -30,6 +30,7 @@ __all__ = ["OuterBound", "outer_bound", "plot_outer_bound", "zonotope"]
 
 METHODS = ("lipschitz", "bcp")
 BOX = "box"
+ATTACKS = ("margin", "cross-entropy")  # losses of PGD, those of Fig. 3.2
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def outer_bound(
     points = {}
     if attack_steps:
         starts = x.expand(attack_starts, *x.shape[1:])
-        for loss in LOSSES:
+        for loss in ATTACKS:
             found = PGD(attack_steps, loss=loss)(
                 subject.model, starts, label.expand(attack_starts), subject.perturbed(x, eps).ptb,
                 torch.Generator().manual_seed(seed),
