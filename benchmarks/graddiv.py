@@ -1,6 +1,6 @@
 """Adv-BNN with and without GradDiv on MNIST, several seeds: is EOT weaker where gradients are more diverse?
 
-    python benchmarks/graddiv.py --data FOLDER [--seeds 0 1 2] [--out FOLDER]
+    python benchmarks/graddiv.py --data FOLDER [--seeds 0 1 2] [--out FOLDER] [-- more arguments of lirpa-ext fit]
 
 Trains configs/mnist_adv-bnn_reference.yaml, as it is and with GradDiv, and evaluates on the first test images with
 draws that the attack has not seen: the source's EOT-PGD, 20 steps of eps / 4, 20 draws a gradient. A run that was
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,15 @@ EPS = [0.0, 0.3, 0.36]
 DRAWS = 20  # of the gradients' statistics
 
 
-def run(kind: str, seed: int, data: str, samples: int, folder: Path) -> dict[str, Any]:
+def run(kind: str, seed: int, data: str, samples: int, folder: Path, more: Sequence[str] = ()) -> dict[str, Any]:
     """Train, or go on, and evaluate; or what a finished run wrote."""
     place = folder / f"{'graddiv' if KINDS[kind] else 'plain'}_{seed}"
     result = place / "result.json"
     if result.is_file():
         return json.loads(result.read_text(encoding="utf-8"))
     given = ["--config", str(CONFIG), "--data.source", data, "--run", str(place), "--seed", str(seed), *KINDS[kind]]
-    module = fit(parse([*given, "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--progress", "false"]))
+    quiet = ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--progress", "false"]
+    module = fit(parse([*given, *quiet, *more]))
     model = module.model.eval().requires_grad_(False)
     x, y = load_data(data, "test", samples)
     found = gradients(model, x, y, DRAWS, torch.Generator().manual_seed(seed), create_graph=False)
@@ -83,9 +85,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=300, help="test images")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "graddiv")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "graddiv.md")
+    parser.add_argument("more", nargs="*", help="arguments of lirpa-ext fit, after --")
     arguments = parser.parse_args()
     rows = [
-        run(kind, seed, arguments.data, arguments.samples, arguments.out) for seed in arguments.seeds for kind in KINDS
+        run(kind, seed, arguments.data, arguments.samples, arguments.out, arguments.more)
+        for seed in arguments.seeds
+        for kind in KINDS
     ]
     written = table(rows)
     print(written)

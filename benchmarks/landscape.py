@@ -1,6 +1,7 @@
 """Which certified loss is smooth to train? The measures of Fig. 3.6 to 3.9 of the source, loss by loss, over seeds.
 
 OMP_NUM_THREADS=1 python benchmarks/landscape.py                               # scikit-learn's digits, minutes
+OMP_NUM_THREADS=1 python benchmarks/landscape.py --sparsity                    # Fig. 3.9, lower slopes from sparse on
 OMP_NUM_THREADS=1 python benchmarks/landscape.py --data ../shared/data/mnist   # the MNIST reference run
 
 Each run is one of ``lirpa-ext fit`` with the callback `lirpa_ext.analysis.Smoothness`, kept below ``runs/landscape``
@@ -24,7 +25,7 @@ from lirpa_ext.training.runs import fit, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = ("ibp", "sparse-slope", "cap-ibp", "crown-ibp")
-SPARSITY = ("slope:0,0", "slope:0,0.5", "slope:0.5,1", "slope:1,1")  # Fig. 3.9; crown-ibp is its (0, 1)
+SPARSITY = ("slope:0,0", "slope:0,0.5", "crown-ibp", "slope:0.5,1", "slope:1,1")  # (p, q); CROWN-IBP's are (0, 1)
 MEASURES = ("variation", "gradient_distance", "cosine_distance", "gradient_norm")
 EVERY = {"digits": 10, "mnist": 15}
 DIGITS = [
@@ -65,9 +66,13 @@ def table(results: dict[str, dict[str, dict[str, float]]], at: str) -> str:
     names = " | ".join(f"{measure.replace('_', ' ')}" for measure in MEASURES)
     lines = [f"| loss ({at} eps) | {names} |", "|---" * (len(MEASURES) + 1) + "|"]
     for loss, found in results.items():
-        cells = [f"{found[at][m]:.3g} ({found[at][f'{m}_low']:.3g} to {found[at][f'{m}_high']:.3g})" for m in MEASURES]
-        lines.append(f"| `{loss}` | {' | '.join(cells)} |")
+        lines.append(f"| `{loss}` | {' | '.join(_cell(found[at], measure) for measure in MEASURES)} |")
     return "\n".join(lines)
+
+
+def _cell(found: dict[str, float], measure: str) -> str:
+    low, high = found[f"{measure}_low"], found[f"{measure}_high"]
+    return f"{found[measure]:.3g}" + (f" ({low:.3g} to {high:.3g})" if low < high else "")
 
 
 def main() -> int:
@@ -75,32 +80,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help='"digits" (default) or a folder with MNIST\'s files')
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--losses", default=" ".join((*LOSSES, *SPARSITY)), help="by spaces")
+    parser.add_argument("--sparsity", action="store_true", help="slopes 1 with chances p and q, in place of the losses")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "landscape")
     parser.add_argument("--pictures", type=Path, default=ROOT / "docs" / "pictures")
     arguments = parser.parse_args()
-    kind = "digits" if arguments.data == "digits" else "mnist"
-    for name in SPARSITY:
-        if name not in OBJECTIVES:
-            register_objective(name, Objective(name, name, mixes=True))
+    name = "digits" if arguments.data == "digits" else "mnist"
+    losses, name = (SPARSITY, f"{name}_sparsity") if arguments.sparsity else (LOSSES, name)
+    for loss in SPARSITY:
+        if loss not in OBJECTIVES:
+            register_objective(loss, Objective(loss, loss, mixes=True))
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     results: dict[str, dict[str, dict[str, float]]] = {}
     first: dict[str, SmoothnessTrace] = {}
-    for loss in arguments.losses.split():
+    for loss in losses:
         traces = []
         for seed in seeds:
             traces.append(trace(arguments.data, loss, seed, arguments.runs))
             print(f"{loss}, seed {seed}: {traces[-1].summary()}", file=sys.stderr, flush=True)
         results[loss] = {at: row(traces, at) for at in ("scheduled", "target")}
-        if loss in LOSSES:
-            first[loss] = traces[0]
+        first[loss] = traces[0]
     for at in ("scheduled", "target"):
         print(f"\n{table(results, at)}")
-        if first:
-            save(plot_smoothness(first, at), arguments.pictures / f"smoothness_{kind}_{at}.png")
-    out = ROOT / "benchmarks" / f"landscape_{kind}.json"
+        save(plot_smoothness(first, at), arguments.pictures / f"smoothness_{name}_{at}.png")
+    out = ROOT / "benchmarks" / f"landscape_{name}.json"
     versions = {"lirpa_ext": lirpa_ext.__version__, "auto_LiRPA": engine_version()}
-    document = {"data": kind, "seeds": seeds, "versions": versions, "medians_of_the_ramp": results}
+    document = {"data": name, "seeds": seeds, "versions": versions, "medians_of_the_ramp": results}
     out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten to {out}")
     return 0

@@ -128,7 +128,7 @@ class Report:
                 label="certified radius at least eps",
             )
         axes.set(
-            xlabel=f"eps (radius of the l{meta['norm']} ball, in units of the input)",
+            xlabel=f"eps (radius of the l{float(meta['norm']):g} ball, in units of the input)",
             ylabel="accuracy (% of samples)",
             ylim=(0, 102),
             title=f"{meta['model']} {meta['model_hash'][:12]}, {len(self.records)} samples, {meta['dtype']}",

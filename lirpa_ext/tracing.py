@@ -13,6 +13,7 @@ from . import engine
 from .errors import InvalidInputError, TraceError, TrainModeError
 from .operators import PerturbedInput
 from .perturbation import PerturbationLpNorm
+from .randomized.sampling import draws_in_eval_mode
 
 Inputs = tuple[Tensor, ...]
 
@@ -25,8 +26,13 @@ def traceable_copy(model: nn.Module) -> nn.Module:
     `lirpa_ext::PerturbedInput`. The model itself is not touched.
 
     Raises:
-        TraceError: The model cannot be copied.
+        TraceError: The model cannot be copied, or is randomized.
     """
+    if draws_in_eval_mode(model):
+        raise TraceError(
+            f"{type(model).__name__} is a randomized network: it draws another function at every call, and no bound "
+            "of one holds for the next. Judge it under attack, by lirpa_ext.randomized.evaluate"
+        )
     tensors = [*model.parameters(), *model.buffers()]
     with torch.no_grad(), engine.parametrizations_at_rest(model):
         values = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import importlib.util
 import itertools
 import json
 import math
@@ -184,15 +185,27 @@ def test_runs_are_compared_from_their_files(tmp_path, capsys):
     assert main(["analyze", "smoothness", str(tmp_path / "absent")]) == 2
 
 
+@pytest.mark.parametrize("name", ["digits", "digits_sparsity", "mnist"])
+@pytest.mark.parametrize("at", ["scheduled", "target"])
+def test_the_tables_of_the_docs_are_those_of_the_benchmark(name, at):
+    pytest.importorskip("lightning", reason="the benchmark trains by Lightning")
+    spec = importlib.util.spec_from_file_location("landscape", ROOT / "benchmarks" / "landscape.py")
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    found = json.loads((ROOT / "benchmarks" / f"landscape_{name}.json").read_text())["medians_of_the_ramp"]
+    assert benchmark.table(found, at) in (ROOT / "docs" / "landscape.md").read_text(encoding="utf-8")
+
+
 # --- the callback ---
 
 
-def quick(folder: Path, *arguments: str, every: int = 3) -> int:
+def quick(folder: Path, *arguments: str, every: int = 3, config: str = "digits_bcp") -> int:
     pytest.importorskip("lightning", reason="training needs Lightning")
     pytest.importorskip("jsonargparse", reason="training needs jsonargparse")
     callbacks = [{"class_path": "lirpa_ext.analysis.Smoothness", "init_args": {"every": every, "points": 4}}]
     return main([
-        "fit", "--config", str(ROOT / "configs" / "digits_bcp.yaml"), "--data.limit", "260", "--data.validation", "20",
+        "fit", "--config", str(ROOT / "configs" / f"{config}.yaml"), "--data.limit", "260", "--data.validation", "20",
         "--data.batch_size", "40", "--trainer.max_epochs", "2", "--model.schedule.warmup", "0.5",
         "--model.schedule.ramp", "1", "--model.evaluation.attack_steps", "0", "--trainer.accelerator", "cpu",
         "--trainer.logger", "false", "--progress", "false", "--run", str(folder),
@@ -205,11 +218,21 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return content["state_dict"] | content["lirpa_ext"]["power_iterations"]
 
 
-@pytest.mark.parametrize("loss", ["bcp", "sparse-slope"])
-def test_training_goes_on_as_if_nothing_had_been_measured(tmp_path, loss):
-    """With power iterations, and with slopes drawn at random."""
-    arguments = ("--model.loss.name", loss, "--model.norm", "2" if loss == "bcp" else "inf", "--model.eps", "0.1")
-    assert quick(tmp_path / "measured", *arguments) == quick(tmp_path / "plain", *arguments, every=0) == 0
+LINF = ["--model.norm", "inf", "--model.eps", "0.1"]
+ONCE = [f"--model.evaluation.{name}=1" for name in ("draws", "attack_draws", "attack_steps")]
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments"),
+    [
+        pytest.param("digits_bcp", ["--model.eps", "0.1"], id="power iterations"),
+        pytest.param("digits_bcp", [*LINF, "--model.loss.name", "sparse-slope"], id="slopes drawn at random"),
+        pytest.param("digits_adv-bnn_graddiv", [*LINF, *ONCE], id="a randomized network"),
+    ],
+)
+def test_training_goes_on_as_if_nothing_had_been_measured(tmp_path, config, arguments):
+    assert quick(tmp_path / "measured", *arguments, config=config) == 0
+    assert quick(tmp_path / "plain", *arguments, config=config, every=0) == 0
     measured, plain = weights(tmp_path / "measured"), weights(tmp_path / "plain")
     assert measured.keys() == plain.keys()
     assert all(torch.equal(value, plain[name]) for name, value in measured.items())
@@ -226,7 +249,7 @@ def test_training_goes_on_as_if_nothing_had_been_measured(tmp_path, loss):
     assert "Smoothness of the scheduled loss" in read_alt(tmp_path / "measured" / "smoothness.png")
 
 
-def test_the_measures_of_a_run_are_those_of_its_loss():
+def test_the_measures_of_a_run_are_those_of_its_loss(tmp_path):
     """Natural training by plain gradient descent, against cross entropy and its gradients written out."""
     pytest.importorskip("lightning", reason="training needs Lightning")
     from lightning.pytorch import Trainer
@@ -244,6 +267,7 @@ def test_the_measures_of_a_run_are_those_of_its_loss():
     trainer = Trainer(
         max_steps=1, callbacks=[callback], logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, accelerator="cpu", num_sanity_val_steps=0, limit_val_batches=0,
+            default_root_dir=tmp_path,
     )  # fmt: skip
     batches = Batches(x, y, 8)
     trainer.fit(module, train_dataloaders=batches)
@@ -321,7 +345,7 @@ def test_of_two_processes_the_first_measures(tmp_path):
     assert [row["step"] for row in trace.chosen()] == [0, 3, 6, 9]
 
 
-def test_a_batch_norm_keeps_its_statistics():
+def test_a_batch_norm_keeps_its_statistics(tmp_path):
     pytest.importorskip("lightning", reason="training needs Lightning")
     from lightning.pytorch import Trainer
 
@@ -339,6 +363,7 @@ def test_a_batch_norm_keeps_its_statistics():
         trainer = Trainer(
             max_steps=3, callbacks=callbacks, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, accelerator="cpu", num_sanity_val_steps=0, limit_val_batches=0,
+            default_root_dir=tmp_path,
         )  # fmt: skip
         trainer.fit(module, train_dataloaders=Batches(x, y, 8))
         states.append(module.model.state_dict())

@@ -218,6 +218,22 @@ def test_results_elsewhere_and_a_model_alone(folder, tmp_path):
     assert "Gemm" in found.said("td") and "Conv" in found.said("td")
 
 
+def test_a_randomized_network_has_accuracies_and_no_certificates(tmp_path):
+    content = {
+        "meta": {"samples": 50, "method": "none: ensemble of 10 draws, EOT-PGD", "dtype": "float32"},
+        "summary": [{"eps": 0.3, "clean": 0.9, "pgd": 0.456, "verified": None}],
+        "accuracies": [{"eps": 0.3, "accuracy": 0.456, "low": 0.4, "high": 0.5}],
+    }
+    (tmp_path / "test.json").write_text(json.dumps(content))
+    made = gather(tmp_path)
+    assert [(fact.value, fact.name) for fact in made.facts] == [
+        ("45.6 %", "accuracy under PGD, eps 0.3"), ("90.0 %", "clean accuracy"), ("50", "samples")
+    ]  # fmt: skip
+    (section,) = made.sections
+    assert section.title == "Robust accuracy, test split" and "Nothing is verified" in section.paragraphs[0]
+    assert section.tables[0].rows == (("0.3", "0.456", "0.4", "0.5"),)
+
+
 def test_a_sweep_is_a_table_of_its_runs(folder, tmp_path):
     (tmp_path / "sweep.csv").write_text("loss,eps,seed,samples,clean,pgd,verified,run\nbcp,0.5,0,10,0.9,,0.4,a\n")
     (tmp_path / "a").mkdir()
@@ -242,12 +258,25 @@ def test_what_is_corrupt_is_named_and_the_rest_is_shown(folder, tmp_path):
 def test_nothing_to_show_is_an_error(tmp_path, capsys):
     with pytest.raises(DataError, match="there is no"):
         gather(tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="is no folder"):
+        gather(tmp_path, [tmp_path / "file"])
     with pytest.raises(DataError, match="nothing to show"):
         gather(tmp_path)
     assert main(["report", str(tmp_path)]) == 2 and "nothing to show" in capsys.readouterr().err
     (tmp_path / "metrics.csv").write_text("epoch\n0\n")
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "no" / "page.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_certifications_are_told_apart_by_their_place(folder, tmp_path):
+    for name in ("report.json", "validate.json", "other/report.json", "other/more.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "test.json", tmp_path / name)
+    assert [section.title for section in gather(tmp_path).sections] == [
+        "Certification, other more", "Certification, other", "Certification", "Certification, validation samples",
+    ]  # fmt: skip
+    assert gather(tmp_path).sections[0].paragraphs[0].startswith("8 samples, l2 ball, method bcp")
 
 
 # --- parts ---

@@ -17,7 +17,7 @@ from torch.nn import functional
 import lirpa_ext.randomized.sampling
 from lirpa_ext.attacks import EOT, PGD
 from lirpa_ext.cli import main
-from lirpa_ext.errors import ConfigError, InvalidInputError
+from lirpa_ext.errors import ConfigError, InvalidInputError, TraceError
 from lirpa_ext.loading import load_model
 from lirpa_ext.perturbation import PerturbationLpNorm
 from lirpa_ext.randomized import (
@@ -207,6 +207,16 @@ def test_a_deterministic_model_is_its_only_draw(x):
     assert torch.equal(sample(model, generator())(x), model(x))
     with pytest.raises(InvalidInputError, match=r"diversity needs a randomized network, and no layer.*make_rse"):
         require_randomized(model, "diversity")
+
+
+@pytest.mark.parametrize("name", ["rse", "adv-bnn", "own layer", "torchbnn"])
+def test_nothing_is_bounded_or_certified_of_a_randomized_network(name, x):
+    model, y = MAKERS[name](), torch.zeros(6, dtype=torch.long)
+    for made in (model, sample(model, generator())):
+        with pytest.raises(TraceError, match="is a randomized network"):
+            lirpa_ext.BoundedModule(made, x)
+    with pytest.raises(TraceError, match="is a randomized network"):
+        lirpa_ext.certify(model, (x, y), 0.01, method="bcp", progress=False)
 
 
 def test_wrong_numbers_of_draws(x):

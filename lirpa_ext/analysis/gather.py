@@ -29,7 +29,10 @@ __all__ = ["gather"]
 _ROWS = 24  # of a table; the file has all
 _DEPTH = 3
 _KNOWN = {"learning_curve.png", "report.png"}  # drawn anew from the numbers
-_NAMES = {"test": "Certification, test split", "validate": "Certification, validation samples"}
+_UNREADABLE = (
+    LirpaExtError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, csv.Error, yaml.YAMLError,
+)  # fmt: skip
+_NAMES = {"test": "test split", "validate": "validation samples"}
 
 
 def gather(target: str | Path, others: Sequence[str | Path] = (), title: str = "") -> Page:
@@ -52,6 +55,9 @@ def gather(target: str | Path, others: Sequence[str | Path] = (), title: str = "
     for needed in (path, *folders):
         if not needed.exists():
             raise DataError(f"there is no {needed}: give the folder of a run or of results, or a model file")
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"{folder} is no folder: further results come from folders")
     facts: list[Fact] = []
     broken: list[tuple[Path, str]] = []
     sections: list[Section] = []
@@ -100,13 +106,19 @@ def _results(folder: Path, facts: list[Fact], broken: list[tuple[Path, str]], be
 
     def certification(path: Path) -> list[Section]:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not (isinstance(content, dict) and content.keys() >= {"meta", "summary", "records"}):
+        keys = content.keys() if isinstance(content, dict) else set()
+        if not keys >= {"meta", "summary", "records"} and not keys >= {"meta", "summary", "accuracies"}:
             return []
-        report = Report.load(path)
-        if not facts:
-            facts.extend(_facts(report))
+        place = _place(path, folder) + suffix
         claimed.update((path, path.with_suffix(".png")))
-        return [_certification(report, _NAMES.get(path.stem, f"Certification {path.stem}") + suffix)]
+        if "accuracies" in keys:  # of a randomized network
+            made, found = _ensemble(content, f"Robust accuracy{place}")
+        else:
+            report = Report.load(path)
+            made, found = _certification(report, f"Certification{place}"), _facts(report.summary(), report.meta)
+        if not facts:
+            facts.extend(found)
+        return [made]
 
     def analysis(path: Path) -> list[Section]:
         result = read_result(path)
@@ -152,6 +164,13 @@ def _files(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
             yield from _files(path, depth - 1)
 
 
+def _place(path: Path, folder: Path) -> str:
+    """Of what a certification is: the split, or where its file lies."""
+    parts = path.relative_to(folder).with_suffix("").parts
+    name = _NAMES.get(path.stem) or " ".join(parts[:-1] if parts[-1] == "report" else parts)
+    return name and f", {name}"
+
+
 # --- a section each ---
 
 
@@ -166,7 +185,7 @@ def _certification(report: Report, title: str) -> Section:
     made = table("Accuracies and counts", rows)
     made = type(made)(made.caption, made.columns, made.rows, (True,) * len(made.columns))
     said = (
-        f"{len(report.records)} samples, l{meta['norm']} ball, method {meta['method']} in {meta['dtype']}, "
+        f"{len(report.records)} samples, l{float(meta['norm']):g} ball, method {meta['method']} in {meta['dtype']}, "
         f"{meta['model']}. Verified: the margin has a positive lower bound over the whole ball. PGD is an attack: the "
         "robust accuracy lies between the two."
     )
@@ -177,14 +196,24 @@ def _certification(report: Report, title: str) -> Section:
 _ACCURACIES = {"clean": "clean", "PGD": "pgd", "verified": "verified"}
 
 
-def _facts(report: Report) -> list[Fact]:
+def _ensemble(content: dict[str, Any], title: str) -> tuple[Section, list[Fact]]:
+    """Accuracies of a randomized network, of which nothing is verified."""
+    meta, rows = content["meta"], content["accuracies"]
+    said = f"{meta['samples']} samples, {meta['method']}. Nothing is verified of a randomized network."
+    return Section(title, (said,), tables=(table("Accuracies", rows),)), _facts(content["summary"], meta)
+
+
+def _facts(summary: list[dict[str, Any]], meta: dict[str, Any]) -> list[Fact]:
     """Of the largest eps."""
-    row = max(report.summary(), key=lambda row: row["eps"])
-    ball = f"l{report.meta['norm']} eps {row['eps']:.4g}"
-    facts = [Fact(f"{100 * row['verified']:.1f} %", f"verified accuracy, {ball}")]
-    if row["pgd"] is not None:
-        facts.append(Fact(f"{100 * row['pgd']:.1f} %", f"accuracy under PGD, {ball}"))
-    return [*facts, Fact(f"{100 * row['clean']:.1f} %", "clean accuracy"), Fact(f"{len(report.records)}", "samples")]
+    row = max(summary, key=lambda row: row["eps"])
+    ball = f"l{float(meta['norm']):g} eps {row['eps']:.4g}" if "norm" in meta else f"eps {row['eps']:.4g}"
+    named = (
+        ("verified", f"verified accuracy, {ball}"),
+        ("pgd", f"accuracy under PGD, {ball}"),
+        ("clean", "clean accuracy"),
+    )
+    facts = [Fact(f"{100 * row[key]:.1f} %", name) for key, name in named if row[key] is not None]
+    return [*facts, Fact(str(meta["samples"]), "samples")]
 
 
 def _analysis(result: dict[str, Any], name: str, image: Path | None) -> Section:

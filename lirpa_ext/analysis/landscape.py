@@ -162,8 +162,8 @@ class SmoothnessTrace(Result):
 
     Attributes:
         records: One dict for each measured step and loss: `step`, `epoch`, `at` ("scheduled" for the loss of that
-            step, "target" for that of the end of the schedule), `eps`, `kappa`, `beta`, `step_size`, the measures
-            and `variation`, and `seconds`, what they took.
+            step, "target" for that of the end of the schedule), `eps` and the weights of the schedule, `step_size`,
+            the measures and `variation`, and `seconds`, what they took.
     """
 
     records: tuple[Row, ...]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,8 @@ class Smoothness(Callback):
             return
         step, scheduled, before = self._start
         self._start = None
-        schedule = pl_module.schedule
-        target = Values(pl_module.eps, schedule.kappa[1], schedule.beta[1])
+        schedule, per_epoch = pl_module.schedule, pl_module.steps_per_epoch
+        target = schedule.at(sum(schedule.steps(per_epoch)), per_epoch, pl_module.eps)
         wanted = {"scheduled": scheduled} | ({"target": target} if self.target else {})
         step_size = float(trainer.optimizers[0].param_groups[0]["lr"])
         found: dict[Values, Row] = {}
@@ -136,8 +137,7 @@ class Smoothness(Callback):
                 with torch.no_grad():
                     for weight, value in zip(weights, after, strict=True):
                         weight.copy_(value)
-        settings = {"eps": values.eps, "kappa": values.kappa, "beta": values.beta, "step_size": lr}
-        return record(measures, time.perf_counter() - start, **settings)
+        return record(measures, time.perf_counter() - start, **asdict(values), step_size=lr)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files."""
@@ -165,9 +165,8 @@ def _undone(module: CertifiedClassifier) -> Iterator[Any]:
 
     That makes the loss a function of the weights: the same draws, the same start of every power iteration.
     """
-    assert module.bounded is not None  # the step that is measured has built the graph
     buffers = {name: value.detach().clone() for name, value in module.model.named_buffers()}
-    iterations = module.bounded.power_iterations
+    iterations = {} if module.bounded is None else module.bounded.power_iterations  # a randomized one has no graph
     vectors = {name: iteration.u.detach().clone() for name, iteration in iterations.items()}
 
     @torch.no_grad()

@@ -185,6 +185,15 @@ def is_randomized(model: nn.Module) -> bool:
     return next(_random_layers(model), None) is not None
 
 
+def draws_in_eval_mode(model: nn.Module) -> bool:
+    """Whether any layer draws in eval mode too, or holds a draw: then the model is no plain network to be traced."""
+    kinds = ((module, _adapter(module)) for module in model.modules())
+    return any(
+        isinstance(module, Sampled) or (kind is not None and kind is not _TRAINING and kind.active(module))
+        for module, kind in kinds
+    )
+
+
 def require_randomized(model: nn.Module, what: str) -> None:
     """Raise InvalidInputError unless the model is randomized.
 
