@@ -187,14 +187,15 @@ def plot_tightness(result: Tightness, axes: Axes, measure: str = "tau") -> None:
         raise InvalidInputError(f"unknown measure {measure!r}: known are {', '.join(MEASURES)}")
     values: dict[str, np.ndarray] = dict(getattr(result, measure))
     ball = values.pop(BALL, None) if measure == "tau" and len(values) > 1 else None
-    for number, one in enumerate(values.values()):
+    colors = {name: style(number)["color"] for number, name in enumerate(getattr(result, measure))}
+    for number, (name, one) in enumerate(values.items()):
         finite = one[np.isfinite(one)]
         if not len(finite):
             continue
         drawn = axes.violinplot(finite, [number], showextrema=False)
         for body in drawn["bodies"]:  # type: ignore[attr-defined]
-            body.set(facecolor=style(number)["color"], alpha=0.4)
-        axes.plot([number], [finite.mean()], color=style(number)["color"], marker="o")
+            body.set(facecolor=colors[name], alpha=0.4)
+        axes.plot([number], [finite.mean()], color=colors[name], marker="o")
         axes.annotate(
             f"{finite.mean():.3g}", (number, finite.mean()), (6, 4), textcoords="offset points", fontsize="small"
         )
