@@ -236,6 +236,7 @@ def test_several_models(recorded, tmp_path, capsys):
     ("arguments", "told"),
     [
         (("activity", "{run}/model.pt", "--eps", "0.1"), "pass --data"),
+        (("activity", "{run}/nothing"), "nothing: give the folder of a run"),
         (("activity", "{run}/model.pt", "--data", "digits"), "pass --eps"),
         (("activity", "{run}", "--eps", "0.1,0.2"), "takes one --eps"),
         (("activity", "{empty}"), "no folder of a run"),

@@ -71,11 +71,17 @@ class Task:
     Attributes:
         arguments: The same, for what is an analysis's own.
         targets: Files of models and folders of runs, by a name that tells them apart.
+
+    Raises:
+        DataError: A target is not there.
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         paths = [Path(target) for target in arguments.targets]
+        for path in paths:
+            if not path.exists():
+                raise DataError(f"there is no {path}: give the folder of a run, or a model file")
         short = [path.name if path.is_dir() else path.stem for path in paths]
         self.targets = {
             name if short.count(name) == 1 else str(path): path for name, path in zip(short, paths, strict=True)
