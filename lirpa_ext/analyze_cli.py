@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,20 +32,34 @@ Drawn = tuple[Result, "Figure"]
 
 def add_analyze(parser: argparse.ArgumentParser) -> None:
     """Describe the subcommand: one of its own for each analysis of the table."""
-    names = parser.add_subparsers(title="analyses", required=True, metavar="NAME")
-    for name, analysis in ANALYSES.items():
-        command = names.add_parser(name, help=analysis.help, description=analysis.help)
-        command.set_defaults(run=_analyze, analysis=name)
-        targets = "folders" if analysis.of_folders else "model files, or folders of lirpa-ext fit"
-        command.add_argument("targets", nargs="+", metavar="FOLDER" if analysis.of_folders else "MODEL", help=targets)
+    for command, analysis in add_table(parser, "analyses", ANALYSES, _analyze):
         if not analysis.of_folders:
-            add_settings(command)
             task = command.add_argument_group("methods")
             task.add_argument("--methods", nargs="+", metavar="METHOD", help="bounds to compare")
             task.add_argument(
                 "--option", action="append", default=[], metavar="METHOD.KEY=VALUE", help="of one; repeatable"
             )
-        analysis.add_arguments(command)
+
+
+def add_table(
+    parser: argparse.ArgumentParser,
+    title: str,
+    table: Mapping[str, Analysis],
+    run: Callable[[argparse.Namespace], int],
+) -> Iterator[tuple[argparse.ArgumentParser, Analysis]]:
+    """Describe a subcommand for each entry of a table, and give each for what else it takes."""
+    names = parser.add_subparsers(title=title, required=True, metavar="NAME")
+    for name, entry in table.items():
+        command = names.add_parser(name, help=entry.help, description=entry.help)
+        command.set_defaults(run=run, name=name)
+        kind, targets = "MODEL", "model files, or folders of lirpa-ext fit"
+        if entry.of_folders:
+            kind, targets = "FOLDER", "folders"
+        command.add_argument("targets", nargs="+", metavar=kind, help=targets)
+        if not entry.of_folders:
+            add_settings(command)
+        yield command, entry
+        entry.add_arguments(command)
         command.add_argument("--out", type=Path, metavar="DIR", help="for NAME.json, .csv and .png")
 
 
@@ -60,7 +75,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
-    tell(arguments.analysis, *ANALYSES[arguments.analysis].run(Task(arguments)), arguments.out)
+    tell(arguments.name, *ANALYSES[arguments.name].run(Task(arguments)), arguments.out)
     return 0
 
 
@@ -78,12 +93,9 @@ def tell(name: str, result: Result, drawn: Figure, out: Path | None) -> None:
 
 
 def _outer(task: Task) -> Drawn:
-    x, y = task.data
-    index = task.arguments.sample
-    if not 0 <= index < len(x):
-        raise OptionError(f"--sample {index} is none of the {len(x)} samples")
+    x, y = task.sample
     result = outer_bound(
-        task.model, x[index], int(y[index]), task.eps, other=task.arguments.other, index=index, **task.ball,
+        task.model, x, int(y), task.eps, other=task.arguments.other, index=task.arguments.sample, **task.ball,
         **task.methods,
     )  # fmt: skip
     drawn, axes = figure(result.summary())

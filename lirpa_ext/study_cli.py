@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .analysis.plots import figure
 from .analysis.results import Result
 from .analysis.task import Analysis, Task
-from .analyze_cli import add_settings, tell
+from .analyze_cli import add_table, tell
 from .attacks import EOT, FGSM, LOSSES, PGD, Attack, AutoAttack
 from .attacks.eot import AVERAGES, KEPT
 from .errors import OptionError
@@ -41,21 +40,13 @@ Drawn = tuple[Result, "Figure"]
 
 def add_study(parser: argparse.ArgumentParser) -> None:
     """Describe the subcommand: one of its own for each study of the table."""
-    names = parser.add_subparsers(title="studies", required=True, metavar="NAME")
-    for name, study in STUDIES.items():
-        command = names.add_parser(name, help=study.help, description=study.help)
-        command.set_defaults(run=_study, study=name)
-        targets = "folders of lirpa-ext fit" if study.of_folders else "model files, or folders of lirpa-ext fit"
-        command.add_argument("targets", nargs="+", metavar="FOLDER" if study.of_folders else "MODEL", help=targets)
+    for command, study in add_table(parser, "studies", STUDIES, _study):
         if not study.of_folders:
-            add_settings(command)
             command.add_argument("--seed", type=int, default=0, help="of all draws, default 0")
-        study.add_arguments(command)
-        command.add_argument("--out", type=Path, metavar="DIR", help="for NAME.json, .csv and .png")
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    tell(arguments.study, *STUDIES[arguments.study].run(Task(arguments)), arguments.out)
+    tell(arguments.name, *STUDIES[arguments.name].run(Task(arguments)), arguments.out)
     return 0
 
 
@@ -98,14 +89,6 @@ def _eot(arguments: argparse.Namespace) -> EOT:
 # --- the table ---
 
 
-def _one(task: Task) -> tuple[Tensor, Tensor]:
-    """The sample of ``--sample``."""
-    (x, y), index = task.data, task.arguments.sample
-    if not 0 <= index < len(x):
-        raise OptionError(f"--sample {index} is none of the {len(x)} samples")
-    return x[index], y[index]
-
-
 def _add_draws(parser: argparse.ArgumentParser, sample: bool = True) -> None:
     parser.add_argument("--draws", type=int, default=100, help="gradients of each sample, default 100")
     if sample:
@@ -113,14 +96,14 @@ def _add_draws(parser: argparse.ArgumentParser, sample: bool = True) -> None:
 
 
 def _scatter(task: Task) -> Drawn:
-    result = gradient_scatter(task.models, *_one(task), task.arguments.draws, task.arguments.seed)
+    result = gradient_scatter(task.models, *task.sample, task.arguments.draws, task.arguments.seed)
     drawn, axes = figure(result.summary(), size=(5.0, 5.0))
     plot_scatter(result, axes[0, 0])
     return result, drawn
 
 
 def _cosines(task: Task) -> Drawn:
-    result = cosine_matrix(task.models, *_one(task), task.arguments.draws, task.arguments.seed)
+    result = cosine_matrix(task.models, *task.sample, task.arguments.draws, task.arguments.seed)
     return result, _panels(result, plot_cosines, task.models)
 
 

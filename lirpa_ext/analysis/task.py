@@ -18,6 +18,7 @@ from torch import nn
 from ..certify_cli import options_of, prepare, read_model
 from ..data import Pair, load_data
 from ..errors import DataError, OptionError, RegistrationError
+from ..training.schedules import number
 from .results import Result
 
 if TYPE_CHECKING:
@@ -139,6 +140,18 @@ class Task:
             raise OptionError("pass --data: only the folder of a run says itself which data it is for")
         return load_data(source, self.arguments.split, self.arguments.limit)
 
+    @property
+    def sample(self) -> Pair:
+        """Image (...) and label, 0-dim, of ``--sample``.
+
+        Raises:
+            OptionError: There is none of this number.
+        """
+        (x, y), index = self.data, self.arguments.sample
+        if not 0 <= index < len(x):
+            raise OptionError(f"--sample {index} is none of the {len(x)} samples")
+        return x[index], y[index]
+
     @cached_property
     def norm(self) -> float:
         """p of the ball: of the command, else of the run, else 2."""
@@ -147,7 +160,7 @@ class Task:
 
     def target_eps(self) -> dict[str, float]:
         """Radius that each run was trained at."""
-        return {name: _number(c["model"]["eps"]) for name, c in self.configs.items() if "model" in c}
+        return {name: number(c["model"]["eps"], "model.eps") for name, c in self.configs.items() if "model" in c}
 
     @cached_property
     def levels(self) -> list[float]:
@@ -158,9 +171,10 @@ class Task:
         """
         if self.arguments.eps:
             return list(self.arguments.eps)
-        if not self._of_the_run("model", "eps"):
+        trained = self._of_the_run("model", "eps")
+        if not trained:
             raise OptionError("pass --eps: only the folder of a run says itself at which radius to look")
-        return [_number(self._of_the_run("model", "eps"))]
+        return [number(trained, "model.eps")]
 
     @property
     def eps(self) -> float:
@@ -197,9 +211,3 @@ class Task:
                 raise OptionError(f"--option takes METHOD.KEY=VALUE, such as bcp.tighten=False, got {key!r}")
             options.setdefault(method, {})[name] = value
         return {"options": options} | ({"methods": self.arguments.methods} if self.arguments.methods else {})
-
-
-def _number(value: Any) -> float:
-    """A radius of a configuration: a number or a fraction such as 8/255."""
-    above, _, below = str(value).partition("/")
-    return float(above) / float(below or 1)

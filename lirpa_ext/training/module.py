@@ -19,22 +19,9 @@ from .architectures import Network, build
 from .batchnorm import differs_in_training, fixed_statistics, population_statistics, recorded_statistics
 from .objectives import Loss, Step, step_loss
 from .randomized import check_randomized, ensemble_report, randomized_loss
-from .schedules import Decay, Schedule, Values
+from .schedules import Decay, Schedule, Values, number
 
-__all__ = ["CertifiedClassifier", "Evaluation", "Optimizer", "number"]
-
-
-def number(value: float | str, name: str) -> float:
-    """A number, or a fraction such as ``8/255``, or ``inf``.
-
-    Raises:
-        ConfigError: It is neither.
-    """
-    try:
-        above, slash, below = str(value).partition("/")
-        return float(above) / float(below) if slash else float(above)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"{name} must be a number or a fraction such as 8/255, got {value!r}") from error
+__all__ = ["CertifiedClassifier", "Evaluation", "Optimizer"]
 
 
 @dataclass

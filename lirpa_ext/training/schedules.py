@@ -7,7 +7,20 @@ from dataclasses import dataclass, field
 
 from ..errors import ConfigError
 
-__all__ = ["Decay", "Ramp", "Schedule", "Values"]
+__all__ = ["Decay", "Ramp", "Schedule", "Values", "number"]
+
+
+def number(value: float | str, name: str) -> float:
+    """A number, or a fraction such as ``8/255``, or ``inf``.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    try:
+        above, slash, below = str(value).partition("/")
+        return float(above) / float(below) if slash else float(above)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{name} must be a number or a fraction such as 8/255, got {value!r}") from error
 
 
 @dataclass
