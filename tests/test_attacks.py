@@ -41,6 +41,7 @@ ATTACKS = {
     "fgsm": FGSM,
     "fgm": FGM,
     "pgd": lambda: PGD(8),
+    "pgd-momentum": lambda: PGD(8, momentum=1.0),
     "pgd-restarts": lambda: PGD(5, restarts=3, step_size=0.7, loss="dlr"),
     "eot-fgsm": lambda: EOT(FGSM(), 4),
     "eot-pgd": lambda: EOT(PGD(5), 3, keep="final"),
@@ -215,6 +216,25 @@ def test_pgd_finds_the_minimum_of_a_linear_model(batch, norm):
         torch.testing.assert_close(found.margins, expected, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize(("momentum", "second"), [(0.0, [-6.0, 2.0]), (0.5, [-0.625, -0.125]), (2.0, [-0.25, -1.25])])
+def test_momentum_sums_gradients_of_length_1(monkeypatch, momentum, second):
+    """Y. Dong et al.'s rule by hand: gradients (1, -3), of l1 length 4, and then (-6, 2), of l1 length 8."""
+    x, y = torch.zeros(1, 2), torch.tensor([0])
+    target = Target(nn.Linear(2, 2), x, y, PerturbationLpNorm(1.0), torch.Generator())
+    rows, followed = iter([[1.0, -3.0], [-6.0, 2.0]]), []
+    monkeypatch.setattr(target, "gradient", lambda points, loss: torch.tensor([next(rows)]))
+    monkeypatch.setattr(target, "steepest", lambda gradient: followed.append(gradient[0].tolist()) or gradient.sign())
+    PGD(2, step_size=0.25, random_start=False, momentum=momentum).run(target)
+    assert followed == [[0.25, -0.75] if momentum else [1.0, -3.0], second]
+
+
+def test_momentum_keeps_a_gradient_of_0():
+    x, y, flat = torch.rand(2, 3), torch.tensor([0, 1]), nn.Linear(3, 2)
+    nn.init.zeros_(flat.weight)
+    still = PGD(3, momentum=1.0, random_start=False)(flat, x, y, PerturbationLpNorm(0.1))
+    assert torch.equal(still.inputs, x)
+
+
 @pytest.mark.parametrize("norm", NORMS, ids="l{:g}".format)
 def test_projection_and_random_points_lie_inside(batch, network, norm):
     x, y = batch
@@ -290,7 +310,10 @@ def test_bad_input(batch, network):
             PGD()(network, x, y, ball, targets=targets)
     with pytest.raises(InvalidInputError, match="unknown loss"):
         FGSM("hinge")
-    for options in ({"steps": 0}, {"restarts": 0}, {"step_size": -1.0}, {"step_size": math.nan}, {"loss": "hinge"}):
+    for options in (
+        {"steps": 0}, {"restarts": 0}, {"step_size": -1.0}, {"step_size": math.nan}, {"loss": "hinge"},
+        {"momentum": -1.0}, {"momentum": math.inf},
+    ):  # fmt: skip
         with pytest.raises(InvalidInputError):
             PGD(**options)
 

@@ -515,6 +515,22 @@ def test_the_loss_is_the_sum_that_the_source_prints():
     torch.testing.assert_close(value(0.0, 0.7, None), robust)
 
 
+def test_the_attack_of_a_step_starts_where_it_is_told():
+    """With steps of length (almost) 0 its end is its start: the clean point, or a random one of ball and range."""
+    x, y = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0])
+    model = make_adv_bnn(nn.Sequential(nn.Flatten(), nn.Linear(64, 5)))
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    ball = PerturbationLpNorm(0.3, math.inf, 0.0, 1.0)
+    for random_start in (False, True):
+        loss = Loss("adv-bnn", attack_steps=1, step_size=1e-6, random_start=random_start)
+        randomized_loss(loss, model, x, y, ball, Values(0.3, 0.0, 1.0), 50)
+        distance = (seen[-1] - x).abs()
+        assert float(distance.max()) <= 0.3 + 1e-6
+        assert (float(distance.mean()) > 0.05) == random_start
+        assert 0 <= float(seen[-1].min()) <= float(seen[-1].max()) <= 1
+
+
 def test_batch_norm_keeps_the_statistics_of_clean_batches_in_attack_and_regularizer():
     model = make_adv_bnn(network()).train()
     x, y = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0])

@@ -273,6 +273,7 @@ def test_the_sources_attack():
     attack = source_attack()
     assert vars(attack) == {
         "steps": 20, "restarts": 1, "loss": "cross-entropy", "random_start": False, "step_size": 0.25,
+        "momentum": 0.0,
     }  # fmt: skip
 
 

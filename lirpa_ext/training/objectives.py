@@ -90,6 +90,8 @@ class Loss:
         attack_steps: Steps of PGD where the loss is "pgd", "adv-bnn" or "rse", default 7.
         step_size: Of the attack on a randomized network, as a fraction of eps; default 1/4, as in the source.
         attack_draws: Networks of which that attack averages the gradients, default 1.
+        random_start: Whether that attack starts at a random point of the ball; default False, at the clean one.
+        momentum: Of that attack (`lirpa_ext.attacks.PGD`), default 0.
         kl_factor: Weight of the KL divergence in "adv-bnn", default 0.02.
         graddiv: Regularizer of a randomized network, one of `lirpa_ext.randomized.REGULARIZERS`, default none. Its
             weight is ``schedule.graddiv``.
@@ -103,6 +105,8 @@ class Loss:
     attack_steps: int = 7
     step_size: float = 0.25
     attack_draws: int = 1
+    random_start: bool = False
+    momentum: float = 0.0
     kl_factor: float = 0.02
     graddiv: str | None = None
     graddiv_draws: int = 3
@@ -128,8 +132,10 @@ class Loss:
             raise ConfigError(f"loss {self.name!r} cannot be fused: only crown-ibp, cap-ibp and sparse-slope can")
         if not 0 <= self.stability < math.inf or self.attack_steps < 1:
             raise ConfigError("loss.stability must be 0 or more, and loss.attack_steps 1 or more")
-        if not 0 <= self.kl_factor < math.inf or not 0 < self.step_size < math.inf or self.attack_draws < 1:
-            raise ConfigError("loss.kl_factor must be 0 or more, loss.step_size positive, loss.attack_draws 1 or more")
+        if not 0 <= self.kl_factor < math.inf or not 0 <= self.momentum < math.inf:
+            raise ConfigError("loss.kl_factor and loss.momentum must be 0 or more")
+        if not 0 < self.step_size < math.inf or self.attack_draws < 1:
+            raise ConfigError("loss.step_size must be positive, and loss.attack_draws 1 or more")
         if self.graddiv is not None:
             if not self.objective.randomized:
                 raise ConfigError(f"loss {self.name!r} trains one network, and GradDiv is of draws: use adv-bnn or rse")

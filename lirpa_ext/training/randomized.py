@@ -92,9 +92,8 @@ def randomized_loss(
     attacked = x
     if values.eps > 0 and values.kappa < 1:
         with fixed_statistics(statistics):
-            attacked = _attack(loss.attack_steps, loss.attack_draws, loss.step_size)(
-                model, x, y, ball, generator
-            ).inputs
+            attack = _attack(loss.attack_steps, loss.attack_draws, loss.step_size, loss.random_start, loss.momentum)
+            attacked = attack(model, x, y, ball, generator).inputs
     if values.kappa < 1:
         parts.append((1 - values.kappa) * of(attacked))
     if loss.graddiv is not None and values.graddiv > 0:
@@ -104,9 +103,10 @@ def randomized_loss(
     return torch.stack(parts).sum()
 
 
-def _attack(steps: int, draws: int, step_size: float) -> EOT:
+def _attack(steps: int, draws: int, step_size: float, random_start: bool = False, momentum: float = 0.0) -> EOT:
     """EOT-PGD as in the source, whose end counts and not a lucky draw on the way."""
-    return EOT(PGD(steps, step_size=step_size, loss="cross-entropy", random_start=False), draws, keep="final")
+    attack = PGD(steps, step_size=step_size, loss="cross-entropy", random_start=random_start, momentum=momentum)
+    return EOT(attack, draws, keep="final")
 
 
 @dataclass(frozen=True)
