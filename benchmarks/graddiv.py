@@ -3,8 +3,9 @@
     python benchmarks/graddiv.py --data FOLDER [--seeds 0 1 2] [--out FOLDER] [-- more arguments of lirpa-ext fit]
 
 Trains configs/mnist_adv-bnn_reference.yaml, as it is and with GradDiv, and evaluates on the first test images with
-draws that the attack has not seen: the source's EOT-PGD, 20 steps of eps / 4, 20 draws a gradient. A run that was
-stopped goes on; results are in FOLDER, and when all are there the table of docs/graddiv.md is written from them.
+draws that the attack has not seen: the source's EOT-PGD, 20 steps of eps / 4, 20 draws a gradient, from the clean
+image as there, and from a random point. A run that was stopped goes on; results are in FOLDER, and when all are there
+the table of docs/graddiv.md is written from them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from lirpa_ext.attacks import EOT, PGD
 from lirpa_ext.data import load_data
 from lirpa_ext.randomized import evaluate, gradients, von_mises_fisher
 from lirpa_ext.training.runs import fit, parse
@@ -26,10 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "mnist_adv-bnn_reference.yaml"
 KINDS = {
     "Adv-BNN": [],
-    "Adv-BNN + GradDiv": ["--model.loss.graddiv", "kappa", "--model.schedule.graddiv", "[0, 1]"],
+    "Adv-BNN + GradDiv": ["--model.loss.graddiv", "kappa", "--model.schedule.graddiv", "[0, 0.25]"],
 }
 EPS = [0.0, 0.3, 0.36]
-DRAWS = 20  # of the gradients' statistics
+FROM_RANDOM = EOT(PGD(20, step_size=0.25, loss="cross-entropy"), 20)  # the source's attack, but for its start
+DRAWS = 100  # of the gradients' statistics, as in the source
 
 
 def run(kind: str, seed: int, data: str, samples: int, folder: Path, more: Sequence[str] = ()) -> dict[str, Any]:
@@ -43,9 +46,12 @@ def run(kind: str, seed: int, data: str, samples: int, folder: Path, more: Seque
     module = fit(parse([*given, *quiet, *more]))
     model = module.model.eval().requires_grad_(False)
     x, y = load_data(data, "test", samples)
-    found = gradients(model, x, y, DRAWS, torch.Generator().manual_seed(seed), create_graph=False)
+    generator = torch.Generator().manual_seed(seed)
+    pairs = zip(x.split(100), y.split(100), strict=True)
+    found = torch.cat([gradients(model, *pair, DRAWS, generator, create_graph=False) for pair in pairs], dim=1)
     directions = von_mises_fisher(found)
     accuracy = evaluate(model, (x, y), EPS, seed=seed)
+    harder = evaluate(model, (x, y), EPS[1:], FROM_RANDOM, seed=seed)
     row = {
         "kind": kind,
         "seed": seed,
@@ -55,7 +61,8 @@ def run(kind: str, seed: int, data: str, samples: int, folder: Path, more: Seque
         "gradient length": float(found.norm(dim=2).mean()),
         **{f"eps {level.eps:g}": level.ensemble.value for level in accuracy.levels},
         **{f"one draw, eps {level.eps:g}": level.single.value for level in accuracy.levels},
-        "attack": accuracy.attack,
+        **{f"random start, eps {level.eps:g}": level.ensemble.value for level in harder.levels},
+        "attacks": [accuracy.attack, harder.attack],
     }
     result.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     return row
@@ -63,17 +70,15 @@ def run(kind: str, seed: int, data: str, samples: int, folder: Path, more: Seque
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line for each run, and the means."""
-    columns = ["rho", "kappa/d", *(f"eps {eps:g}" for eps in EPS)]
-    lines = [
-        "| network | seed | rho | kappa / d | clean % | eps 0.3 % | eps 0.36 % |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    accuracies = [f"{start}eps {eps:g}" for eps in EPS for start in ("", "random start, ") if eps or not start]
+    heads = ["network", "seed", "rho", "kappa / d", *(f"{name} %" for name in accuracies)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for kind in KINDS:
         chosen = [row for row in rows if row["kind"] == kind]
-        mean = {key: statistics.mean(row[key] for row in chosen) for key in columns}
+        mean = {key: statistics.mean(row[key] for row in chosen) for key in ("rho", "kappa/d", *accuracies)}
         for name, row in [*((str(row["seed"]), row) for row in chosen), ("**mean**", mean)]:
-            accuracies = " | ".join(f"{100 * row[key]:.1f}" for key in columns[2:])
-            lines.append(f"| {kind} | {name} | {row['rho']:.3f} | {row['kappa/d']:.2f} | {accuracies} |")
+            percents = " | ".join(f"{100 * row[key]:.1f}" for key in accuracies)
+            lines.append(f"| {kind} | {name} | {row['rho']:.3f} | {row['kappa/d']:.2f} | {percents} |")
     return "\n".join(lines)
 
 
@@ -82,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of MNIST's four IDX files")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--samples", type=int, default=300, help="test images")
+    parser.add_argument("--samples", type=int, default=1000, help="test images")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "graddiv")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "graddiv.md")
     parser.add_argument("more", nargs="*", help="arguments of lirpa-ext fit, after --")

@@ -59,6 +59,8 @@ def _add_attack(parser: argparse.ArgumentParser, draws: str = "20") -> None:
     group.add_argument("--steps", type=int, default=20, help="of PGD, default 20")
     group.add_argument("--step-size", type=float, default=0.25, help="of PGD, as a fraction of eps, default 0.25")
     group.add_argument("--restarts", type=int, default=1, help="of PGD, default 1; more start at random points")
+    group.add_argument("--random-start", action="store_true", help="of PGD, of a single run too")
+    group.add_argument("--momentum", type=float, default=0.0, help="of PGD, default 0")
     group.add_argument("--loss", choices=LOSSES, default="cross-entropy", help="default cross-entropy")
     if draws:
         group.add_argument("--attack-draws", type=_whole, default=_whole(draws), metavar="N", help=f"default {draws}")
@@ -76,8 +78,8 @@ def _attack(arguments: argparse.Namespace) -> Attack:
         return AutoAttack("rand")
     if arguments.attack == "fgsm":
         return FGSM(arguments.loss)
-    restarts = arguments.restarts
-    return PGD(arguments.steps, restarts, arguments.step_size, arguments.loss, random_start=restarts > 1)
+    restarts, start = arguments.restarts, arguments.random_start or arguments.restarts > 1
+    return PGD(arguments.steps, restarts, arguments.step_size, arguments.loss, start, arguments.momentum)
 
 
 def _eot(arguments: argparse.Namespace) -> EOT:

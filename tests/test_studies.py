@@ -417,6 +417,10 @@ def test_runs_are_studied_by_their_folders(run, tmp_path, capsys):
     assert main(["study", "accuracy", str(run), "--limit", "4", "--steps", "1", "--attack-draws", "2"]) == 0
     printed = capsys.readouterr().out
     assert "rho" in printed and "linf balls" in printed and "eps 0.2" in printed  # norm and eps of the run
+    few = ["--limit", "4", "--steps", "2", "--attack-draws", "2", "--random-start", "--momentum", "1"]
+    assert main(["study", "accuracy", str(run), *few, "--out", str(tmp_path)]) == 0
+    written = (tmp_path / "accuracy.json").read_text(encoding="utf-8")
+    assert "random_start=True" in written and "momentum=1.0" in written
     assert {path.name for path in tmp_path.iterdir()} >= {"concentration.png", "scatter.json", "scatter.png"}
 
 
