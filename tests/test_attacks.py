@@ -216,22 +216,32 @@ def test_pgd_finds_the_minimum_of_a_linear_model(batch, norm):
         torch.testing.assert_close(found.margins, expected, rtol=1e-7, atol=1e-7)
 
 
+def directions_of(monkeypatch, momentum, gradients):
+    """What PGD follows where the gradients of its steps are these."""
+    target = Target(nn.Linear(2, 2), torch.zeros(1, 2), torch.tensor([0]), PerturbationLpNorm(1.0), torch.Generator())
+    rows, followed = iter(gradients), []
+    monkeypatch.setattr(target, "gradient", lambda points, loss: torch.tensor([next(rows)]))
+    monkeypatch.setattr(target, "steepest", lambda gradient: followed.append(gradient[0].tolist()) or gradient.sign())
+    PGD(len(gradients), step_size=0.25, random_start=False, momentum=momentum).run(target)
+    return followed
+
+
 @pytest.mark.parametrize(("momentum", "second"), [(0.0, [-6.0, 2.0]), (0.5, [-0.625, -0.125]), (2.0, [-0.25, -1.25])])
 def test_momentum_sums_gradients_of_length_1(monkeypatch, momentum, second):
     """Y. Dong et al.'s rule by hand: gradients (1, -3), of l1 length 4, and then (-6, 2), of l1 length 8."""
-    x, y = torch.zeros(1, 2), torch.tensor([0])
-    target = Target(nn.Linear(2, 2), x, y, PerturbationLpNorm(1.0), torch.Generator())
-    rows, followed = iter([[1.0, -3.0], [-6.0, 2.0]]), []
-    monkeypatch.setattr(target, "gradient", lambda points, loss: torch.tensor([next(rows)]))
-    monkeypatch.setattr(target, "steepest", lambda gradient: followed.append(gradient[0].tolist()) or gradient.sign())
-    PGD(2, step_size=0.25, random_start=False, momentum=momentum).run(target)
+    followed = directions_of(monkeypatch, momentum, [[1.0, -3.0], [-6.0, 2.0]])
     assert followed == [[0.25, -0.75] if momentum else [1.0, -3.0], second]
 
 
-def test_momentum_keeps_a_gradient_of_0():
-    x, y, flat = torch.rand(2, 3), torch.tensor([0, 1]), nn.Linear(3, 2)
+def test_momentum_keeps_a_gradient_of_0(monkeypatch):
+    """And one that is very small has a direction as any other."""
+    assert directions_of(monkeypatch, 1.0, [[0.0, 0.0], [1.0, -3.0]]) == [[0.0, 0.0], [0.25, -0.75]]
+    small = directions_of(monkeypatch, 1.0, [[1e-30, -3e-30]])[0]
+    assert small == pytest.approx([0.25, -0.75])
+    flat = nn.Linear(3, 2)
     nn.init.zeros_(flat.weight)
-    still = PGD(3, momentum=1.0, random_start=False)(flat, x, y, PerturbationLpNorm(0.1))
+    x = torch.rand(2, 3)
+    still = PGD(3, momentum=1.0, random_start=False)(flat, x, torch.tensor([0, 1]), PerturbationLpNorm(0.1))
     assert torch.equal(still.inputs, x)
 
 

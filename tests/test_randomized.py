@@ -531,6 +531,28 @@ def test_the_attack_of_a_step_starts_where_it_is_told():
         assert 0 <= float(seen[-1].min()) <= float(seen[-1].max()) <= 1
 
 
+def test_the_attack_of_a_step_has_the_momentum_that_it_is_told():
+    """The points of a step are those of the same attack by itself; without momentum they are others."""
+    torch.manual_seed(0)
+    x, y = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0])
+    model = make_adv_bnn(nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.Tanh(), nn.Linear(20, 5)), 0.5)
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    ball = PerturbationLpNorm(0.3, math.inf, 0.0, 1.0)
+    ends = {}
+    for momentum in (0.0, 1.0):
+        torch.manual_seed(5)
+        randomized_loss(
+            Loss("adv-bnn", attack_steps=3, momentum=momentum), model, x, y, ball, Values(0.3, 0.0, 1.0), 50
+        )
+        ends[momentum] = seen[-1]
+        torch.manual_seed(5)
+        source = generator(int(torch.randint(2**62, ())))
+        attack = PGD(3, step_size=0.25, loss="cross-entropy", random_start=False, momentum=momentum)
+        torch.testing.assert_close(ends[momentum], EOT(attack, 1, keep="final")(model, x, y, ball, source).inputs)
+    assert not torch.equal(ends[0.0], ends[1.0])
+
+
 def test_batch_norm_keeps_the_statistics_of_clean_batches_in_attack_and_regularizer():
     model = make_adv_bnn(network()).train()
     x, y = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0])
@@ -574,6 +596,7 @@ def test_networks_become_randomized_by_name():
     [
         (["--model.network.randomized", "bnn"], "network.randomized is 'bnn'"),
         (["--model.network.randomized", "rse"], "network.randomized: adv-bnn"),
+        (["--model.loss.momentum", "-1"], "loss.momentum must be 0 or more"),
         (["--model.loss.name", "pgd", "--model.loss.graddiv", "null"], "deterministic networks"),
         (["--model.network.options", "{sigma: 0.1}"], "sigma"),
         (["--model.network.options", "{prior_std: -1.0}"], "prior_std is a standard deviation"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch.nn.functional import normalize
 
 from ..errors import InvalidInputError
 from .base import Attack, Target
@@ -61,17 +61,11 @@ class PGD(Attack):
             for _ in range(self.steps):
                 gradient = target.gradient(points, self.loss)
                 if self.momentum:
-                    gradient = total = self.momentum * total + _of_length_1(gradient)
+                    shares = normalize(gradient.flatten(1), p=1.0, eps=torch.finfo(gradient.dtype).tiny)
+                    gradient = total = self.momentum * total + shares.view_as(gradient)
                 direction = target.steepest(gradient)
                 points = target.project(points + self.step_size * target.eps * direction)
             target.score(points)
-
-
-def _of_length_1(gradient: Tensor) -> Tensor:
-    """Each sample's gradient divided by its l1 length, (B, ...); one that is 0 stays 0."""
-    flat = gradient.flatten(1)
-    flat = flat / flat.abs().amax(1, keepdim=True).clamp(min=torch.finfo(flat.dtype).tiny)  # its sum does not overflow
-    return (flat / flat.abs().sum(1, keepdim=True).clamp(min=1.0)).view_as(gradient)
 
 
 class FGSM(PGD):

@@ -92,7 +92,10 @@ def randomized_loss(
     attacked = x
     if values.eps > 0 and values.kappa < 1:
         with fixed_statistics(statistics):
-            attack = _attack(loss.attack_steps, loss.attack_draws, loss.step_size, loss.random_start, loss.momentum)
+            attack = _attack(
+                loss.attack_steps, loss.attack_draws, loss.step_size,
+                random_start=loss.random_start, momentum=loss.momentum,
+            )  # fmt: skip
             attacked = attack(model, x, y, ball, generator).inputs
     if values.kappa < 1:
         parts.append((1 - values.kappa) * of(attacked))
