@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -438,6 +439,28 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
 
 
+def test_standard_deviations_have_a_learning_rate_of_their_own():
+    from lirpa_ext.training import CertifiedClassifier, Decay, Optimizer
+
+    network = Network("2C2F", [1, 8, 8], randomized="adv-bnn", options={"prior_std": 0.05})
+    optimizer = Optimizer(lr=0.01, std_factor=10.0, decay=Decay(milestones=[1], gamma=0.5))
+    module = CertifiedClassifier(network, Loss("adv-bnn"), 0.1, math.inf, optimizer=optimizer)
+    (adam,), (decay,) = module.configure_optimizers()
+    sum(part.sum() for part in module.model.parameters()).backward()
+    before = copy.deepcopy(dict(module.model.named_parameters()))
+    adam.step()  # Adam's first step is of length lr
+    for name, part in module.model.named_parameters():
+        moved = torch.full_like(part, 0.1 if "log_std" in name else 0.01)
+        torch.testing.assert_close(before[name] - part, moved, rtol=1e-4, atol=1e-6)
+    decay.step()
+    assert [group["lr"] for group in adam.param_groups] == [pytest.approx(0.005), pytest.approx(0.05)]
+    with pytest.raises(ConfigError, match="only adv-bnn"):
+        rse = Network("2C2F", [1, 8, 8], randomized="rse")
+        CertifiedClassifier(rse, Loss("rse"), 0.1, math.inf, optimizer=optimizer)
+    plain = CertifiedClassifier(network, Loss("adv-bnn"), 0.1, math.inf)
+    assert len(plain.configure_optimizers()[0][0].param_groups) == 1  # as in the checkpoints of earlier versions
+
+
 def test_a_run_judges_an_ensemble_and_verifies_nothing(trained):
     table = rows(trained)
     assert [float(row["graddiv"]) for row in table] == [pytest.approx(0.3 * 0.5), 0.3]
@@ -604,7 +627,9 @@ def test_networks_become_randomized_by_name():
         (["--model.loss.graddiv", "null"], "name it in loss.graddiv"),
         (["--model.schedule.graddiv", "[0, 0]"], "has weight 0"),
         (["--model.schedule.graddiv", "[0, -1]"], "both 0 or more"),
+        (["--model.schedule.graddiv_ramp", "[1]"], "[warm-up, ramp]"),
         (["--model.loss.graddiv_draws", "1"], "2 or more"),
+        (["--model.optimizer.std_factor", "0"], "std_factor must be positive"),
         (["--model.loss.kl_factor", "-1"], "kl_factor"),
         (["--model.loss.step_size", "0"], "step_size"),
         (["--model.evaluation.attack_steps", "0"], "judged by an attack"),

@@ -103,7 +103,20 @@ def test_schedule_moves_every_step_and_reaches_the_target_at_the_last_one_of_the
 
 
 def test_schedule_counts_parts_of_epochs():
-    assert Schedule(warmup=0.5, ramp=1.25).steps(10) == (5, 13)  # 17.5 rounds to 18
+    assert Schedule(warmup=0.5, ramp=1.25).steps(10) == [(5, 13)] * 2  # 17.5 rounds to 18
+
+
+def test_the_weight_of_graddiv_has_a_ramp_of_its_own():
+    schedule = Schedule(ramp=1, kappa=[0.0, 0.0], graddiv=[0.0, 0.5], graddiv_ramp=[2, 1])
+    found = [schedule.at(step, per_epoch=2, eps=0.4) for step in range(8)]
+    assert [value.eps for value in found] == [0.2] + [0.4] * 7
+    assert [value.graddiv for value in found] == [0.0] * 4 + [0.25] + [0.5] * 3
+    assert [schedule.done(steps, 2) for steps in (2, 5, 6)] == [False, False, True]
+    with pytest.raises(ConfigError, match=r"the ramp ends after 2 \+ 1 epochs"):
+        schedule.check(0.4, 3)
+    for wrong, told in (([1], "warm-up, ramp"), ([1, -1], "0 or more"), ([math.nan, 1], "0 or more")):
+        with pytest.raises(ConfigError, match=told):
+            Schedule(graddiv_ramp=wrong).check(0.4, None)
 
 
 def test_learning_rates_of_the_tables():

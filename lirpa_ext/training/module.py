@@ -34,6 +34,8 @@ class Optimizer:
         momentum: Of "sgd", default 0.
         weight_decay: Default 0.
         decay: When the learning rate falls, default never.
+        std_factor: Times lr is the learning rate of the log standard deviations of Adv-BNN, default 1: in a short
+            training they hardly leave where they began.
     """
 
     name: str = "adam"
@@ -41,6 +43,7 @@ class Optimizer:
     momentum: float = 0.0
     weight_decay: float = 0.0
     decay: Decay = field(default_factory=Decay)
+    std_factor: float = 1.0
 
     def check(self) -> None:
         """Raise ConfigError for an unknown name or numbers out of range."""
@@ -48,6 +51,8 @@ class Optimizer:
             raise ConfigError(f"unknown optimizer {self.name!r}: known are adam and sgd")
         if not 0 < self.lr < math.inf or self.weight_decay < 0 or not 0 <= self.momentum < 1:
             raise ConfigError("optimizer.lr must be positive, weight_decay 0 or more, momentum in [0, 1)")
+        if not 0 < self.std_factor < math.inf:
+            raise ConfigError(f"optimizer.std_factor must be positive, got {self.std_factor}")
         self.decay.check()
 
 
@@ -129,6 +134,8 @@ class CertifiedClassifier(LightningModule):
         self.schedule.check(self.eps, None)
         self.optimizer_config.check()
         check_randomized(network, loss, schedule, evaluation)
+        if optimizer.std_factor != 1 and network.randomized != "adv-bnn":
+            raise ConfigError("optimizer.std_factor is of standard deviations, which only adv-bnn networks train")
         if loss.fused and list(self.schedule.beta) != [1.0, 1.0]:
             raise ConfigError("loss.fused bounds the loss itself, which beta cannot mix: set schedule.beta to [1, 1]")
         if loss.objective.attack and self.norm == 1:
@@ -257,10 +264,15 @@ class CertifiedClassifier(LightningModule):
         """Optimizer and, by epoch, learning rate."""
         config = self.optimizer_config
         options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+        named = dict(self.model.named_parameters())
+        apart = [name for name in named if config.std_factor != 1 and "log_std." in name]
+        groups: list[dict[str, Any]] = [{"params": [named[name] for name in named if name not in apart]}]
+        if apart:
+            groups.append({"params": [named[name] for name in apart], "lr": config.std_factor * config.lr})
         if config.name == "adam":
-            optimizer: torch.optim.Optimizer = torch.optim.Adam(self.model.parameters(), **options)
+            optimizer: torch.optim.Optimizer = torch.optim.Adam(groups, **options)
         else:
-            optimizer = torch.optim.SGD(self.model.parameters(), momentum=config.momentum, **options)
+            optimizer = torch.optim.SGD(groups, momentum=config.momentum, **options)
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, config.decay.factor)]
 
     # --- validation ---

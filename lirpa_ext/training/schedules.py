@@ -86,6 +86,7 @@ class Schedule:
         kappa: Weight of the natural loss before and after the ramp, default from 1 to 0.
         beta: Weight of the method's bound against IBP's, default from 1 to 1: the method alone.
         graddiv: Weight of the GradDiv regularizer of a randomized network, default from 0 to 0: none.
+        graddiv_ramp: Epochs of its own warm-up and ramp, default those of eps.
     """
 
     warmup: float = 0.0
@@ -94,6 +95,7 @@ class Schedule:
     kappa: list[float] = field(default_factory=lambda: [1.0, 0.0])
     beta: list[float] = field(default_factory=lambda: [1.0, 1.0])
     graddiv: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    graddiv_ramp: list[float] | None = None
 
     def check(self, eps: float, epochs: float | None) -> None:
         """Raise ConfigError unless the schedule makes sense and its ramp ends before training does.
@@ -102,7 +104,10 @@ class Schedule:
             eps: Target.
             epochs: Of the whole training; None if that is open.
         """
-        for name, value in (("warmup", self.warmup), ("ramp", self.ramp)):
+        own = self.graddiv_ramp or []
+        if self.graddiv_ramp is not None and len(own) != 2:
+            raise ConfigError(f"schedule.graddiv_ramp is [warm-up, ramp] in epochs, got {own}")
+        for name, value in (("warmup", self.warmup), ("ramp", self.ramp), *(("graddiv_ramp", part) for part in own)):
             if not 0 <= value < math.inf:
                 raise ConfigError(f"schedule.{name} is a number of epochs, 0 or more, got {value}")
         for name, pair in (("kappa", self.kappa), ("beta", self.beta)):
@@ -112,17 +117,25 @@ class Schedule:
             raise ConfigError(f"schedule.graddiv is [before, after the ramp], both 0 or more, got {self.graddiv}")
         if not 0 <= self.eps_start <= eps:
             raise ConfigError(f"schedule.eps_start must lie between 0 and eps = {eps:g}, got {self.eps_start}")
-        if epochs is not None and self.warmup + self.ramp >= epochs:
-            raise ConfigError(
-                f"the ramp ends after {self.warmup:g} + {self.ramp:g} epochs of warm-up and ramp, and training after "
-                f"{epochs:g}: no epoch at the full eps is left to choose a checkpoint from. Raise trainer.max_epochs, "
-                "or shorten schedule.warmup and schedule.ramp"
-            )
+        for warmup, ramp in self._spans:
+            if epochs is not None and warmup + ramp >= epochs:
+                raise ConfigError(
+                    f"the ramp ends after {warmup:g} + {ramp:g} epochs of warm-up and ramp, and training after "
+                    f"{epochs:g}: no epoch at the end values is left to choose a checkpoint from. Raise "
+                    "trainer.max_epochs, or shorten schedule.warmup, schedule.ramp and schedule.graddiv_ramp"
+                )
 
-    def steps(self, per_epoch: int) -> tuple[int, int]:
-        """Steps of the warm-up and of the ramp."""
-        warmup = round(self.warmup * per_epoch)
-        return warmup, round((self.warmup + self.ramp) * per_epoch) - warmup
+    @property
+    def _spans(self) -> list[list[float]]:
+        """Epochs of warm-up and ramp: of eps, kappa and beta, and of GradDiv's weight."""
+        return [[self.warmup, self.ramp], self.graddiv_ramp or [self.warmup, self.ramp]]
+
+    def steps(self, per_epoch: int) -> list[tuple[int, int]]:
+        """Steps of warm-up and ramp: of eps, kappa and beta, and of GradDiv's weight."""
+        return [
+            (start := round(warmup * per_epoch), round((warmup + ramp) * per_epoch) - start)
+            for warmup, ramp in self._spans
+        ]
 
     def at(self, step: int, per_epoch: int, eps: float) -> Values:
         """The values of a step.
@@ -132,13 +145,17 @@ class Schedule:
             per_epoch: Steps of an epoch.
             eps: Target.
         """
-        span = self.steps(per_epoch)
-        ramps = (Ramp(self.eps_start, eps), Ramp(*self.kappa), Ramp(*self.beta), Ramp(*self.graddiv))
-        return Values(*(ramp.at(step, *span) for ramp in ramps))
+        span, graddiv_span = self.steps(per_epoch)
+        return Values(
+            Ramp(self.eps_start, eps).at(step, *span),
+            Ramp(*self.kappa).at(step, *span),
+            Ramp(*self.beta).at(step, *span),
+            Ramp(*self.graddiv).at(step, *graddiv_span),
+        )
 
     def done(self, steps: int, per_epoch: int) -> bool:
         """Whether the last of so many steps was at the end values."""
-        return steps >= max(1, sum(self.steps(per_epoch)))
+        return steps >= max(1, *(warmup + ramp for warmup, ramp in self.steps(per_epoch)))
 
 
 @dataclass
