@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -439,6 +440,21 @@ def test_a_finished_run_is_not_trained_again(trained):
     assert run(trained) == 0
     assert_same_weights(checkpoint(trained), before)
     assert len(rows(trained)) == 3
+
+
+def test_a_run_of_a_version_that_had_fewer_keys_goes_on(trained, tmp_path, capsys):
+    import yaml
+
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del written["model"]["optimizer"]["std_factor"], written["model"]["schedule"]["graddiv_ramp"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    assert run(tmp_path) == 0
+    assert_same_weights(checkpoint(tmp_path), checkpoint(trained))
+    written["model"]["optimizer"]["lr"] *= 2
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    assert run(tmp_path) == 2
+    assert "they differ in model.optimizer.lr." in capsys.readouterr().err
 
 
 def test_another_seed_is_another_run(trained, tmp_path):

@@ -191,13 +191,14 @@ def _check_batch(model: CertifiedClassifier, data: LightningDataModule) -> None:
 
 def _prepare(folder: Path, config: Namespace, last: Path) -> bool:
     """Whether to go on with the run in this folder; else make it ready for a new one."""
-    wanted = yaml.safe_load(parser().dump(config, skip_none=False))
+    wanted = _plain(config)
     written = folder / "config.yaml"
     child = int(os.environ.get("LOCAL_RANK", 0)) or int(os.environ.get("RANK", 0))  # another process of the same run
     resumed = last.is_file() and config.resume
     if resumed and written.is_file():
-        before = yaml.safe_load(written.read_text(encoding="utf-8"))
-        different = sorted(_differences(_kept(before), _kept(wanted)))
+        before = _kept(yaml.safe_load(written.read_text(encoding="utf-8")))
+        completed = parser().parse_object(before)  # what a file of an earlier version lacks has its default
+        different = sorted(_differences(_kept(_plain(completed)), _kept(wanted)))
         if different:
             raise ConfigError(
                 f"{folder} holds a run of another configuration; they differ in {', '.join(different)}. Choose "
@@ -210,6 +211,11 @@ def _prepare(folder: Path, config: Namespace, last: Path) -> bool:
                 (folder / name).unlink(missing_ok=True)
         written.write_text(yaml.safe_dump(wanted, sort_keys=False), encoding="utf-8")
     return resumed
+
+
+def _plain(config: Namespace) -> dict[str, Any]:
+    plain: dict[str, Any] = yaml.safe_load(parser().dump(config, skip_none=False))
+    return plain
 
 
 def _kept(config: dict[str, Any]) -> dict[str, Any]:
