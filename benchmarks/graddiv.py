@@ -5,7 +5,7 @@
 Trains configs/mnist_adv-bnn_reference.yaml, as it is and with GradDiv, and evaluates on the first test images with
 draws that the attack has not seen: the source's EOT-PGD, 20 steps of eps / 4, 20 draws a gradient, from the clean
 image as there, and from a random point. A run that was stopped goes on; results are in FOLDER, and when all are there
-the table of docs/graddiv.md is written from them.
+the table of docs/graddiv.md is written from them; that of another training, by more arguments, is only printed.
 """
 
 from __future__ import annotations
@@ -99,6 +99,8 @@ def main() -> None:
     ]
     written = table(rows)
     print(written)
+    if arguments.more:
+        return
     start, end = "<!-- experiment: start -->", "<!-- experiment: end -->"
     page = arguments.page.read_text(encoding="utf-8")
     before, after = page.partition(start)[0], page.partition(end)[2]
