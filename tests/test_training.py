@@ -104,7 +104,9 @@ def test_schedule_moves_every_step_and_reaches_the_target_at_the_last_one_of_the
 
 
 def test_schedule_counts_parts_of_epochs():
-    assert Schedule(warmup=0.5, ramp=1.25).steps(10) == [(5, 13)] * 2  # 17.5 rounds to 18
+    schedule = Schedule(warmup=0.5, ramp=1.25)
+    assert schedule.steps(10) == 18  # 17.5 rounds to 18
+    assert [schedule.at(step, 10, 1.3).eps for step in (4, 5, 16, 17)] == pytest.approx([0.0, 0.1, 1.2, 1.3])
 
 
 def test_the_weight_of_graddiv_has_a_ramp_of_its_own():
@@ -113,6 +115,7 @@ def test_the_weight_of_graddiv_has_a_ramp_of_its_own():
     assert [value.eps for value in found] == [0.2] + [0.4] * 7
     assert [value.graddiv for value in found] == [0.0] * 4 + [0.25] + [0.5] * 3
     assert [schedule.done(steps, 2) for steps in (2, 5, 6)] == [False, False, True]
+    assert schedule.steps(2) == 6
     with pytest.raises(ConfigError, match=r"the ramp ends after 2 \+ 1 epochs"):
         schedule.check(0.4, 3)
     for wrong, told in (([1], "warm-up, ramp"), ([1, -1], "0 or more"), ([math.nan, 1], "0 or more")):

@@ -104,7 +104,7 @@ class Smoothness(Callback):
         step, scheduled, before = self._start
         self._start = None
         schedule, per_epoch = pl_module.schedule, pl_module.steps_per_epoch
-        target = schedule.at(sum(schedule.steps(per_epoch)), per_epoch, pl_module.eps)
+        target = schedule.at(schedule.steps(per_epoch), per_epoch, pl_module.eps)
         wanted = {"scheduled": scheduled} | ({"target": target} if self.target else {})
         step_size = float(trainer.optimizers[0].param_groups[0]["lr"])
         found: dict[Values, Row] = {}

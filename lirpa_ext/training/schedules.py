@@ -117,7 +117,7 @@ class Schedule:
             raise ConfigError(f"schedule.graddiv is [before, after the ramp], both 0 or more, got {self.graddiv}")
         if not 0 <= self.eps_start <= eps:
             raise ConfigError(f"schedule.eps_start must lie between 0 and eps = {eps:g}, got {self.eps_start}")
-        for warmup, ramp in self._spans:
+        for warmup, ramp in self._epochs:
             if epochs is not None and warmup + ramp >= epochs:
                 raise ConfigError(
                     f"the ramp ends after {warmup:g} + {ramp:g} epochs of warm-up and ramp, and training after "
@@ -126,16 +126,20 @@ class Schedule:
                 )
 
     @property
-    def _spans(self) -> list[list[float]]:
-        """Epochs of warm-up and ramp: of eps, kappa and beta, and of GradDiv's weight."""
+    def _epochs(self) -> list[list[float]]:
+        """Warm-up and ramp: of eps, kappa and beta, and of GradDiv's weight."""
         return [[self.warmup, self.ramp], self.graddiv_ramp or [self.warmup, self.ramp]]
 
-    def steps(self, per_epoch: int) -> list[tuple[int, int]]:
-        """Steps of warm-up and ramp: of eps, kappa and beta, and of GradDiv's weight."""
+    def _spans(self, per_epoch: int) -> list[tuple[int, int]]:
+        """The same in steps."""
         return [
             (start := round(warmup * per_epoch), round((warmup + ramp) * per_epoch) - start)
-            for warmup, ramp in self._spans
+            for warmup, ramp in self._epochs
         ]
+
+    def steps(self, per_epoch: int) -> int:
+        """Steps until every value is at its end."""
+        return max(warmup + ramp for warmup, ramp in self._spans(per_epoch))
 
     def at(self, step: int, per_epoch: int, eps: float) -> Values:
         """The values of a step.
@@ -145,7 +149,7 @@ class Schedule:
             per_epoch: Steps of an epoch.
             eps: Target.
         """
-        span, graddiv_span = self.steps(per_epoch)
+        span, graddiv_span = self._spans(per_epoch)
         return Values(
             Ramp(self.eps_start, eps).at(step, *span),
             Ramp(*self.kappa).at(step, *span),
@@ -155,7 +159,7 @@ class Schedule:
 
     def done(self, steps: int, per_epoch: int) -> bool:
         """Whether the last of so many steps was at the end values."""
-        return steps >= max(1, *(warmup + ramp for warmup, ramp in self.steps(per_epoch)))
+        return steps >= max(1, self.steps(per_epoch))
 
 
 @dataclass
