@@ -458,6 +458,10 @@ def test_a_run_of_a_version_that_had_fewer_keys_goes_on(trained, tmp_path, capsy
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
     assert run(tmp_path) == 2
     assert "they differ in model.optimizer.lr." in capsys.readouterr().err
+    written["model"]["optimizer"]["gone"] = 1
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    assert run(tmp_path) == 2
+    assert "model.optimizer.gone" in capsys.readouterr().err
 
 
 def test_another_seed_is_another_run(trained, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -197,8 +198,9 @@ def _prepare(folder: Path, config: Namespace, last: Path) -> bool:
     resumed = last.is_file() and config.resume
     if resumed and written.is_file():
         before = _kept(yaml.safe_load(written.read_text(encoding="utf-8")))
-        completed = parser().parse_object(before)  # what a file of an earlier version lacks has its default
-        different = sorted(_differences(_kept(_plain(completed)), _kept(wanted)))
+        with contextlib.suppress(ArgumentError):  # of a key that is no more, which is a difference
+            before = _kept(_plain(parser().parse_object(before)))  # what an earlier version lacks has its default
+        different = sorted(_differences(before, _kept(wanted)))
         if different:
             raise ConfigError(
                 f"{folder} holds a run of another configuration; they differ in {', '.join(different)}. Choose "
