@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as distribution_kl
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 import lirpa_ext.randomized.sampling
 from lirpa_ext.attacks import EOT, PGD
@@ -574,6 +575,27 @@ def test_the_attack_of_a_step_has_the_momentum_that_it_is_told():
         attack = PGD(3, step_size=0.25, loss="cross-entropy", random_start=False, momentum=momentum)
         torch.testing.assert_close(ends[momentum], EOT(attack, 1, keep="final")(model, x, y, ball, source).inputs)
     assert not torch.equal(ends[0.0], ends[1.0])
+
+
+def test_a_smaller_last_batch_does_not_weigh_the_divergence_more(monkeypatch):
+    """The KL term is over the training set, here 12 images, counted as 2 batches of 8; not 2 batches of the last 4."""
+    from lightning.pytorch import Trainer
+
+    from lirpa_ext.training import CertifiedClassifier, Schedule
+
+    network = Network("2C2F", [1, 8, 8], classes=5, randomized="adv-bnn")
+    module = CertifiedClassifier(network, Loss("adv-bnn", attack_steps=1), 0.1, math.inf, Schedule(kappa=[0.0, 0.0]))
+    data = DataLoader(TensorDataset(torch.rand(12, 1, 8, 8), torch.arange(12) % 5), batch_size=8)
+    seen = []
+
+    def counted(*arguments):
+        seen.append((len(arguments[2]), arguments[-1]))
+        return randomized_loss(*arguments)
+
+    monkeypatch.setattr("lirpa_ext.training.module.randomized_loss", counted)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    Trainer(max_epochs=1, limit_val_batches=0, accelerator="cpu", **quiet).fit(module, data)
+    assert seen == [(8, 16), (4, 16)]
 
 
 def test_batch_norm_keeps_the_statistics_of_clean_batches_in_attack_and_regularizer():

@@ -148,6 +148,7 @@ class CertifiedClassifier(LightningModule):
         self._saved_iterations: dict[str, Tensor] = {}
         self._losses: list[float | Tensor] = [0.0, 0]
         self._counts = torch.zeros(4)
+        self._batch_size = 0  # of this process, the largest so far: the last of a user's epoch may be smaller
         self._certifier: Certifier | None = None
 
     bounded: BoundedModule | None
@@ -210,7 +211,8 @@ class CertifiedClassifier(LightningModule):
         """
         if self.randomized:
             ball = PerturbationLpNorm(values.eps, self.norm, *self.data_range)
-            samples = self.trainer.num_training_batches * len(x) * self.trainer.world_size
+            self._batch_size = max(self._batch_size, len(x))
+            samples = self.trainer.num_training_batches * self._batch_size * self.trainer.world_size
             return randomized_loss(self.loss, self.model, x, y, ball, values, int(samples))
         bounded = self._graph(x)
         with recorded_statistics(self.model) as statistics:
