@@ -20,6 +20,7 @@ from .methods import LastLayer, check_options, find_method, run_activation_bound
 from .methods.slopes import Relaxation
 from .norms import NormCache, PowerIteration
 from .operators import CUSTOM_OPS, BoundBallBoxRelu, BoundPowerIteration
+from .precision import full_precision
 from .rules.linear import power_iterable
 from .tracing import as_tuple, check_inputs, check_mode, plain, traceable_copy, with_our_perturbation
 
@@ -97,7 +98,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         shadow = traceable_copy(model)
         options = copy.deepcopy(self._build_options["bound_opts"])
         rest = {key: value for key, value in self._build_options.items() if key != "bound_opts"}
-        with self._engine_inside(), engine.untouched(model), engine.default_dtype(example[0].dtype), torch.no_grad():
+        with self._computing(), engine.untouched(model), torch.no_grad():
             complaints: list[str] = []
             try:
                 with engine.captured_errors() as complaints, as_nodes(), warnings.catch_warnings():
@@ -135,6 +136,12 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
             yield
         finally:
             object.__setattr__(self, "_inside", before)
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """What holds while the graph is built and bounds are computed."""
+        with self._engine_inside(), engine.default_dtype(plain(self._inputs[0]).dtype), full_precision():
+            yield
 
     def _check_same_function(self, shadow: nn.Module, example: tuple[Tensor, ...]) -> None:
         """Compare graph and model on a few inputs.
@@ -219,7 +226,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
             return self._engine_bounds(aux, C, method, args, bound_lower, bound_upper, options)
         if args or aux is not None:
             raise OptionError(f"method {method!r} takes its options by name")
-        with self._engine_inside(), engine.default_dtype(self._inputs[0].dtype):
+        with self._computing():
             return run_method(
                 self, str(method), self._inputs, C, bound_lower, bound_upper, options,
                 self.norm_cache, self.power_iterations, self.source.training, self._collected,
@@ -256,7 +263,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
             OptionError: Another `intermediate`.
         """
         self._set_inputs(x)
-        with self._engine_inside(), engine.default_dtype(self._inputs[0].dtype):
+        with self._computing():
             return run_activation_bounds(self, self._inputs, self.norm_cache, intermediate)
 
     def last_layer(self, x: Tensor | tuple[Tensor, ...] | None = None, tighten: bool = True) -> LastLayer | None:
@@ -270,7 +277,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
             Set of the input, W and b; None where the output is not a dense layer of one perturbed vector.
         """
         self._set_inputs(x)
-        with self._engine_inside(), engine.default_dtype(self._inputs[0].dtype):
+        with self._computing():
             return run_last_layer(self, self._inputs, self.norm_cache, tighten)
 
     def forward(self, *x: Tensor, **kwargs: Any) -> Tensor:
@@ -304,7 +311,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
                 for x in inputs
             )
         try:
-            with self._engine_inside(), engine.untouched(self.source), engine.default_dtype(inputs[0].dtype):
+            with self._computing(), engine.untouched(self.source):
                 return super().compute_bounds(
                     inputs, aux, C, method, *args, bound_lower=lower, bound_upper=upper, **options
                 )
@@ -347,8 +354,8 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, **kwargs: Any) -> Any:
         """Load what `state_dict` gave, or a state dict of the model alone."""
-        if self._inside:  # the engine loads its own names while it builds
-            return super().load_state_dict(state_dict, strict=False)
+        if self._inside:  # the engine puts back what its forward pass may have changed: nothing, in eval mode
+            return None
         own = {key: value for key, value in state_dict.items() if not key.startswith("power_iteration.")}
         for name, iteration in self.power_iterations.items():
             saved = state_dict.get(f"power_iteration.{name}.u")

@@ -12,6 +12,7 @@ from . import engine
 from .errors import OptionError
 from .methods import is_ours, run_method
 from .norms import NormCache, PowerIteration
+from .precision import full_precision
 from .tracing import as_tuple, check_inputs, with_our_perturbation
 
 _original: Any = None
@@ -65,7 +66,7 @@ def _compute_bounds(
     inputs = tuple(with_our_perturbation(tensor) for tensor in as_tuple(x))
     check_inputs(module, inputs)
     cache, power_iterations = _norms.setdefault(module, (NormCache(), {}))
-    with engine.untouched(module):
+    with engine.untouched(module), full_precision():
         return run_method(
             module, method, inputs, C, bound_lower, bound_upper, options, cache, power_iterations, module.training
         )

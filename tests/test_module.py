@@ -14,8 +14,9 @@ import pytest
 import torch
 from soundness import assert_sound
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine, lipschitz
+from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine, lipschitz, precision
 from lirpa_ext.errors import InvalidInputError, OptionError
 
 EPS = 0.3
@@ -45,6 +46,19 @@ def model():
 @pytest.fixture
 def x():
     return torch.rand(2, 1, 6, 6, dtype=torch.float64)
+
+
+class Products(TorchFunctionMode):
+    """The settings that matrix products and convolutions are computed under."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in ("linear", "conv2d", "matmul", "__matmul__", "bmm", "addmm", "einsum", "conv_transpose2d"):
+            self.seen |= {getattr(place, name) for place, name, _ in precision.SETTINGS}
+        return func(*args, **(kwargs or {}))
 
 
 # --- the call ----------------------------------------------------------------------------------------------------
@@ -144,6 +158,46 @@ def test_parameters_are_the_models_own(model, x):
     assert dict(graph.named_parameters()).keys() == own.keys()
     assert all(parameter is own[name] for name, parameter in graph.named_parameters())
     assert len(list(graph.parameters())) == len(own)
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("method", ["bcp", "IBP"])
+def test_logits_of_before_can_go_backward_after_a_build_and_a_retrace(model, x, mode, method):
+    """As in a training loop whose last batch is smaller."""
+    model.train(mode)
+    logits = model(x)
+    graph = BoundedModule(model, x)
+    logits.sum().backward()
+    for batch in (x, x[:1]):
+        logits = model(batch)
+        lower, _ = graph.compute_bounds(x=(ball(batch),), method=method)
+        (logits.sum() + lower.sum()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["lipschitz", "bcp", "bcp-crown", "slope:ibp", "IBP", "CROWN"])
+def test_products_keep_their_precision(method):
+    """Lightning recommends "high" on GPUs; it rounds float32 factors to 10 bits, which no bound may count on."""
+
+    def settings():
+        return [getattr(place, name) for place, name, _ in precision.SETTINGS]
+
+    model, x, before = conv_net().float(), torch.rand(2, 1, 6, 6), settings()
+    try:
+        torch.set_float32_matmul_precision("high")
+        high = settings()
+        graph = BoundedModule(model, x)
+        with Products() as during:
+            graph.compute_bounds(x=(ball(x),), method=method)
+        assert during.seen == {value for _, _, value in precision.SETTINGS}
+        assert settings() == high
+        with Products() as after:
+            model(x)
+        assert after.seen - during.seen
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for (place, name, _), value in zip(precision.SETTINGS, before, strict=True):
+            setattr(place, name, value)
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, pickle.dumps, lambda graph: torch.save(graph, io.BytesIO())])
