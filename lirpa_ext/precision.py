@@ -13,28 +13,31 @@ from typing import Any
 
 import torch
 
-_products: Any = torch.backends
-# Where torch keeps the precision of float32 products, and the value that leaves them as they are.
-SETTINGS: list[tuple[Any, str, Any]] = (
-    [
-        (_products.cuda.matmul, "fp32_precision", "ieee"),
-        (_products.cudnn.conv, "fp32_precision", "ieee"),
-        (_products.mkldnn.matmul, "fp32_precision", "ieee"),
-        (_products.mkldnn.conv, "fp32_precision", "ieee"),
-    ]
-    if hasattr(_products, "fp32_precision")  # torch 2.9
-    else [(_products.cuda.matmul, "allow_tf32", False), (_products.cudnn, "allow_tf32", False)]
-)
+_backends: Any = torch.backends
+# Where torch keeps the precision of float32 products, and the value that leaves their factors as they are.
+PLACES: tuple[Any, ...]
+NAME: str
+FULL: Any
+if hasattr(_backends, "fp32_precision"):  # torch 2.9
+    PLACES = (_backends.cuda.matmul, _backends.cudnn.conv, _backends.mkldnn.matmul, _backends.mkldnn.conv)
+    NAME, FULL = "fp32_precision", "ieee"
+else:
+    PLACES, NAME, FULL = (_backends.cuda.matmul, _backends.cudnn), "allow_tf32", False
+
+
+def settings() -> list[Any]:
+    """What torch is set to in each of `PLACES`."""
+    return [getattr(place, NAME) for place in PLACES]
 
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """float32 products of float32 factors, whatever torch is set to; its settings come back at the end."""
-    before = [(place, name, getattr(place, name)) for place, name, _ in SETTINGS]
+    before = settings()
     try:
-        for place, name, value in SETTINGS:
-            setattr(place, name, value)
+        for place in PLACES:
+            setattr(place, NAME, FULL)
         yield
     finally:
-        for place, name, value in before:
-            setattr(place, name, value)
+        for place, value in zip(PLACES, before, strict=True):
+            setattr(place, NAME, value)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lirpa_ext import precision
+
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -23,3 +25,14 @@ def shared():
     if not _SHARED.is_dir():
         pytest.skip(f"the reference material is not there ({_SHARED})")
     return _SHARED
+
+
+@pytest.fixture
+def tensor_cores():
+    """float32 products as Lightning recommends them on GPUs, of rounded factors; torch's settings come back after."""
+    before = precision.settings()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for place, value in zip(precision.PLACES, before, strict=True):
+        setattr(place, precision.NAME, value)

@@ -19,6 +19,7 @@ import lirpa_ext
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm
 from lirpa_ext.attacks import EOT, FGSM, PGD
 from lirpa_ext.cli import main
+from lirpa_ext.methods import label_option
 from lirpa_ext.randomized import REGULARIZERS, evaluate, gradients, make_adv_bnn, make_rse, predict, sample
 from lirpa_ext.specifications import margin_rows
 
@@ -52,9 +53,12 @@ def labels():
 def bounds(model, x, labels, method, norm, device, **more):
     ball = PerturbationLpNorm(0.1, norm, 0.0, 1.0)
     model, x, labels = model.to(device), x.to(device), labels.to(device)
-    options = {"labels": labels} if method == "sparse-slope" else {}
     return BoundedModule(model, x).compute_bounds(
-        x=(BoundedTensor(x, ball),), C=margin_rows(labels, 5, x.dtype), method=method, **options, **more
+        x=(BoundedTensor(x, ball),),
+        C=margin_rows(labels, 5, x.dtype),
+        method=method,
+        **label_option(method, labels),
+        **more,
     )
 
 
@@ -72,7 +76,7 @@ def test_bounds_are_those_of_the_cpu(images, labels, method, dtype):
 
 
 @pytest.mark.parametrize("method", ["lipschitz", "bcp", "bcp-crown", "slope:ibp", "cap"])
-def test_outward_rounding_covers_what_the_gpu_computes(method, monkeypatch):
+def test_outward_rounding_covers_what_the_gpu_computes(method, tensor_cores):
     """A ball of radius 0 is a point, whose bounds in float32 must still hold the exact value, tensor cores or not."""
     torch.manual_seed(3)
     model = nn.Sequential(
@@ -83,7 +87,6 @@ def test_outward_rounding_covers_what_the_gpu_computes(method, monkeypatch):
     exact = model.double()(x.double()).detach()
     model, x = model.float().to(GPU), x.to(GPU)
     ball = BoundedTensor(x, PerturbationLpNorm(0.0, math.inf if method in SLOPES else 2))
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     lower, upper = BoundedModule(model, x).compute_bounds(x=(ball,), method=method, outward=True)
     assert (lower.double().cpu() <= exact).all()
     assert (upper.double().cpu() >= exact).all()
@@ -94,18 +97,11 @@ def test_bounds_of_the_gpu_hold_on_points_of_the_set(images, labels, method):
     norm = math.inf if method in SLOPES else 2
     model, x = conv(torch.float64), images.double()
     lower, upper = bounds(model, x, labels, method, norm, GPU)
-    model.cpu()
-    rows = margin_rows(labels, 5, torch.float64)
-    ball = PerturbationLpNorm(0.1, norm, 0.0, 1.0)
-
-    def outputs(points):
-        logits = model(points).view(-1, len(x), 5)
-        return torch.einsum("bsk,nbk->nbs", rows, logits).flatten(0, 1)
-
-    assert_sound(outputs, x, ball, (lower.detach().cpu(), upper.detach().cpu()))
+    ball, rows = PerturbationLpNorm(0.1, norm, 0.0, 1.0), margin_rows(labels, 5)
+    assert_sound(model.cpu(), x, ball, (lower.detach().cpu(), upper.detach().cpu()), rows)
 
 
-def test_a_data_set_is_certified_as_on_the_cpu(images, labels, tmp_path):
+def test_a_data_set_is_certified_as_on_the_cpu(images, labels):
     reports = [
         lirpa_ext.certify(
             conv(), (images, labels), [0.05, 0.2], x_L=0.0, x_U=1.0, method="bcp-crown", device=device, progress=False
@@ -123,7 +119,7 @@ def test_training_losses_have_gradients(images, labels):
     x, y = images.to(GPU), labels.to(GPU)
     for method, norm, options in (
         ("bcp", 2, {"norms": "estimate"}),
-        ("sparse-slope", math.inf, {"labels": y}),
+        ("sparse-slope", math.inf, {}),
         ("CROWN-IBP", math.inf, {}),
     ):
         model.zero_grad()

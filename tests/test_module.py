@@ -57,7 +57,7 @@ class Products(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func.__name__ in ("linear", "conv2d", "matmul", "__matmul__", "bmm", "addmm", "einsum", "conv_transpose2d"):
-            self.seen |= {getattr(place, name) for place, name, _ in precision.SETTINGS}
+            self.seen |= set(precision.settings())
         return func(*args, **(kwargs or {}))
 
 
@@ -176,28 +176,17 @@ def test_logits_of_before_can_go_backward_after_a_build_and_a_retrace(model, x, 
 
 
 @pytest.mark.parametrize("method", ["lipschitz", "bcp", "bcp-crown", "slope:ibp", "IBP", "CROWN"])
-def test_products_keep_their_precision(method):
-    """Lightning recommends "high" on GPUs; it rounds float32 factors to 10 bits, which no bound may count on."""
-
-    def settings():
-        return [getattr(place, name) for place, name, _ in precision.SETTINGS]
-
-    model, x, before = conv_net().float(), torch.rand(2, 1, 6, 6), settings()
-    try:
-        torch.set_float32_matmul_precision("high")
-        high = settings()
-        graph = BoundedModule(model, x)
-        with Products() as during:
-            graph.compute_bounds(x=(ball(x),), method=method)
-        assert during.seen == {value for _, _, value in precision.SETTINGS}
-        assert settings() == high
-        with Products() as after:
-            model(x)
-        assert after.seen - during.seen
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        for (place, name, _), value in zip(precision.SETTINGS, before, strict=True):
-            setattr(place, name, value)
+def test_products_keep_their_precision(method, tensor_cores):
+    """10 bits of the factors are left of 23, which no bound may count on."""
+    model, x, before = conv_net().float(), torch.rand(2, 1, 6, 6), precision.settings()
+    graph = BoundedModule(model, x)
+    with Products() as during:
+        graph.compute_bounds(x=(ball(x),), method=method)
+    assert during.seen == {precision.FULL}
+    assert precision.settings() == before
+    with Products() as after:
+        model(x)
+    assert after.seen - during.seen
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, pickle.dumps, lambda graph: torch.save(graph, io.BytesIO())])
