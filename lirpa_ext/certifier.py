@@ -1,4 +1,4 @@
-"""The work behind `certify`, one batch at a time: bounds, attacks, outcomes and certified radii."""
+"""The work behind `certify`, one batch at a time: bounds, attacks, what refutes a bound, outcomes, certified radii."""
 
 from __future__ import annotations
 
@@ -11,33 +11,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import engine
+from . import engine, guard
 from .attacks import Attack
 from .engine import BoundedTensor
 from .errors import (
     EstimateError,
     InvalidInputError,
     OptionError,
+    OutOfMemoryError,
+    SoundnessError,
     TraceError,
     TrainModeError,
     UnknownMethodError,
     UnsupportedNodeError,
 )
+from .limits import is_out_of_memory
 from .methods import label_option
 from .module import BoundedModule
+from .outcomes import Problem, Watched, distrust, finite, judge, margins_to, note, refuted, say, see
 from .perturbation import PerturbationLpNorm
+from .radii import add_radii
 from .report import Record
-from .specifications import margin_rows, margins
+from .specifications import margin_rows
 from .tracing import check_mode
 
 _logger = logging.getLogger(__name__)
 
-# Errors that every sample would meet; anything else is the error of one sample.
-_OF_THE_RUN = (
-    EstimateError, OptionError, TraceError, TrainModeError, UnknownMethodError, UnsupportedNodeError,
-)  # fmt: skip
-# The search for a radius gives up here, in units of the largest eps asked for (a constant classifier).
-_LARGEST_GROWTH = 2.0**20
+# Wrong arguments: whatever the sample, they stop the run.
+_ARGUMENTS = (EstimateError, InvalidInputError, OptionError, TrainModeError, UnknownMethodError)
+# Errors that every sample would meet, unless one was bounded before; anything else is the error of one sample.
+_OF_THE_RUN = (TraceError, UnsupportedNodeError)
 
 
 class Certifier:
@@ -79,13 +82,17 @@ class Certifier:
             data_range,
             dtype,
         )
+        self.other = torch.float32 if dtype == torch.float64 else torch.float64
         self.bounded: BoundedModule | None = None
+        self.most: int | None = None  # samples that fit into memory together, once that was met
+        self._other: nn.Module | None = None
         self.fallbacks: dict[str, str] = {}
         self.worked = False
 
     def place(self, x: Tensor) -> Tensor:
         """Inputs on the device, in the dtype."""
-        return x.detach().to(self.device, self.dtype)
+        placed = x.detach().to(self.device, self.dtype)
+        return placed.clone() if placed.is_inference() else placed
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits, (B, classes)."""
@@ -106,9 +113,16 @@ class Certifier:
         return logits.shape[1]
 
     def certify(
-        self, batch: range, x: Tensor, y: Tensor, levels: list[float], attack: Attack | None, seed: int
+        self,
+        batch: range,
+        x: Tensor,
+        y: Tensor,
+        levels: list[float],
+        attack: Attack | None,
+        seed: int,
+        tolerance: float | None = None,
     ) -> list[Record]:
-        """Records of a batch, without radii.
+        """Records of a batch.
 
         Args:
             batch: Indices of the samples.
@@ -117,104 +131,105 @@ class Certifier:
             levels: Every eps, ascending.
             attack: Or None.
             seed: Of the attack.
+            tolerance: Of the search for the largest eps that is certified; None for no search.
+
+        Raises:
+            EstimateError, InvalidInputError, OptionError, TrainModeError, UnknownMethodError: Wrong arguments.
+            OutOfMemoryError: One sample alone does not fit.
+            TraceError, UnsupportedNodeError: The model cannot be bounded; once a batch was, of its samples.
         """
 
         def clean(x: Tensor, y: Tensor) -> Tensor:
             logits = self.logits(x)
-            return torch.stack([margins(logits, y), logits.argmax(1).to(x), logits.abs().amax(1)], dim=1)
+            return torch.cat([logits.argmax(1, keepdim=True).to(x), margins_to(logits, y)], 1)
 
         def attacked(x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
-            generator = torch.Generator().manual_seed(seed)
-            return attack(self.model, x, y, self._set(eps), generator).margins.unsqueeze(1)  # type: ignore[misc]
+            watched = Watched(self.model, y)
+            attack(watched, x, y, self._set(eps), torch.Generator().manual_seed(seed))  # type: ignore[misc]
+            return watched.least
 
-        values, problems = _by_sample(clean, x, y, columns=3)
-        margin, prediction, scale = values.unbind(1)
-        defined, correct = (chosen.nonzero().flatten() for chosen in (margin.isfinite(), margin > 0))
-        found = margin.repeat(len(levels), 1)  # the clean input is a point of every set
-        lower = torch.full_like(found, math.nan)
+        most = self.most
+        values, problems = self.by_sample(clean, x, y)
+        prediction, margin = values[:, 0], values[:, 1:].amin(1)
+        seen = values[:, 1:].repeat(len(levels), 1, 1)  # least value of each row at points of the set
+        lower = torch.full_like(seen, math.nan)
         messages = [list(problems) for _ in levels]
+        defined, correct = (chosen.nonzero().flatten() for chosen in (margin.isfinite(), margin > 0))
+        noise = torch.full_like(margin, math.nan, dtype=torch.float64)  # against which no bound is right
+        if len(defined):
+            found, failed = self.by_sample(self._noise, x[defined])
+            noise[defined] = found[:, 0]
+            for some_messages in messages:
+                note(some_messages, defined, failed)
         for k, level in enumerate(levels):
             eps = x.new_full((len(x),), level)
+            seen[k] = seen[max(k - 1, 0)]  # the points of a smaller set are in this one too
             if len(defined):
-                lower[k, defined], failed = self._lower(x[defined], y[defined], eps[defined])
-                _note(messages[k], defined, failed)
+                lower[k, defined], failed = self.lower(x[defined], y[defined], eps[defined])
+                note(messages[k], defined, failed)
             if attack is not None and len(correct):
-                some, failed = _by_sample(attacked, x[correct], y[correct], eps[correct])
-                # What was found in a smaller set is in this one too.
-                found[k, correct] = torch.fmin(found[max(k - 1, 0), correct], some[:, 0])
-                _note(messages[k], correct, failed)
-        slack = torch.finfo(self.dtype).eps ** 0.5 * (1 + scale)
-        return [
-            {
+                found, failed = self.by_sample(attacked, x[correct], y[correct], eps[correct])
+                see(seen[k], messages[k], correct, found, failed)
+            # What would be certified is also held against corners.
+            promising = (lower[k].amin(1) > 0) & torch.tensor([not why for why in messages[k]], device=x.device)
+            hopeful = promising.nonzero().flatten()
+            if len(hopeful):
+                some = (part[hopeful] for part in (x, y, eps, lower[k]))
+                found, failed = self.by_sample(self.at_corners, *some)
+                see(seen[k], messages[k], hopeful, found, failed)
+        wrong = refuted(lower, seen, noise)
+        records: list[Record] = []
+        for i, index in enumerate(batch):
+            why = [some[i] for some in messages]
+            record = {
                 "index": index,
                 "label": int(y[i]),
                 "prediction": None if margin[i].isnan() else int(prediction[i]),
-                "clean_margin": _finite(margin[i]),
+                "clean_margin": finite(margin[i]),
                 "radius": None,
                 "message": "",
-                "levels": _judge(
-                    levels,
-                    found[:, i].tolist(),
-                    lower[:, i].tolist(),
-                    [why[i] for why in messages],
-                    float(slack[i]),
-                ),
+                "levels": judge(levels, seen[:, i].amin(1).tolist(), lower[:, i].amin(1).tolist(), why),
             }
-            for i, index in enumerate(batch)
-        ]
-
-    def add_radii(self, records: list[Record], x: Tensor, y: Tensor, tolerance: float) -> None:
-        """Put the largest eps that is certified into each record, by bisection on all samples at once.
-
-        Only an eps that was certified itself is reported, so nothing is assumed of the method. 0 for a sample
-        that is misclassified or certified nowhere, None for one that is certified nowhere due to an error.
-        """
-        defined = [i for i, record in enumerate(records) if record["clean_margin"] is not None]
-        records, x, y = [records[i] for i in defined], x[defined], y[defined]
-        if not records:
-            return
-        levels = [level["eps"] for level in records[0]["levels"]]
-        width = tolerance * min(1.0, max(levels) or 1.0)
-        start, limit = max(levels) or tolerance, _LARGEST_GROWTH * (max(levels) or 1.0)
-        certified, failed = x.new_zeros(len(x)), x.new_zeros(len(x))
-        failing = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        for i, record in enumerate(records):
-            status = {level["eps"]: level["status"] for level in record["levels"]}
-            failing[i] = set(status.values()) == {"error"}
-            certified[i] = max((eps for eps in levels if status[eps] == "certified"), default=0.0)
-            failed[i] = min((eps for eps in levels if status[eps] in ("attacked", "unknown")), default=math.inf)
-            if record["clean_margin"] <= 0:
-                failed[i], failing[i] = 0.0, False
-        while True:
-            grown = torch.where(certified > 0, 2 * certified, start)
-            trial = torch.where(failed < math.inf, (certified + failed) / 2, grown)
-            between = (certified < trial) & (trial < failed)  # fails where rounding leaves no number between
-            active = ~failing & between & (failed - certified > width) & (certified < limit)
-            if not active.any():
-                break
-            lower, why = self._lower(x, y, torch.where(active, trial, certified))
-            for i in active.nonzero().flatten().tolist():
-                if why[i]:
-                    failing[i] = True
-                    records[i]["message"] = f"radius search stopped at eps {float(trial[i]):.6g}: {why[i]}"
-                elif lower[i] > 0:
-                    certified[i] = trial[i]
-                else:
-                    failed[i] = trial[i]
-        for i, record in enumerate(records):
-            record["radius"] = None if failing[i] and certified[i] == 0 else float(certified[i])
+            records.append(record)
+            defect = next((problem for problem in why if problem and problem.defect), None)
+            for k, row in wrong[:, i].nonzero().tolist():
+                if defect is None and seen[k, i].isfinite().all():
+                    defect = self.defect(index, int(y[i]), row, levels[k], lower[k, i, row], seen[k, i, row])
+            if defect is not None:
+                distrust(record, defect)
+        if tolerance is not None:
+            add_radii(self, records, x, y, torch.cat([values[None, :, 1:], seen]), noise, tolerance)
+        if self.most != most:
+            for record in records:
+                say(record, f"out of memory with more samples at once: bounded by at most {self.most}")
+        return records
 
     def _set(self, eps: Tensor) -> PerturbationLpNorm:
         return PerturbationLpNorm(eps, self.norm, *self.data_range)
 
-    def _lower(self, x: Tensor, y: Tensor, eps: Tensor) -> tuple[Tensor, list[str]]:
-        """Lower bound on the margin of each sample over its set, (B,), and what went wrong with it or ""."""
-        lower, messages = _by_sample(self._bound, x, y, eps, fatal=() if self.worked else _OF_THE_RUN)
-        lower = lower[:, 0]
-        undefined = lower.isnan().tolist()
+    def _noise(self, x: Tensor) -> Tensor:
+        """What rounding errors of the logits scale with, (B, 1), float64."""
+        if self._other is None:
+            self._other = copy.deepcopy(self.model).to(self.other)
+        return guard.noise(self.model, lambda x: self._other(x.to(self.other)), x).unsqueeze(1)  # type: ignore[misc]
+
+    def at_corners(self, x: Tensor, y: Tensor, eps: Tensor, lower: Tensor) -> Tensor:
+        """Least value of each row at points of the set that are likely to refute a bound, (B, S)."""
+        watched = Watched(self.model, y)
+        clean = margins_to(self.logits(x), y)
+        rows = guard.closest(clean, lower.expand_as(clean))
+        for points in guard.extremes(lambda x: margins_to(self.model(x), y), x, self._set(eps), rows, seed=0):
+            with torch.no_grad():
+                watched(points)
+        return watched.least
+
+    def lower(self, x: Tensor, y: Tensor, eps: Tensor) -> tuple[Tensor, list[Problem | None]]:
+        """Lower bounds on all z_y - z_j of each sample over its set, (B, S), and what went wrong with a sample."""
+        lower, problems = self.by_sample(self._bound, x, y, eps, fatal=() if self.worked else _OF_THE_RUN)
+        undefined = lower.isnan().any(1).tolist()
         return lower, [
-            message or (f"method {self.method!r} gave NaN as a bound" if nan else "")
-            for message, nan in zip(messages, undefined, strict=True)
+            problem or (Problem(f"method {self.method!r} gave NaN as a bound") if nan else None)
+            for problem, nan in zip(problems, undefined, strict=True)
         ]
 
     def _bound(self, x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
@@ -232,69 +247,64 @@ class Certifier:
         except BaseException:
             self.bounded = None  # a graph that failed half-way may hold anything
             raise
+        if lower.shape not in (rows.shape[:2], (len(x), 1)):
+            raise SoundnessError(
+                f"method {self.method!r} gave bounds of shape {tuple(lower.shape)} for {tuple(rows.shape[:2])} rows"
+            )
         self.worked = True
         self.fallbacks = self.bounded.fallbacks
-        return lower.detach().amin(1, keepdim=True)
+        return lower.detach()
 
+    def by_sample(
+        self, function: Callable[..., Tensor], *tensors: Tensor, fatal: tuple[type[Exception], ...] = ()
+    ) -> tuple[Tensor, list[Problem | None]]:
+        """function(*tensors), (B, columns); if it raises, sample by sample: NaN, and what the sample raised alone.
 
-def _by_sample(
-    function: Callable[..., Tensor],
-    *tensors: Tensor,
-    columns: int = 1,
-    fatal: tuple[type[Exception], ...] = (),
-) -> tuple[Tensor, list[str]]:
-    """function(*tensors), (B, columns); if it raises, sample by sample, with NaN and a message for failures."""
-    try:
-        return function(*tensors), [""] * len(tensors[0])
-    except fatal:
-        raise
-    except Exception as error:  # whatever a model or a method raises
-        _logger.warning("%s; %d samples in the batch", _describe(error), len(tensors[0]))
-        if len(tensors[0]) == 1:
-            return tensors[0].new_full((1, columns), math.nan), [_describe(error)]
-    parts = [
-        _by_sample(function, *(tensor[i : i + 1] for tensor in tensors), columns=columns, fatal=fatal)
-        for i in range(len(tensors[0]))
-    ]
-    return torch.cat([values for values, _ in parts]), [message for _, messages in parts for message in messages]
+        What does not fit into memory is halved, in the calls that follow too. What refutes a batch, but none of its
+        samples alone, is a problem of all of them.
+        """
+        batch = len(tensors[0])
+        whole = Problem("")
+        size = min(batch, self.most or batch)
+        if size == batch:
+            try:
+                return function(*tensors), [None] * batch
+            except Exception as error:  # whatever a model or a method raises
+                if is_out_of_memory(error):
+                    if batch == 1:
+                        raise OutOfMemoryError(
+                            f"one sample alone runs out of memory with method {self.method!r}: {_describe(error)}. "
+                            "Take a cheaper method"
+                        ) from error
+                    self.most = size = batch // 2
+                    _logger.warning("out of memory with %d samples at once; going on with %d", batch, size)
+                elif isinstance(error, _ARGUMENTS + fatal):
+                    raise
+                else:
+                    wrong = isinstance(error, SoundnessError)
+                    whole, size = Problem(f"unsound: {error}" if wrong else _describe(error), wrong), 1
+                    _logger.warning("%s; %d samples in the batch", whole.text, batch)
+                    if batch == 1:
+                        return tensors[0].new_full((1, 1), math.nan), [whole]
+        parts = [
+            self.by_sample(function, *(tensor[i : i + size] for tensor in tensors), fatal=fatal)
+            for i in range(0, batch, size)
+        ]
+        problems = [problem for _, some in parts for problem in some]
+        if whole.defect and not any(problem and problem.defect for problem in problems):
+            problems = [whole] * batch
+        columns = max(values.shape[1] for values, _ in parts)
+        return torch.cat([values.expand(-1, columns) for values, _ in parts]), problems
 
-
-def _note(messages: list[str], samples: Tensor, failed: list[str]) -> None:
-    """Enter the messages of some samples of a batch, the first of each sample."""
-    for i, message in zip(samples.tolist(), failed, strict=True):
-        messages[i] = messages[i] or message
-
-
-def _judge(
-    levels: list[float], found: list[float], lower: list[float], messages: list[str], slack: float
-) -> list[dict[str, Any]]:
-    """Outcome of one sample at each eps, from the largest down: a certificate holds at smaller eps too."""
-    outcomes = []
-    held = -math.inf
-    for eps, attack, own, message in reversed(list(zip(levels, found, lower, messages, strict=True))):
-        bound = own if message else max(own, held)
-        if not message and not math.isfinite(attack):
-            message = "the model's output is NaN or infinite"
-        if not message and (bound > attack + slack or bound > 0 >= attack):
-            message = f"unsound: lower bound {bound:.9g}, but a margin of {attack:.9g} at a point of the set"
-            _logger.error("eps %g: %s. This is a defect of the method; please report it", eps, message)
-        if not message:
-            held = bound
-        status = "error" if message else "certified" if bound > 0 else "attacked" if attack <= 0 else "unknown"
-        outcomes.append(
-            {
-                "eps": eps,
-                "status": status,
-                "attack_margin": _finite(attack),
-                "verified_margin": _finite(bound),
-                "message": message,
-            }
-        )
-    return outcomes[::-1]
-
-
-def _finite(value: float | Tensor) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    def defect(
+        self, index: int, label: int, row: int, eps: float, bound: Tensor | float, value: Tensor | float
+    ) -> Problem:
+        """What is said, and logged, of a bound of a row that a point of a sample's set refutes."""
+        other = row + (row >= label)
+        where = f"sample {index} at eps {eps:.6g}"
+        text = guard.refuted(self.method, f"row {row}, z_{label} - z_{other},", where, float(bound), float(value))
+        _logger.error(text)
+        return Problem(text, defect=True)
 
 
 def _describe(error: Exception) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import engine
+from . import engine, engine_methods
 from ._version import __version__
 from .attacks import PGD
 from .certifier import Certifier
@@ -24,6 +24,7 @@ from .report import PathLike, Report, ResultsFile
 from .specifications import check_labels
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: bounds and attacks need gradients
 def certify(
     model: nn.Module,
     data: Any,
@@ -141,9 +142,8 @@ def certify(
                 y[start : batch.stop].long().to(certifier.device),
             )
             generator_seed = (seed * 2**32 + start) % 2**64
-            records = certifier.certify(batch, inputs, labels, levels, attack, generator_seed)
-            if radius:
-                certifier.add_radii(records, inputs, labels, radius_tolerance)
+            tolerance = radius_tolerance if radius else None
+            records = certifier.certify(batch, inputs, labels, levels, attack, generator_seed, tolerance)
             file.meta.setdefault("fallbacks", certifier.fallbacks)
             file.append([record for record in records if record["index"] in missing])
             bar.update(len(missing))
@@ -160,6 +160,8 @@ def model_hash(model: nn.Module) -> str:
 def _check_method(method: str, options: dict[str, Any]) -> None:
     if not isinstance(method, str) or method.lower() not in engine.ENGINE_METHODS:
         check_options(method, find_method(method), options)
+    else:
+        engine_methods.named((), options)
     if options.get("projections") is not None:
         raise EstimateError("projections give estimates, which certify nothing; leave them out")
     if options.get("norms", "bound") != "bound":

@@ -11,8 +11,10 @@ __all__ = [
     "LirpaExtError",
     "OnnxError",
     "OptionError",
+    "OutOfMemoryError",
     "RegistrationError",
     "ResultsError",
+    "SoundnessError",
     "TraceError",
     "TrainModeError",
     "UnknownMethodError",
@@ -84,3 +86,11 @@ class OnnxError(DataError):
 
 class ResultsError(LirpaExtError, ValueError):
     """A results file is corrupt, or belongs to another model, data set or configuration."""
+
+
+class OutOfMemoryError(LirpaExtError, MemoryError):
+    """A single sample does not fit into memory with that method."""
+
+
+class SoundnessError(LirpaExtError, RuntimeError):
+    """A bound does not hold at a point of the set: a defect of the method, never a result."""

@@ -75,7 +75,14 @@ def _single(case: Case, point: np.ndarray) -> np.ndarray:
 
 
 def falsify(
-    judge: Judge, index: int, case: Case, unsafe: Sequence[Polytope], steps: int, restarts: int, seed: int
+    judge: Judge,
+    index: int,
+    case: Case,
+    unsafe: Sequence[Polytope],
+    steps: int,
+    restarts: int,
+    seed: int,
+    function: Function | None = None,
 ) -> Witness | None:
     """Search the box for a counterexample: PGD on the largest a.y - b of each polytope, by the gradient's sign.
 
@@ -89,7 +96,9 @@ def falsify(
         steps: Steps of a run.
         restarts: Runs for each polytope: the first from the center, the others from random points.
         seed: Of the random points.
+        function: The network that is followed, default the judge's: one may look at what the points give.
     """
+    function = function or judge.function
     generator = torch.Generator().manual_seed(seed)
     low, high = torch.from_numpy(case.inner_lower), torch.from_numpy(case.inner_upper)
     width = high - low
@@ -104,7 +113,7 @@ def falsify(
         for step in range(steps + 1):
             points = points.clamp(low, high).requires_grad_()
             with torch.enable_grad():
-                distance = (torch.einsum("prm,pm->pr", rows, judge.function(points)) - limits).amax(1)
+                distance = (torch.einsum("prm,pm->pr", rows, function(points)) - limits).amax(1)
                 (gradient,) = torch.autograd.grad(distance.sum(), points)
             points = points.detach()
             for reached in (distance <= 0).nonzero().flatten().tolist()[:3]:

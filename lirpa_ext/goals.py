@@ -39,6 +39,23 @@ class Goal:
             [(lower[..., rows] - limit).max(-1) for rows, limit in zip(self.members, self.limits, strict=True)], -1
         )
 
+    def values(self, outputs: Tensor) -> np.ndarray:
+        """Values of the rows at outputs (..., outputs) in float64, (..., U); NaN where an output is not finite."""
+        y = outputs.numpy()
+        finite = np.isfinite(y).all(-1, keepdims=True)
+        return np.where(finite, np.where(finite, y, 0.0) @ self.rows.T, np.nan)
+
+    def name(self, row: int) -> str:
+        """A row as people write it."""
+        terms = [(value, f"Y_{i}") for i, value in enumerate(self.rows[row].tolist()) if value]
+        if len(terms) > 4:
+            return f"a row of {len(terms)} outputs"
+        words = [
+            ("-" if value < 0 else "+") + (name if abs(value) == 1 else f"{abs(value):g}*{name}")
+            for value, name in terms
+        ]
+        return " ".join(words).removeprefix("+") or "0"
+
     def open_rows(self, lower: np.ndarray) -> np.ndarray:
         """Indices of the rows of the polytopes that bounds (U,) leave in reach."""
         margins = self.margins(lower)
@@ -70,7 +87,6 @@ class Bounder:
     def __init__(self, network: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype, batched: bool) -> None:
         self.network, self.input_shape, self.dtype, self.batched = network, input_shape, dtype, batched
         self._graphs: dict[int, BoundedModule] = {}
-        self._ends_in_identity = False
 
     def lower(self, method: str, lower: np.ndarray, upper: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Lower bounds of rows @ f(x) over boxes, (B, S), float64; -inf where the method gave none.
@@ -84,23 +100,9 @@ class Bounder:
             upper: Upper ends, (B, inputs).
             rows: (S, outputs).
         """
-        try:
-            return self._lower(method, lower, upper, rows)
-        except TypeError as error:
-            if "'C'" not in str(error) or self._ends_in_identity:
-                raise
-        # The engine's IBP puts rows into a last dense layer with a bias, and fails where there is none: give it one.
-        end = nn.Linear(rows.shape[1], rows.shape[1]).to(self.dtype).requires_grad_(False)
-        nn.init.eye_(end.weight)
-        nn.init.zeros_(end.bias)
-        self.network, self._ends_in_identity = nn.Sequential(self.network, end), True
-        self._graphs.clear()
-        return self._lower(method, lower, upper, rows)
-
-    def _lower(self, method: str, lower: np.ndarray, upper: np.ndarray, rows: np.ndarray) -> np.ndarray:
         batch = len(lower)
         if not self.batched and batch > 1:
-            return np.concatenate([self._lower(method, lower[i, None], upper[i, None], rows) for i in range(batch)])
+            return np.concatenate([self.lower(method, lower[i, None], upper[i, None], rows) for i in range(batch)])
         size = 1 << (batch - 1).bit_length()  # a graph serves one size
         index = np.minimum(np.arange(size), batch - 1)
         x_L, x_U = self._outward(lower[index]), self._outward(upper[index], up=True)

@@ -18,10 +18,11 @@ except ImportError:  # no Unix
 
 
 _GRACE = 1.0  # seconds
+_NO_MEMORY = ("allocate memory", "out of memory", "not enough memory", "alloc_failed")  # the last of CUDA's libraries
 
 
-class OutOfTime(Exception):
-    """A deadline has passed."""
+class OutOfTime(BaseException):
+    """A deadline has passed. No Exception: code that takes any Exception for a failure of its own lets it pass."""
 
 
 class Deadline(TorchFunctionMode):
@@ -94,8 +95,11 @@ def spare_memory() -> int | None:
     return free and free // 2
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed; torch raises a RuntimeError for those of the host."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in ("allocate memory", "out of memory"))
-    )
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an allocation failed, here or in what the error was raised from; on the host torch's is RuntimeError."""
+    while error is not None:
+        text = str(error).lower() if isinstance(error, RuntimeError) else ""
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in _NO_MEMORY):
+            return True
+        error = error.__cause__
+    return False

@@ -8,15 +8,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .falsify import Function, Judge, Witness
-from .goals import Bounder, Goal
+from . import guard
+from .errors import SoundnessError
+from .evidence import Evidence
+from .falsify import Judge, Witness
+from .goals import Bounder
 from .limits import OutOfTime
 from .vnnlib import Case
 
 MOST_INPUTS = 12  # that vary; the number of boxes grows exponentially with it
 _MOST_BOXES = 2**18
 _BATCH = 128  # boxes halved at once
+
+
+_Seen = list[tuple[np.ndarray, np.ndarray]]  # points (B, inputs), one of each box, and values of the rows there (B, U)
 
 
 class Split(NamedTuple):
@@ -35,19 +42,26 @@ class Split(NamedTuple):
     cause: str
 
 
-def split(bounder: Bounder, judge: Judge, index: int, case: Case, goal: Goal, lower: np.ndarray, method: str) -> Split:
+def split(bounder: Bounder, judge: Judge, index: int, case: Case, evidence: Evidence, method: str) -> Split:
     """Halve boxes until each is settled: its margin is positive, hence that of the box that they cover.
+
+    Before a box is settled its bounds are held against the network at points of the box: its center, its corner where
+    the gradient takes the weakest row for the least, a random corner, and such points of the box that it is a half of.
 
     Args:
         bounder: Gives the bounds.
-        judge: Judges the boxes' centers.
+        judge: Judges the points.
         index: Index of the case.
         case: The box to start with.
-        goal: What is to be shown.
-        lower: Bounds (U,) on it of the goal's rows.
+        evidence: What is to be shown, and the bounds to start with; takes what the points give.
         method: Of the bounder.
+
+    Raises:
+        SoundnessError: A point refutes a bound.
     """
-    settled, boxes, order = np.inf, 0, count()
+    goal, settled, boxes, order = evidence.goal, np.inf, 0, count()
+    points = _Points(judge, index, case, evidence, method)
+    lower = evidence.lower
     heap = [(float(goal.margins(lower).min()), next(order), case.lower, case.upper, lower)]
     while heap:
         weakest = min(settled, heap[0][0])
@@ -60,22 +74,27 @@ def split(bounder: Bounder, judge: Judge, index: int, case: Case, goal: Goal, lo
             width = np.where((low < middle) & (middle < high), high - low, 0)
             if not width.any(axis=1).all():
                 return Split(weakest, None, boxes, "a box is too small to be halved")
-            sensitivity, reached = _probe(judge.function, middle, goal, known)
-            for i in reached:
-                found = judge.witness(index, case, middle[i])
-                if found is not None:
-                    return Split(weakest, found, boxes, "")
+            sensitivity, seen = points.of(low, high, known)
+            if points.witness is not None:
+                return Split(weakest, points.witness, boxes, "")
             axis = ((sensitivity + 0.1 * sensitivity.mean(1, keepdims=True) + 1e-12) * width).argmax(1)
             half = np.arange(len(batch)), axis
             left, right = high.copy(), low.copy()
             left[half] = right[half] = middle[half]
             low, high = np.concatenate([low, right]), np.concatenate([left, high])
-            # What holds on a box holds on its halves.
-            bounds = np.maximum(bounder.lower(method, low, high, goal.rows), np.concatenate([known, known]))
+            bounds = bounder.lower(method, low, high, goal.rows)
+            points.hold(bounds, low, high, seen)
+            bounds = np.maximum(bounds, np.concatenate([known, known]))  # what holds on a box holds on its halves
+            margins = goal.margins(bounds).min(-1)
+            done = margins > 0
+            if done.any():  # the others' points are looked at when they are halved
+                points.of(low[done], high[done], bounds[done])
+                if points.witness is not None:
+                    return Split(weakest, points.witness, boxes, "")
         except OutOfTime:
             return Split(weakest, None, boxes, f"out of time after {boxes} boxes, with {len(heap) + len(batch)} open")
         boxes += len(low)
-        for i, margin in enumerate(goal.margins(bounds).min(-1).tolist()):
+        for i, margin in enumerate(margins.tolist()):
             if margin > 0:
                 settled = min(settled, margin)
             else:
@@ -83,12 +102,68 @@ def split(bounder: Bounder, judge: Judge, index: int, case: Case, goal: Goal, lo
     return Split(float(settled), None, boxes, "")
 
 
-def _probe(function: Function, points: np.ndarray, goal: Goal, lower: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """How much each input moves the box's weakest row at the center, (B, inputs), and which centers are unsafe."""
-    x = torch.from_numpy(points).requires_grad_()
-    with torch.enable_grad():
-        values = function(x) @ torch.from_numpy(goal.rows).T
-        chosen = values.gather(1, torch.from_numpy(goal.weakest(lower))[:, None])
-        (gradient,) = torch.autograd.grad(chosen.sum(), x)
-    unsafe = (goal.margins(values.detach().numpy()) <= 0).any(-1)
-    return gradient.nan_to_num().abs().numpy(), np.flatnonzero(unsafe).tolist()[:3]
+class _Points:
+    """Looks at points of boxes: holds bounds against them, and judges those that are unsafe.
+
+    Attributes:
+        witness: A counterexample, once one was met.
+    """
+
+    def __init__(self, judge: Judge, index: int, case: Case, evidence: Evidence, method: str) -> None:
+        self.judge, self.index, self.case, self.evidence, self.method = judge, index, case, evidence, method
+        self.witness: Witness | None = None
+        self.random = np.random.default_rng(0)
+
+    def of(self, low: np.ndarray, high: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, _Seen]:
+        """Hold bounds (B, U) of boxes against some of their points.
+
+        Returns:
+            How much each input moves the box's weakest row at the center, (B, inputs); and what was seen.
+        """
+        # The case's ends are rounded outward: only what is inside of them as they are written is a point of the box.
+        low, high = (np.clip(end, self.case.inner_lower, self.case.inner_upper) for end in (low, high))
+        center = np.clip(low + (high - low) / 2, low, high)
+        values, gradient = self._values_and_gradient(center, bounds)
+        seen = [(center, values)]
+        for corner in (gradient > 0, self.random.random(low.shape) < 0.5):
+            point = np.where(corner, low, high)
+            with torch.no_grad():
+                seen.append((point, self._look(point, self.judge.function(torch.from_numpy(point)))))
+        for _, values in seen:
+            self._hold(bounds, values)
+        return np.abs(gradient), seen
+
+    def hold(self, bounds: np.ndarray, low: np.ndarray, high: np.ndarray, seen: _Seen) -> None:
+        """Hold bounds (2 B, U) of all left halves, then all right ones, against the points seen in the whole boxes."""
+        for point, values in seen:
+            point, values = np.concatenate([point, point]), np.concatenate([values, values])
+            inside = ((low <= point) & (point <= high)).all(1)
+            self._hold(bounds[inside], values[inside])
+
+    def _hold(self, bounds: np.ndarray, values: np.ndarray) -> None:
+        wrong = np.argwhere(self.evidence.refuted(bounds, values) & ~np.isnan(values))
+        if len(wrong):
+            box, row = wrong[0]
+            where = f"a box inside of case {self.index}"
+            raise SoundnessError(
+                guard.refuted(
+                    self.method, f"row {self.evidence.goal.name(row)}", where, bounds[box, row], values[box, row]
+                )
+            )
+
+    def _look(self, points: np.ndarray, outputs: Tensor) -> np.ndarray:
+        margins = self.evidence.see(outputs)
+        for i in np.flatnonzero(margins <= 0)[:3]:
+            self.witness = self.witness or self.judge.witness(self.index, self.case, points[i])
+        return self.evidence.goal.values(outputs)
+
+    def _values_and_gradient(self, points: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values of the rows, (B, U), and the gradient of the weakest row of each box, (B, inputs)."""
+        goal = self.evidence.goal
+        x = torch.from_numpy(points).requires_grad_()
+        with torch.enable_grad():
+            outputs = self.judge.function(x)
+            rows = torch.from_numpy(goal.rows[goal.weakest(bounds)])
+            weakest = (outputs * rows).sum()
+            (gradient,) = torch.autograd.grad(weakest, x) if weakest.requires_grad else (torch.zeros_like(x),)
+        return self._look(points, outputs.detach()), gradient.nan_to_num().detach().numpy()
