@@ -11,10 +11,19 @@ from torch import Tensor
 
 from . import engine
 from .errors import InvalidInputError, OptionError
+from .lengths import length
 from .support import ball_box_min
 
 # The engine asks for as many rows as a hidden layer has neurons; those of the output are few.
 _MOST_EXACT_ROWS = 256
+# A range, given number by number, that lets no sample move by this part of eps is taken for a mistake.
+_NARROW = 1e-3
+
+
+_MEANT = (
+    "is larger than 0: the bound would be of hardly more than the input itself. Leave x_L and x_U out to mean the "
+    "ball, or, with norm=inf, leave eps out to mean the box from x_L to x_U"
+)
 
 
 class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
@@ -32,7 +41,8 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         x_U: Upper end of the data range.
 
     Raises:
-        InvalidInputError: `eps` is negative, NaN, infinite or of a wrong shape; the range is empty; p < 1.
+        InvalidInputError: `eps` is negative, NaN, infinite or of a wrong shape; the range is empty or, with eps > 0,
+            a single point; p < 1.
     """
 
     def __init__(
@@ -54,14 +64,29 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
                 raise InvalidInputError(f"{name} has NaN entries")
         if x_L is not None and x_U is not None and (torch.as_tensor(x_L) > torch.as_tensor(x_U)).any():
             raise InvalidInputError("the data range is empty: some x_L > x_U")
+        ends = [torch.as_tensor(end) for end in (x_L, x_U) if end is not None]
+        if (
+            eps is not None
+            and [end.numel() for end in ends] == [1, 1]
+            and ends[0] == ends[1]
+            and torch.as_tensor(eps).max() > 0
+        ):
+            raise InvalidInputError(f"the data range is the single point {x_L}, where eps {_MEANT}")
         with np.errstate(divide="ignore"):  # the dual of norm 1
             super().__init__(eps=0.0 if eps is None else eps, norm=norm)
         self.radius = eps
         self.range_lower, self.range_upper = x_L, x_U
 
     @classmethod
-    def of(cls, perturbation: Any) -> PerturbationLpNorm:
+    def of(cls, perturbation: Any, x: Tensor | None = None) -> PerturbationLpNorm:
         """The same set as one of the engine's own `PerturbationLpNorm`, or `perturbation` if it is ours.
+
+        To the engine x_L and x_U are no range, but ends of an l-inf box in place of x - eps and x + eps; for every
+        other norm it ignores them.
+
+        Args:
+            perturbation: The engine's, or ours.
+            x: Its center, (B, ...); needed for an l-inf box of which one end is given.
 
         Raises:
             InvalidInputError: The perturbation is of another class (synonyms, l0, linear constraints).
@@ -73,8 +98,13 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
                 f"{type(perturbation).__name__} is not an lp ball; the methods of lirpa_ext take PerturbationLpNorm"
             )
         x_L, x_U, norm = perturbation.x_L, perturbation.x_U, float(perturbation.norm)
-        box_given = norm == math.inf and x_L is not None and x_U is not None  # the engine then ignores eps
-        return cls(None if box_given else perturbation.eps, norm, x_L, x_U)
+        if norm != math.inf or (x_L is None and x_U is None):
+            return cls(perturbation.eps, norm)
+        if (x_L is None or x_U is None) and x is None:
+            raise InvalidInputError("of an l-inf box with one end given the center is needed")
+        return cls(
+            None, norm, x - perturbation.eps if x_L is None else x_L, x + perturbation.eps if x_U is None else x_U
+        )
 
     def engines_box(self, x: Tensor) -> Any:
         """The same set as the engine's own class; its dynamic forward mode takes no subclass, and only boxes.
@@ -88,18 +118,37 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         return engine.EnginePerturbationLpNorm(norm=math.inf, x_L=lower, x_U=upper)
 
     def check(self, x: Tensor) -> None:
-        """Raise unless `x` is finite, lies in the data range, and has as many samples as `eps` has entries."""
+        """Raise unless `x` is finite, lies in the data range and can move there, and `eps` has an entry a sample."""
         if not torch.isfinite(x).all():
             raise InvalidInputError("the input has NaN or infinite entries")
         if self.radius is None or (self.range_lower is None and self.range_upper is None):
             self.eps_of(x)  # x is the center, so inside
             return
         lower, upper = self.box(x)
-        if ((lower > x) | (upper < x)).any():
+        outside, stuck = torch.stack([((lower > x) | (upper < x)).any(), self._stuck(x)]).tolist()  # one look at a GPU
+        if outside:
             raise InvalidInputError(
                 f"the input leaves the data range: it spans [{x.min():.6g}, {x.max():.6g}], the range is "
                 f"x_L={self.range_lower}, x_U={self.range_upper}. Normalize inside of the model, not in the data."
             )
+        if stuck:
+            raise InvalidInputError(
+                f"the data range x_L, x_U leaves next to nothing of the ball around the input, less than {_NARROW:g} "
+                f"of eps, which {_MEANT}"
+            )
+
+    def _stuck(self, x: Tensor) -> Tensor:
+        """Whether no sample of radius > 0 can move by more than a small part of it in its range.
+
+        Ranges of numbers are those of a data format, and may be small beside eps; x_L = x_U = x is not.
+        """
+        ends = (self.range_lower, self.range_upper)
+        if any(end is None for end in ends) or max(torch.as_tensor(end).numel() for end in ends) == 1:
+            return torch.zeros((), dtype=torch.bool, device=x.device)
+        low, high = self._range(x, "range_lower", x), self._range(x, "range_upper", x)
+        reach = length(torch.maximum(high - x, x - low).flatten(1), order=self.norm)
+        eps = self.eps_of(x)
+        return (eps > 0).any() & ((eps == 0) | (reach <= _NARROW * eps)).all()
 
     def take(self, index: Tensor, x: Tensor) -> PerturbationLpNorm:
         """The sets of some samples of the batch `x`; an index may repeat."""
@@ -137,11 +186,25 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
             upper = torch.minimum(upper, self._range(x, "range_upper", x))
         return lower, upper
 
+    def towards(self, x: Tensor, direction: Tensor) -> Tensor:
+        """The point of the set that is farthest from the center in a direction, then put into the range.
+
+        Args:
+            x: Input, (B, ...).
+            direction: Likewise.
+        """
+        view = (-1, *[1] * (x.dim() - 1))
+        size = torch.linalg.vector_norm(direction.flatten(1), ord=self.norm, dim=1).clamp(min=1e-30).view(view)
+        lower, upper = self.box(x)
+        if self.radius is None:
+            return lower + (upper - lower) * (1 + direction / size) / 2
+        return torch.minimum(torch.maximum(x + direction / size * self.eps_of(x).view(view), lower), upper)
+
     def l2_radius(self, x: Tensor) -> Tensor:
         """Radius (B,) of an l2 ball around `x` that contains the set: N^(1/2 - 1/max(p, 2)) eps."""
         if self.radius is None:
             lower, upper = self.box(x)
-            return torch.maximum(upper - x, x - lower).flatten(1).norm(dim=1)
+            return length(torch.maximum(upper - x, x - lower).flatten(1))
         inverse_p = 0.0 if self.norm == math.inf else 1 / max(self.norm, 2.0)
         return self.eps_of(x) * x[0].numel() ** (0.5 - inverse_p)
 
@@ -162,7 +225,7 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
             return rows_dot(a, (lower + upper) / 2) - rows_dot(a.abs(), (upper - lower) / 2)
         eps = self.eps_of(x).unsqueeze(1)
         dual = math.inf if self.norm == 1 else self.norm / (self.norm - 1)
-        ball = rows_dot(a, flat) - eps * torch.linalg.vector_norm(a, ord=dual, dim=-1)
+        ball = rows_dot(a, flat) - eps * length(a, order=dual)
         if self.range_lower is None and self.range_upper is None:
             return ball
         lower, upper = (end.flatten(1) for end in self.box(x))

@@ -61,6 +61,37 @@ def traceable_copy(model: nn.Module) -> nn.Module:
     return shadow.eval()
 
 
+def in_mode_of(model: nn.Module) -> nn.Module | None:
+    """A copy as of `traceable_copy` in the mode that the model is in; None where that is no other than eval mode.
+
+    Of torch's own layers only instance norm is put in train mode: the others have dropout there, which counts as
+    identity, or are refused (`check_mode`).
+    """
+    modes = {
+        name: module.training and not _is_torchs(module) for name, module in model.named_modules()
+    }  # fmt: skip
+    if not any(modes.values()):
+        return None
+    own = traceable_copy(model)
+    for name, module in own.named_modules():
+        module.training = modes.get(name, False)
+    return own
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    instance_norm = isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
+    return type(module).__module__.startswith("torch.nn.") and not instance_norm
+
+
+def in_dtype(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> tuple[nn.Module, Inputs] | None:
+    """A copy of the model in another precision, and the inputs, to see what rounding does; None if it has no copy."""
+    try:
+        other = copy.deepcopy(model).to(dtype)
+    except Exception:  # whatever a user's model raises
+        return None
+    return other, tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+
+
 def _mark_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(PerturbedInput.apply(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
 
@@ -85,22 +116,70 @@ def plain(x: Tensor) -> Tensor:
 
 
 def with_our_perturbation(x: Tensor) -> Tensor:
-    """The same input with its lp ball as this package's class (l2 sound, per-sample eps, data range)."""
+    """The same input with its lp ball as this package's class (l2 sound, per-sample eps, data range); center inside.
+
+    Of what was made in torch's inference mode it is a copy, through which gradients can go.
+    """
     perturbation = getattr(x, "ptb", None)
-    if type(perturbation) is not engine.EnginePerturbationLpNorm:
+    if _of_inference(x) or any(_of_inference(value) for value in vars(perturbation or x).values()):
+        x = x.detach().clone().as_subclass(torch.Tensor)
+        if perturbation is not None:
+            perturbation = copy.copy(perturbation)
+            vars(perturbation).update({k: v.clone() for k, v in vars(perturbation).items() if _of_inference(v)})
+            x = engine.BoundedTensor(x, perturbation)
+    if type(perturbation) is engine.EnginePerturbationLpNorm:
+        perturbation = PerturbationLpNorm.of(perturbation, plain(x))
+        x = engine.BoundedTensor(plain(x), perturbation)
+    return _centered(x) if isinstance(perturbation, PerturbationLpNorm) else x
+
+
+def _centered(x: Tensor) -> Tensor:
+    """The same set with a center inside of it: that of a bare box may be anything."""
+    if x.ptb.radius is not None:  # type: ignore[attr-defined]
         return x
-    return engine.BoundedTensor(plain(x), PerturbationLpNorm.of(perturbation))
+    values = plain(x)
+    try:
+        lower, upper = x.ptb.box(values)  # type: ignore[attr-defined]
+    except RuntimeError:  # a range of another shape, of which the check of the inputs tells
+        return x
+    inside = torch.minimum(torch.maximum(values, lower), upper)
+    return x if torch.equal(inside, values) else engine.BoundedTensor(inside, x.ptb)  # type: ignore[attr-defined]
+
+
+def _of_inference(value: Any) -> bool:
+    """Whether a value is a tensor that was made in torch's inference mode, or shares its data with one."""
+    if not isinstance(value, Tensor):
+        return False
+    try:
+        return value._version < 0
+    except RuntimeError:  # such tensors have no version
+        return True
 
 
 def check_inputs(model: nn.Module, inputs: Inputs) -> None:
-    """Raise InvalidInputError for NaN entries, another dtype than the model's, or a point outside of its set."""
+    """Raise InvalidInputError for inputs that no bound can be computed of.
+
+    NaN entries, another dtype than the model's, half precision or complex numbers, a perturbation of whole numbers, a
+    point outside of its set; and autocast, under which the model computes another function than its graph.
+    """
     parameter = next((p for p in engine.parameters(model) if p.is_floating_point()), None)
+    if torch.is_autocast_enabled(inputs[0].device.type):
+        raise InvalidInputError(
+            "autocast is on, under which the model computes in half precision: bounds in full precision are not of its "
+            "outputs. Put torch.autocast(..., enabled=False) around this"
+        )
     for x in inputs:
+        perturbation = getattr(x, "ptb", None)
         if not x.is_floating_point():
+            if perturbation is not None or x.is_complex():
+                raise InvalidInputError(f"the input is {x.dtype}: only real floating-point numbers can be perturbed")
             continue
+        if x.dtype not in (torch.float32, torch.float64):
+            raise InvalidInputError(
+                f"the input is {x.dtype}: bounds are computed in torch.float32 or torch.float64; cast model and input"
+            )
         if parameter is not None and x.dtype != parameter.dtype:
             raise InvalidInputError(f"the input is {x.dtype}, the model {parameter.dtype}: cast one of them")
-        perturbation = getattr(x, "ptb", None)
         if isinstance(perturbation, PerturbationLpNorm):
             perturbation.check(plain(x))
         elif not torch.isfinite(x).all():

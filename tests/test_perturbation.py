@@ -223,7 +223,95 @@ def test_per_sample_range_of_vectors_is_sound_in_the_ascent():
     assert_contains(bounds, extremes(model, x, perturbation, row))
 
 
+# --- ranges that leave next to nothing ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+@pytest.mark.parametrize("width", [0.0, 1e-6], ids=["a point", "hardly more"])
+@pytest.mark.parametrize("eps", [0.5, torch.tensor([0.5, 0.0, 2.0])], ids=["one", "each"])
+def test_a_range_that_is_the_input_is_refused(x, norm, width, eps):
+    """As the engine's examples write it for l2, where the engine ignores it."""
+    perturbation = PerturbationLpNorm(eps, norm, x_L=x - width, x_U=x + width)
+    with pytest.raises(InvalidInputError, match=r"next to nothing of the ball.*leave eps out"):
+        perturbation.check(x)
+    model = _small_net()
+    for method in ("bcp", "IBP", "CROWN"):
+        with pytest.raises(InvalidInputError, match="next to nothing"):
+            BoundedModule(model, x).compute_bounds(x=(BoundedTensor(x, perturbation),), method=method)
+
+
+@pytest.mark.parametrize("eps", [0.5, torch.tensor([0.0, 0.5]), np.float64(0.1)], ids=["float", "tensor", "numpy"])
+def test_a_range_of_one_number_is_refused(eps):
+    with pytest.raises(InvalidInputError, match=r"single point 0\.25, .*leave eps out"):
+        PerturbationLpNorm(eps, 2, x_L=0.25, x_U=0.25)
+
+
+def test_ranges_that_people_have_pass(x):
+    """Numbers whatever eps is, borders, constant pixels, a patch, some samples that are fixed, and eps = 0."""
+    patch = x.clone()
+    patch[:, 0, 0] = 0.0
+    fixed = x.clone()
+    fixed[1:] = -1.0
+    for norm in NORMS:
+        for lower, upper, eps, center in (
+            (0.0, 1.0, 1e6, x),
+            (torch.tensor(0.0), torch.tensor(1.0), 1e6, x),
+            (torch.zeros(2, 4), torch.ones(2, 4), 5.0, x.round()),
+            (patch, patch.clone().index_fill_(2, torch.tensor([0]), 1.0).maximum(x), 0.5, x),
+            (fixed, fixed + 2 * (fixed < 0), 0.5, fixed),
+            (x, x, 0.0, x),
+            (None, x, 0.5, x),
+            (x, None, 0.5, x),
+        ):
+            PerturbationLpNorm(eps, norm, x_L=lower, x_U=upper).check(center)
+    PerturbationLpNorm(x_L=x, x_U=x).check(x)
+    PerturbationLpNorm(0.0, 2, x_L=0.25, x_U=0.25)
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+@pytest.mark.parametrize("data_range", [{}, {"x_L": 0.0, "x_U": 1.0}], ids=["ball", "range"])
+def test_towards_a_direction_is_on_the_border(x, norm, data_range):
+    perturbation = PerturbationLpNorm(torch.tensor([0.1, 0.5, 2.0], dtype=x.dtype), norm, **data_range)
+    point = perturbation.towards(x, torch.randn_like(x))
+    reach = torch.linalg.vector_norm((point - x).flatten(1), ord=norm, dim=1)
+    assert (reach <= perturbation.eps_of(x) * (1 + 1e-12)).all()
+    if data_range:
+        assert ((point >= 0) & (point <= 1)).all()
+    else:
+        torch.testing.assert_close(reach, perturbation.eps_of(x))
+    box = PerturbationLpNorm(x_L=x - 1, x_U=x + 3)
+    torch.testing.assert_close(box.towards(x, torch.ones_like(x)), x + 3)
+    torch.testing.assert_close(box.towards(x, -torch.ones_like(x)), x - 1)
+
+
 # --- the engine's own class --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [1, 2, 3])
+def test_the_engines_own_class_has_no_range_but_for_boxes(x, norm):
+    """Its ball is not cut, nor is it refused where x_L = x_U = x."""
+    theirs = engine.EnginePerturbationLpNorm(norm=norm, eps=0.3, x_L=x, x_U=x)
+    ours = PerturbationLpNorm.of(theirs)
+    assert (ours.range_lower, ours.range_upper) == (None, None)
+    ball, model = PerturbationLpNorm(0.3, norm), _small_net()
+    graph = BoundedModule(model, x)
+    for method in ("bcp", "IBP", "CROWN"):
+        bounds = graph.compute_bounds(x=(engine.BoundedTensor(x, theirs),), method=method)
+        torch.testing.assert_close(bounds, graph.compute_bounds(x=(BoundedTensor(x, ball),), method=method))
+        assert_contains(bounds, extremes(model, x, ball), method)
+
+
+@pytest.mark.parametrize("given", ["x_L", "x_U"])
+def test_one_end_of_the_engines_own_box(x, given):
+    """It takes the place of x - eps or x + eps, and may lie farther out."""
+    ends = {"x_L": x - 2, "x_U": x + 2}
+    theirs = engine.EnginePerturbationLpNorm(norm=math.inf, eps=0.3, **{given: ends[given]})
+    lower, upper = PerturbationLpNorm.of(theirs, x).box(x)
+    assert torch.equal(lower, ends["x_L"] if given == "x_L" else x - 0.3)
+    assert torch.equal(upper, ends["x_U"] if given == "x_U" else x + 0.3)
+    model = _small_net()
+    bounds = BoundedModule(model, x).compute_bounds(x=(engine.BoundedTensor(x, theirs),), method="bcp")
+    assert_contains(bounds, extremes(model, x, PerturbationLpNorm(x_L=lower, x_U=upper)))
 
 
 def test_of_the_engines_own_class(x):
