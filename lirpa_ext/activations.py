@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from . import engine
 from .operators import CUSTOM_OPS
-from .relaxations import BoundScalar
+from .padding import circular
+from .relaxations import FUNCTIONS, BoundScalar, ScalarFunction
 from .rules import register_rule
 from .rules.elementwise import Elementwise
 
@@ -27,8 +28,9 @@ class BoundErf(BoundScalar):
 
     turns = (0.0,)
     rising = (True, False)
+    least, most = -1.0, 1.0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def value(self, x: Tensor) -> Tensor:
         return torch.erf(x)
 
     def derivative(self, x: Tensor) -> Tensor:
@@ -38,25 +40,14 @@ class BoundErf(BoundScalar):
 class BoundStableSoftplus(BoundScalar):
     """log(1 + exp(x)), which neither engine relaxes; torch returns x itself beyond 20."""
 
+    least = 0.0
     error = 2.1e-9  # log(1 + exp(-20))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def value(self, x: Tensor) -> Tensor:
         return torch.logaddexp(x, torch.zeros_like(x))
 
     def derivative(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x)
-
-
-class BoundConcaveLog(BoundScalar):
-    """log(x), whose relaxation in auto_LiRPA 0.3 does not hold; NaN, which certifies nothing, where x may be 0."""
-
-    rising = (False,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.log(x)
-
-    def derivative(self, x: Tensor) -> Tensor:
-        return 1 / x
 
 
 class BoundElu(BoundScalar):
@@ -73,7 +64,7 @@ class BoundElu(BoundScalar):
             raise NotImplementedError(f"ELU with a negative alpha, {alpha}")
         self.leak, self.scale = alpha, scale  # `alpha` means slopes to the engine
 
-    def forward(self, x: Tensor) -> Tensor:
+    def value(self, x: Tensor) -> Tensor:
         return self.scale * torch.where(x > 0, x, self.leak * torch.expm1(x.clamp(max=0)))
 
     def derivative(self, x: Tensor) -> Tensor:
@@ -87,8 +78,11 @@ class BoundPRelu(BoundScalar):
     rising = (True, True)
     monotone = False  # the slope may be negative
 
-    def forward(self, x: Tensor, slope: Tensor) -> Tensor:
+    def forward(self, x: Tensor, slope: Tensor) -> Tensor:  # type: ignore[override]
         return torch.where(x > 0, x, slope * x)
+
+    def value(self, x: Tensor) -> Tensor:
+        return self.forward(x, engine.constant(self.inputs[1]))
 
     def derivative(self, x: Tensor) -> Tensor:
         return torch.where(x > 0, 1.0, engine.constant(self.inputs[1])).to(x)
@@ -98,17 +92,22 @@ class BoundHardSigmoid(BoundScalar):
     """clip(alpha x + beta, 0, 1)."""
 
     rising = (True, True, True)
+    least, most = 0.0, 1.0
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any) -> None:
         super().__init__(attr, inputs, output_index, options)
         self.factor, self.shift = attr.get("alpha", 0.2), attr.get("beta", 0.5)
         self.turns = (-self.shift / self.factor, (1 - self.shift) / self.factor)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def value(self, x: Tensor) -> Tensor:
         return (self.factor * x + self.shift).clamp(0, 1)
 
+    def noise(self, x: Tensor) -> float:
+        return 4 * (1 + abs(self.shift))  # the sum cancels where it is near 0
+
     def derivative(self, x: Tensor) -> Tensor:
-        return torch.where((x > self.turns[0]) & (x < self.turns[1]), self.factor, 0.0).to(x)
+        inside = (x > self.turns[0]) & (x < self.turns[1])
+        return self.factor * inside.to(x)
 
 
 class BoundHardSwish(BoundScalar):
@@ -117,31 +116,72 @@ class BoundHardSwish(BoundScalar):
     turns = (-3.0, 3.0)
     rising = (True, True, True)
     monotone = False
+    least = -0.376
 
-    def forward(self, x: Tensor) -> Tensor:
+    def value(self, x: Tensor) -> Tensor:
         return F.hardswish(x)
 
     def derivative(self, x: Tensor) -> Tensor:
         return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, x / 3 + 0.5)).to(x)
 
 
-class BoundClip(BoundScalar):
-    """Clamp to constants, which auto_LiRPA 0.3 does not have."""
+class Clamp(ScalarFunction):
+    """min(max(x, low), high); either end may be missing or infinite."""
 
     rising = (True, True, True)
 
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        self.ends = low, high
+
+    @classmethod
+    def of(cls, node: Any) -> Clamp:
+        """That of a node of the engine, or of ours, with its ends as inputs."""
+        low, high = (engine.constant(parent) for parent in node.inputs[1:])
+        return cls(_end(low, -math.inf), _end(high, math.inf))
+
     @property
     def turns(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """The ends."""
-        low, high = (engine.constant(parent) for parent in self.inputs[1:])
-        return low, high
+        """The ends, ascending."""
+        low, high = self.ends
+        return torch.minimum(low, high), high
 
-    def forward(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        return x.clamp(low, high)
+    def value(self, x: Tensor) -> Tensor:
+        low, high = self.ends
+        return x.clamp(low.to(x), high.to(x))
 
     def derivative(self, x: Tensor) -> Tensor:
-        low, high = self.turns
+        low, high = self.ends
         return ((x > low) & (x < high)).to(x)
+
+    def steepest(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """1 where the interval meets the open one between the ends, or is no interval (NaN); else 0."""
+        low, high = self.ends
+        return (~((upper <= low) | (lower >= high) | (low >= high))).to(upper)
+
+
+class BoundClip(BoundScalar):
+    """Clamp to constants, one of which may be missing or infinite: 0.3 has none, 0.7's gives NaN."""
+
+    def forward(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:  # type: ignore[override]
+        return Clamp(_end(low, -math.inf), _end(high, math.inf)).value(x)
+
+    def pieces(self, lower: Tensor, upper: Tensor) -> Any:
+        return Clamp.of(self).pieces(lower, upper)
+
+    def value(self, x: Tensor) -> Tensor:
+        return Clamp.of(self).value(x)
+
+    def derivative(self, x: Tensor) -> Tensor:
+        return Clamp.of(self).derivative(x)
+
+    def steepest(self, lower: Tensor, upper: Tensor) -> Tensor:
+        return Clamp.of(self).steepest(lower, upper)
+
+
+def _end(value: Any, default: float) -> Tensor:
+    """An end of a clamp; ONNX gives a missing one as nothing, or as a tensor without entries."""
+    missing = value is None or (isinstance(value, Tensor) and value.numel() == 0)
+    return torch.tensor(default) if missing else torch.as_tensor(value)
 
 
 class BoundExactGelu(BoundScalar):
@@ -150,9 +190,13 @@ class BoundExactGelu(BoundScalar):
     turns = (-math.sqrt(2), math.sqrt(2))
     rising = (False, True, False)
     monotone = False
+    least = -0.17
 
-    def forward(self, x: Tensor) -> Tensor:
+    def value(self, x: Tensor) -> Tensor:
         return F.gelu(x)
+
+    def noise(self, x: Tensor) -> Tensor:
+        return 4 * x.clamp(-10, 0).abs()  # Phi is 1 + erf, which is 0 below -10 in any type
 
     def derivative(self, x: Tensor) -> Tensor:
         density = torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
@@ -162,15 +206,19 @@ class BoundExactGelu(BoundScalar):
 class BoundTanhGelu(BoundScalar):
     """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), whose slope turns where that of GELU nearly does."""
 
-    turns = (-1.4185040, 1.4185040)
+    turns = (-1.4185040087908, 1.4185040087908)
     rising = (False, True, False)
     monotone = False
+    least = -0.1701
 
-    def forward(self, x: Tensor) -> Tensor:
+    def value(self, x: Tensor) -> Tensor:
         return F.gelu(x, approximate="tanh")
 
+    def noise(self, x: Tensor) -> Tensor:
+        return 4 * x.clamp(-10, 0).abs()
+
     def derivative(self, x: Tensor) -> Tensor:
-        root = math.sqrt(2 / math.pi)
+        root, x = math.sqrt(2 / math.pi), x.clamp(-100, 100)  # beyond, f' is 0 or 1 in any type
         inner = torch.tanh(root * (x + 0.044715 * x**3))
         return 0.5 * (1 + inner) + 0.5 * x * (1 - inner**2) * root * (1 + 3 * 0.044715 * x**2)
 
@@ -181,8 +229,9 @@ class BoundSilu(BoundScalar):
     turns = (-2.3993572805154, 2.3993572805154)
     rising = (False, True, False)
     monotone = False
+    least = -0.2785
 
-    def forward(self, x: Tensor) -> Tensor:
+    def value(self, x: Tensor) -> Tensor:
         return F.silu(x)
 
     def derivative(self, x: Tensor) -> Tensor:
@@ -196,13 +245,18 @@ class BoundMish(BoundScalar):
     turns = (-2.2563763963608, 1.4905711794854)
     rising = (False, True, False)
     monotone = False
+    least = -0.3089
 
-    def forward(self, x: Tensor) -> Tensor:
+    def value(self, x: Tensor) -> Tensor:
         return F.mish(x)
 
     def derivative(self, x: Tensor) -> Tensor:
         gate = torch.tanh(torch.logaddexp(x, torch.zeros_like(x)))
         return gate + x * (1 - gate**2) * torch.sigmoid(x)
+
+
+def _clip(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
+    return Clamp.of(node).steepest(lower, upper)
 
 
 def _elu(attr: Any, inputs: Any, output_index: int, options: Any) -> BoundElu:
@@ -212,21 +266,6 @@ def _elu(attr: Any, inputs: Any, output_index: int, options: Any) -> BoundElu:
 def _selu(attr: Any, inputs: Any, output_index: int, options: Any) -> BoundElu:
     alpha, gamma = attr.get("alpha", 1.6732632423543772), attr.get("gamma", 1.0507009873554805)
     return BoundElu(attr, inputs, output_index, options, alpha=alpha, scale=gamma)
-
-
-def steepest(node: BoundScalar, lower: Tensor, upper: Tensor) -> Tensor:
-    """Largest |f'| over the box: f' is monotone between its turns, on both sides of which it is looked at."""
-    slopes = [node.derivative(lower), node.derivative(upper)]
-    for turn in node.turns:
-        at = torch.as_tensor(turn).to(lower)
-        inside = (lower <= at) & (upper >= at)
-        beside = (
-            torch.nextafter(at, torch.full_like(at, -torch.inf)),
-            at,
-            torch.nextafter(at, torch.full_like(at, torch.inf)),
-        )
-        slopes += [torch.where(inside, node.derivative(x.expand_as(lower)), slopes[0]) for x in beside]
-    return torch.stack([slope.abs() for slope in slopes]).amax(0)
 
 
 def _recorded(name: str, function: Callable[..., Tensor]) -> type[torch.autograd.Function]:
@@ -254,6 +293,10 @@ _RECORDED = {
 }
 
 
+_PRODUCTS = {torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply, torch.Tensor.__mul__}
+_SQUARES = {torch.square, torch.Tensor.square}
+
+
 class as_nodes(TorchFunctionMode):
     """While a model is traced: one node for each of those functions, in place of what it is made of."""
 
@@ -264,22 +307,31 @@ class as_nodes(TorchFunctionMode):
         if func in (F.prelu, torch.prelu):
             x, slope = args
             return _PRELU.apply(x, slope.view(-1, *[1] * (x.dim() - 2)) if x.dim() > 1 else slope)
+        if func in _PRODUCTS and len(args) == 2 and args[0] is args[1]:
+            return args[0] ** 2  # interval arithmetic takes two factors for independent
+        if func in _SQUARES:
+            return args[0] ** 2
+        if func is F.logsigmoid:  # as one node, not the logarithm of a number that may be rounded to 0
+            return -F.softplus(-args[0])
         if func is F.celu:  # which the tracer turns into float32
             alpha = args[1] if len(args) > 1 else kwargs.get("alpha", 1.0)
             return alpha * F.elu(args[0] / alpha)
+        if func is F.pad and "circular" in (*args[2:3], kwargs.get("mode")):
+            return circular(*args, **kwargs)
         if func in _RECORDED:
             return _RECORDED[func].apply(args[0])
         return func(*args, **kwargs)
 
 
-for kind in (BoundErf, BoundStableSoftplus, BoundConcaveLog, BoundElu, BoundPRelu, BoundHardSigmoid, BoundHardSwish,
-             BoundExactGelu, BoundTanhGelu, BoundSilu, BoundMish):  # fmt: skip
-    register_rule(kind.__name__, Elementwise(steepest, monotone=kind.monotone and not kind.error))
+for kind in (BoundErf, BoundStableSoftplus, BoundElu, BoundPRelu, BoundHardSigmoid, BoundHardSwish, BoundExactGelu,
+             BoundTanhGelu, BoundSilu, BoundMish):  # fmt: skip
+    register_rule(kind.__name__, Elementwise.of_function())
+register_rule("BoundHardTanh", Elementwise(_clip, exact=True))
+register_rule("BoundClip", Elementwise(_clip, exact=True))
+FUNCTIONS |= {"BoundHardTanh": Clamp.of, "BoundClip": Clamp.of}
 CUSTOM_OPS |= {
     "onnx::Erf": BoundErf, "onnx::Softplus": BoundStableSoftplus, "onnx::Elu": _elu,
     "onnx::Selu": _selu, "lirpa_ext::PRelu": BoundPRelu, "onnx::HardSigmoid": BoundHardSigmoid,
     "lirpa_ext::HardSwish": BoundHardSwish, "lirpa_ext::Gelu": BoundExactGelu, "lirpa_ext::TanhGelu": BoundTanhGelu,
-    "lirpa_ext::Silu": BoundSilu, "lirpa_ext::Mish": BoundMish,
+    "lirpa_ext::Silu": BoundSilu, "lirpa_ext::Mish": BoundMish, "onnx::Clip": BoundClip,
 }  # fmt: skip
-if engine.IS_LEGACY:
-    CUSTOM_OPS |= {"onnx::Clip": BoundClip, "onnx::Log": BoundConcaveLog}

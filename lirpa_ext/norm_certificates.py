@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lirpa_ext.errors import InvalidInputError
 from lirpa_ext.linear_maps import Conv, ConvTranspose, Dense, LinearMap, Scale, WeightedMap, safe_sqrt
+from lirpa_ext.products import Product
 
 __all__ = ["Certificate", "certify", "normalized", "unit_weight"]
 
@@ -79,6 +80,13 @@ def _sharp(unit: LinearMap) -> list[Certificate]:
 @_sharp.register
 def _(unit: Dense) -> list[Certificate]:
     return [Certificate(float(_upper(unit.weight)), lambda dense: _top_singular_value(dense.weight))]
+
+
+@_sharp.register
+def _(unit: Product) -> list[Certificate]:
+    uppers = _upper(unit.blocks())
+    winner = int(uppers.argmax())
+    return [Certificate(float(uppers[winner]), lambda product: _top_singular_value(product.blocks()[winner]))]
 
 
 @_sharp.register

@@ -12,7 +12,7 @@ from lirpa_ext.errors import InvalidInputError
 from lirpa_ext.linear_maps import LinearMap, WeightedMap
 from lirpa_ext.norm_certificates import Certificate, certify, normalized, unit_weight
 
-__all__ = ["NormBound", "NormCache", "NormEstimate", "PowerIteration", "spectral_norm_bound"]
+__all__ = ["NormBound", "NormCache", "NormEstimate", "PowerIteration", "key_of", "spectral_norm_bound"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,28 @@ def spectral_norm_bound(linear_map: LinearMap) -> NormBound:
     tensor(4.)
     """
     return _norm_bound(certify(linear_map), linear_map)
+
+
+def key_of(name: str, linear_map: LinearMap, known: dict[str, object]) -> str:
+    """Key of a weight's norm: its name, with the input's shape appended where it has another geometry by that name.
+
+    One weight may serve maps of several sizes or strides, or both W and its transpose: each has a norm of its own.
+
+    Args:
+        name: Name of the weight.
+        linear_map: The map.
+        known: Geometry by key, of the maps met so far; this one is added.
+
+    >>> from lirpa_ext.linear_maps import Dense
+    >>> known, weight = {}, torch.eye(3)
+    >>> [key_of("w", Dense(weight, lead), known) for lead in ((), (5,), ())]
+    ['w', 'w@5x3', 'w']
+    """
+    shape = "x".join(str(size) for size in linear_map.input_shape)
+    key, geometry, count = name, _geometry(linear_map), 1
+    while known.setdefault(key, geometry) != geometry:
+        key, count = f"{name}@{shape}" if count == 1 else f"{name}@{shape}-{count}", count + 1
+    return key
 
 
 class NormCache:
@@ -125,6 +147,7 @@ class PowerIteration(nn.Module):
     def __init__(self, linear_map: LinearMap, generator: torch.Generator | None = None) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0) if generator is None else generator
+        self.geometry = _geometry(linear_map)
         start = torch.randn(
             1, *linear_map.input_shape, dtype=torch.float64, generator=generator, device=generator.device
         )
@@ -191,6 +214,13 @@ class PowerIteration(nn.Module):
                 f"shape {tuple(linear_map.input_shape)}. Make a new PowerIteration for it."
             )
         return self.u.to(linear_map.device, linear_map.dtype, copy=True)
+
+
+def _geometry(linear_map: LinearMap) -> object:
+    """All that defines a map beside its weight's values; a transposed view of the weight has other strides."""
+    if not isinstance(linear_map, WeightedMap):
+        return linear_map.input_shape
+    return *linear_map.geometry, linear_map.weight.stride()
 
 
 def _norm_bound(certificate: Certificate, linear_map: LinearMap) -> NormBound:

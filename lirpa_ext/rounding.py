@@ -8,10 +8,13 @@ constants are doubled, so that the rounding of these few terms themselves is cov
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .linear_maps import Conv, ConvTranspose, Dense, LinearMap, Scale
+from .lengths import length
+from .linear_maps import Conv, ConvTranspose, Dense, LinearMap, NonNegative, Scale
 from .sets import BallBox, flat
 
 ULPS = 8
@@ -36,11 +39,20 @@ def summands(linear_map: LinearMap) -> int:
 def widened(state: BallBox, ulps: int = ULPS) -> BallBox:
     """The set of a node whose values are right to `ulps` units in the last place."""
     loss = gamma(state.center.dtype, ulps)
-    radius = state.radius * (1 + loss) + loss * torch.linalg.vector_norm(flat(state.center), dim=1)
+    radius = state.radius * (1 + loss) + loss * length(flat(state.center), 1)
     if state.lower is None or state.upper is None:
         return BallBox(state.center, radius)
     lower, upper = state.lower - loss * state.lower.abs(), state.upper + loss * state.upper.abs()
     return BallBox(state.center, radius, lower, upper)
+
+
+def outward_box(state: BallBox) -> tuple[Tensor, Tensor]:
+    """Both corners of a set; those of a ball rounded outward, for z - rho may round to z."""
+    lower, upper = state.box()
+    if state.lower is not None:
+        return lower, upper
+    loss = torch.finfo(lower.dtype).eps
+    return lower - loss * lower.abs(), upper + loss * upper.abs()
 
 
 def input_of_affine(state: BallBox, loss: float) -> BallBox:
@@ -49,7 +61,7 @@ def input_of_affine(state: BallBox, loss: float) -> BallBox:
     On the box, loss |W| |x| is what an additional half width loss |x| becomes; on the ball, by Cauchy-Schwarz,
     loss ||W_i|| ||x|| is what an additional radius loss ||x|| becomes.
     """
-    size = torch.linalg.vector_norm(flat(state.center), dim=1) + state.radius
+    size = length(flat(state.center), 1) + state.radius
     radius = state.radius + loss * size
     if state.lower is None or state.upper is None:
         return BallBox(state.center, radius)
@@ -63,16 +75,38 @@ def output_of_affine(image: BallBox, before: BallBox, rows: Tensor, loss: float)
     The bias is the output less the product, so |b| <= |W x + b| + |W| |x|, of which the second term is in the
     input's set already. The center's own error, as a vector, is at most loss (||A||_F ||x|| + ||W x + b||).
     """
-    frobenius = torch.linalg.vector_norm(rows.expand(image.center.shape[1:]))
-    size = torch.linalg.vector_norm(flat(before.center), dim=1)
-    radius = image.radius + loss * (2 * frobenius * size + torch.linalg.vector_norm(flat(image.center), dim=1))
+    frobenius = length(rows.expand(image.center.shape[1:]).reshape(-1))
+    size = length(flat(before.center), 1)
+    radius = image.radius + loss * (2 * frobenius * size + length(flat(image.center), 1))
     if image.lower is None or image.upper is None:
         return BallBox(image.center, radius)
     slack = 2 * loss * torch.maximum(image.lower.abs(), image.upper.abs())
     return BallBox(image.center, radius, image.lower - slack, image.upper + slack)
 
 
+def sign_kept(
+    lower: Tensor, before: Tensor, linear_map: LinearMap, at_zero: Callable[[], Tensor], outward: bool
+) -> Tensor:
+    """Lower ends of an affine node, not below its value at 0 where none of the summed products can be negative.
+
+    So sums of squares and means of what is not negative stay so, and have a root, whatever rounding lost.
+
+    Args:
+        lower: Lower ends of the output's box, (B, ...).
+        before: Those of the input's, (B, ...).
+        linear_map: The node's linear part.
+        at_zero: Gives the node's value at 0, that is its bias, broadcastable to the output.
+        outward: Whether maps with weights are looked at, too: that waits for the device.
+    """
+    weight = linear_map.weight
+    if not isinstance(linear_map, NonNegative) and (not outward or weight is None or bool((weight < 0).any())):
+        return lower
+    with torch.no_grad():
+        none_negative = linear_map.abs()((-before).clamp(min=0)) == 0
+    return torch.where(none_negative, torch.maximum(lower, at_zero()), lower)
+
+
 def row_slack(rows: Tensor, state: BallBox, terms: int) -> Tensor:
     """What sums of rows (B, S, n) with values of a set may lose: 2 gamma ||a|| (||z|| + rho), (B, S)."""
-    size = torch.linalg.vector_norm(flat(state.center), dim=1) + state.radius
-    return gamma(rows.dtype, terms) * torch.linalg.vector_norm(rows, dim=-1) * size.unsqueeze(1)
+    size = length(flat(state.center), 1) + state.radius
+    return gamma(rows.dtype, terms) * length(rows) * size.unsqueeze(1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .lengths import length
 from .perturbation import PerturbationLpNorm
 
 
@@ -84,7 +85,7 @@ class _BoxRadius(torch.autograd.Function):
         far, below = upper - center, center - lower
         above = far >= below
         far = torch.maximum(far, below, out=far)
-        radius = torch.linalg.vector_norm(flat(far), dim=1)
+        radius = length(flat(far), 1)
         ctx.save_for_backward(far, above, radius)
         return radius
 
@@ -92,7 +93,8 @@ class _BoxRadius(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, to_radius: Tensor) -> Any:
         far, above, radius = ctx.saved_tensors
-        scale = torch.where(radius > 0, to_radius / radius, 0.0)
+        largest = torch.finfo(radius.dtype).max  # of a radius near the smallest number, the quotient overflows
+        scale = torch.where(radius > 0, to_radius / radius, 0.0).clamp(-largest, largest)
         to_far = far * per_sample(scale, far)
         to_upper = to_far * above
         to_lower = to_upper - to_far

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .lengths import length
 from .operators import CUSTOM_OPS
 from .relaxations import BoundRelaxed
 from .rules import Context, Rule, State, register_rule
@@ -136,7 +137,7 @@ class LogSoftmax(Rule):
         n = center.shape[node.axis]
         if n == 1:
             return BallBox(center, torch.zeros_like(state.radius), lower, upper)
-        norm = torch.linalg.vector_norm(upper.exp(), dim=node.axis).clamp(max=1.0)
+        norm = length(upper.exp(), node.axis).clamp(max=1.0)
         return BallBox(center, state.radius * math.sqrt(n) * flat(norm).amax(1), lower, upper)
 
 

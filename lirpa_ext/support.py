@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .errors import InvalidInputError
+from .lengths import length
 
 __all__ = ["ball_box_min", "merged_min", "relu_ball_box_min", "relu_ball_box_value"]
 
@@ -34,6 +35,7 @@ class _Region(NamedTuple):
     radius: Tensor  # (B, 1, 1), at least 1, or 0
     down: Tensor  # (B, 1, n), room below the center, in [0, 3]
     up: Tensor  # (B, 1, n), room above it
+    unbounded: Tensor  # (B, 1), where neither ball nor box has an end: the rest is then of some bounded part
 
 
 def ball_box_min(
@@ -70,8 +72,8 @@ def ball_box_min(
             gradient, the parts are recomputed in the backward pass.
 
     Returns:
-        (B, S), differentiable in c, center, radius, lower and upper. NaN where a sample's input is NaN, its
-        radius negative or its set unbounded.
+        (B, S), differentiable in c, center, radius, lower and upper. -inf where a sample's set is unbounded and the
+        row not 0; NaN where its input is NaN or its radius negative.
 
     Raises:
         InvalidInputError: Shapes that do not fit, an unknown solver, negative steps or a chunk below 1.
@@ -136,7 +138,8 @@ def relu_ball_box_value(
         mu: Multipliers, (B, S).
 
     Returns:
-        (B, S), differentiable in every argument; the value at z where rho is 0; NaN as in `ball_box_min`.
+        (B, S), differentiable in every argument; the value at z where rho is 0; -inf where the set is unbounded; NaN
+        as in `ball_box_min`.
 
     Raises:
         InvalidInputError: Shapes that do not fit.
@@ -196,20 +199,21 @@ def relu_ball_box_min(
 
 
 def _region(center: Tensor, radius: Tensor, lower: Tensor | None, upper: Tensor | None) -> _Region:
-    """Bring the set to unit length; an undefined one (NaN, radius < 0, unbounded) becomes NaN."""
+    """Bring the set to unit length; an undefined one (NaN, radius < 0) becomes NaN."""
     shapes = [tuple(x.shape) for x in (center, lower, upper) if x is not None]
     if center.dim() != 2 or 0 in center.shape or len(set(shapes)) > 1 or radius.shape != center.shape[:1]:
         raise InvalidInputError(f"Center and sides {shapes}: expected (B, n); radius {tuple(radius.shape)}: (B,).")
-    unbounded = torch.full_like(center, math.inf)
-    down = unbounded if lower is None else (center - lower).clamp(min=0)
-    up = unbounded if upper is None else (upper - center).clamp(min=0)
+    endless = torch.full_like(center, math.inf)
+    down = endless if lower is None else (center - lower).clamp(min=0)
+    up = endless if upper is None else (upper - center).clamp(min=0)
     radius = radius.where(radius >= 0, math.nan)
     with torch.no_grad():  # a NaN in any of the three makes the length NaN, and so all of the sample
-        length = torch.minimum(radius, torch.maximum(down, up).amax(-1)).unsqueeze(-1)
-        length = length.masked_fill(length == 0, 1).masked_fill(length == math.inf, math.nan)
+        unit = torch.minimum(radius, torch.maximum(down, up).amax(-1)).unsqueeze(-1)
+        unbounded = unit == math.inf
+        unit = unit.masked_fill((unit == 0) | unbounded, 1)
     # No room is larger than 1 if length is the box's; if it is the ball's, the ball binds before a cut at 3.
-    down, up = ((room / length).clamp(max=3).unsqueeze(1) for room in (down, up))
-    return _Region(center, length, (radius.unsqueeze(-1) / length).unsqueeze(-1), down, up)
+    down, up = ((room / unit).clamp(max=3).unsqueeze(1) for room in (down, up))
+    return _Region(center, unit, (radius.unsqueeze(-1) / unit).unsqueeze(-1), down, up, unbounded)
 
 
 def _minimum(
@@ -253,14 +257,17 @@ def _linear_value(
     # The share e of |c| that the ball bears: all of it where the box does not bind.
     share = mu * fixed
     share = torch.where(size >= active * fixed, share, size) if iterative else torch.minimum(size, share)
-    ball = region.radius.where(mu > 0, 0) * _norm(share)
+    reach = _norm(share)
+    # An infinite radius costs nothing where nothing is shared.
+    ball = region.radius.where(reach.detach() > 0, 0) * reach
     gain = ((size - share) * room).sum(-1, keepdim=True) + ball
     value = torch.matmul(c, region.center.unsqueeze(-1)) - scale * gain * region.length.unsqueeze(-1)
-    return value.squeeze(-1), multipliers
+    nothing = region.unbounded & (scale > 0).squeeze(-1)
+    return value.squeeze(-1).masked_fill(nothing, -math.inf), multipliers
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return length(x, keepdim=True)
 
 
 def _indicator(compare: Callable[..., Tensor], x: Tensor, y: Tensor | float) -> Tensor:
@@ -318,7 +325,7 @@ def _relu_value(a: Tensor, lam: Tensor, region: _Region, mu: Tensor) -> Tensor:
     v = torch.addcmul(center, length, move)
     excess = mu * torch.linalg.vecdot(move, move).unsqueeze(-1) - _ball_term(mu, region)
     value: Tensor = torch.linalg.vecdot(a, v.relu()) - torch.linalg.vecdot(lam, v)
-    return value + region.length / 2 * excess.squeeze(-1)
+    return (value + region.length / 2 * excess.squeeze(-1)).masked_fill(region.unbounded, -math.inf)
 
 
 def _ball_term(mu: Tensor, region: _Region) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,42 +10,105 @@ import torch
 from torch import Tensor
 
 from .. import engine
-from ..sets import BallBox, flat
+from ..lengths import length, stretched
+from ..relaxations import ScalarFunction, scalar_function
+from ..rounding import ULPS, outward_box, widened
+from ..sets import BallBox, box_radius, flat
 from .base import Context, Rule, State, only_perturbed, propagate_interval, register_rule
 
 
 class Elementwise(Rule):
     """Rule of a node that applies one function to each element.
 
-    ||f(v) - f(z)||_2 <= max_i L_i ||v - z||_2 with L_i a bound on |f'| over [l_i, u_i].
+    ||f(v) - f(z)||_2 <= max_i L_i ||v - z||_2 with L_i a bound on |f'| over [l_i, u_i]. Where f has no such bound, or
+    is not defined on all of the box, the radius is infinite, or that of the box of the values if there is one.
 
     Args:
-        slope: Bound on |f'| over [l, u], elementwise: (node, l, u) -> tensor of that shape.
+        slope: Bound on |f'| over [l, u], elementwise: (node, l, u) -> tensor of that shape; NaN or infinite where
+            there is none.
         monotone: f does not decrease, so the box is (f(l), f(u)); else the engine's interval rule gives it.
         exact: f is computed without rounding, and its slopes are 0 or 1.
+        span: Ends of f's range, which rounding outward does not leave.
     """
 
     def __init__(
-        self, slope: Callable[[Any, Tensor, Tensor], Tensor], monotone: bool = True, exact: bool = False
+        self,
+        slope: Callable[[Any, Tensor, Tensor], Tensor],
+        monotone: bool = True,
+        exact: bool = False,
+        span: tuple[float, float] = (-math.inf, math.inf),
     ) -> None:
         self.slope = slope
         self.monotone = monotone
         self.exact = exact
+        self.span = span
+        self.function: Callable[[Any], ScalarFunction | None] = _unknown
+
+    @classmethod
+    def of_function(cls, exact: bool = False) -> Elementwise:
+        """The rule of a node with a `scalar_function`, which gives box, slope and range."""
+        rule = cls(_steepest, monotone=False, exact=exact)
+        rule.function = scalar_function
+        return rule
 
     def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         if only_perturbed(inputs) != 0 or center.shape != inputs[0].center.shape:  # type: ignore[union-attr]
             return None
-        state = inputs[0]
+        state, function = inputs[0], self.function(node)
         assert isinstance(state, BallBox)
-        lower, upper = state.box()
-        radius = state.radius * flat(self.slope(node, lower, upper)).amax(1)
+        lower, upper = outward_box(state) if context.outward else state.box()
+        slope = flat(self.slope(node, lower, upper)).amax(1)
+        if self.exact:
+            radius = state.radius * slope
+        else:  # a slope that underflowed is not 0
+            radius = stretched(state.radius, slope.clamp(min=torch.finfo(slope.dtype).tiny))
+        if context.outward and function is not None:
+            radius = radius + _noise(function, state.center)
         if context.ball_only:
             return BallBox(center, radius)
-        if self.monotone:
+        if function is None and self.monotone:
             constants = inputs[1:]
             return BallBox(center, radius, node.forward(lower, *constants), node.forward(upper, *constants))
-        box = propagate_interval(node, inputs, center)
-        return BallBox(center, radius, box.lower, box.upper)
+        if function is None:
+            box = propagate_interval(node, inputs, center)
+            return BallBox(center, radius, box.lower, box.upper)
+        low, high = function.box(lower, upper)
+        low, high = torch.minimum(low, center), torch.maximum(high, center)
+        if not function.lipschitz:
+            radius = torch.where(radius.isfinite(), radius, box_radius(center, low, high))
+        return BallBox(center, radius, low, high)
+
+    def widened(self, node: Any, state: BallBox) -> BallBox:
+        """Larger by what the function's rounding may lose, but inside of its range."""
+        state, function = widened(state), self.function(node)
+        least, most = self.span if function is None else (function.least, function.most)
+        if state.lower is None or state.upper is None or (least, most) == (-math.inf, math.inf):
+            return state
+        lower, upper = state.lower.clamp(least, most), state.upper.clamp(least, most)
+        if least == 0:  # values that are positive, but underflow
+            upper = upper.clamp(min=torch.finfo(upper.dtype).tiny)
+        lower, upper = torch.minimum(lower, state.center), torch.maximum(upper, state.center)
+        return BallBox(state.center, state.radius, lower, upper)
+
+
+def _noise(function: ScalarFunction, center: Tensor) -> Tensor | float:
+    """Length of what the function's cancellation may have lost of the center, (B,)."""
+    loss = function.noise(center)
+    if not isinstance(loss, Tensor):
+        if not loss:
+            return 0.0
+        loss = torch.full_like(center, loss)
+    return ULPS * torch.finfo(center.dtype).eps * length(flat(loss), 1)
+
+
+def _unknown(node: Any) -> None:
+    return None
+
+
+def _steepest(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
+    function = scalar_function(node)
+    assert function is not None
+    return function.steepest(lower, upper)
 
 
 def _nearest_to_zero(lower: Tensor, upper: Tensor) -> Tensor:
@@ -53,43 +117,31 @@ def _nearest_to_zero(lower: Tensor, upper: Tensor) -> Tensor:
 
 
 def _relu(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
-    """1 where the box reaches above 0, else the slope below 0 (0 for a plain ReLU)."""
+    """1 where the box reaches above 0 (or is NaN), else the slope below 0 (0 for a plain ReLU)."""
     leak = engine.slope_below_zero(node)
-    return torch.where(upper > 0, max(1.0, leak), leak).to(upper)
-
-
-def _clip(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
-    """1 where the box meets the open interval between the ends, else 0."""
-    low, high = (engine.constant(parent) for parent in node.inputs[1:])
-    return ((upper > low) & (lower < high)).to(upper)
+    dead = upper <= 0
+    return torch.where(dead, torch.full_like(upper, leak), max(1.0, leak)) if leak else (~dead).to(upper)
 
 
 def _sigmoid(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
-    value = torch.sigmoid(_nearest_to_zero(lower, upper))
-    return value * (1 - value)
+    """s(x) s(-x): 1 - s(x) would be 0 from x = 37 on, in float32 from 17."""
+    nearest = _nearest_to_zero(lower, upper)
+    return torch.sigmoid(nearest) * torch.sigmoid(-nearest)
 
 
 def _tanh(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
-    return 1 - torch.tanh(_nearest_to_zero(lower, upper)) ** 2
+    """1 - tanh(x)^2 = 4 s(2x) s(-2x)."""
+    nearest = 2 * _nearest_to_zero(lower, upper)
+    return 4 * torch.sigmoid(nearest) * torch.sigmoid(-nearest)
 
 
 def _atan(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
     return 1 / (1 + _nearest_to_zero(lower, upper) ** 2)
 
 
-def _ones(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
-    return torch.ones_like(upper)
-
-
 register_rule("BoundRelu", Elementwise(_relu, exact=True))
 register_rule("BoundBallBoxRelu", Elementwise(_relu, exact=True))
 register_rule("BoundLeakyRelu", Elementwise(_relu))
-register_rule("BoundSigmoid", Elementwise(_sigmoid))
-register_rule("BoundTanh", Elementwise(_tanh))
+register_rule("BoundSigmoid", Elementwise(_sigmoid, span=(0.0, 1.0)))
+register_rule("BoundTanh", Elementwise(_tanh, span=(-1.0, 1.0)))
 register_rule("BoundAtan", Elementwise(_atan))
-register_rule("BoundExp", Elementwise(lambda node, lower, upper: torch.exp(upper)))
-register_rule("BoundHardTanh", Elementwise(_clip, exact=True))
-register_rule("BoundClip", Elementwise(_clip, exact=True))
-register_rule("BoundAbs", Elementwise(_ones, monotone=False))
-register_rule("BoundSin", Elementwise(_ones, monotone=False))
-register_rule("BoundCos", Elementwise(_ones, monotone=False))
