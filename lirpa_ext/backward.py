@@ -1,8 +1,7 @@
-"""The backward pass of the ball-box bound: coefficient rows carried from the output to the input (DESIGN.md 4b)."""
+"""The backward pass of the ball-box bound: coefficient rows carried from the output to the input."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from . import engine
+from .batch_axis import check_is_batch, of_samples, of_whole_samples, positions
+from .limits import is_out_of_memory
 from .operators import flat_rows, flat_set
 from .perturbation import PerturbationLpNorm
-from .relaxations import BoundRelaxed
+from .relaxations import scalar_function
 from .rounding import row_slack
-from .rules import State, adjoint_and_bias, frobenius
+from .rules import RULES, State, adjoint_and_bias, frobenius
 from .sets import BallBox, flat
 from .support import ball_box_min, relu_ball_box_min
+from .trust.engine_list import is_listed, is_ours
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,6 @@ class Part:
 
 # (node, rows a (B, S, k) at the coordinates, those) -> (rows lam (B, S, k), bound (B, S) on a.relu(v) - lam.v)
 Relax = Callable[[Any, Tensor, Part], tuple[Tensor, Tensor]]
-
-logger = logging.getLogger(__name__)
-
-# Nodes of the engine whose relaxation holds, by test, on both versions (0.3's of sqrt does not).
-RELAXED_BY_ENGINE = frozenset(
-    f"Bound{name}"
-    for name in (
-        "LeakyRelu", "Tanh", "Sigmoid", "Atan", "HardTanh", "Abs", "Exp", "Sin", "Cos", "Reciprocal", "Sqr",
-        "Mul", "MulByAdjoint", "MaxPool",
-    )
-)  # fmt: skip
 
 RELU_CLASSES = ("BoundRelu", "BoundBallBoxRelu")
 
@@ -117,6 +108,11 @@ class BackwardPass:
             if node.perturbed and isinstance(node, engine.BoundInput)
         }
 
+    @property
+    def batch(self) -> int:
+        """Number of samples, of which a node's first axis may hold several parts (`lirpa_ext.batch_axis`)."""
+        return len(self.states[next(iter(self.perturbations))].center)  # type: ignore[union-attr]
+
     def take(self, index: Tensor, all_coordinates: bool = False) -> BackwardPass:
         """The same pass for some samples of the batch (an index may repeat)."""
 
@@ -125,15 +121,15 @@ class BackwardPass:
         def some(node: Any) -> State:
             state = self.states[node.name]
             if isinstance(state, BallBox):
-                return state.take(index)
-            return state[index] if node.name in batched else state
+                return state.take(positions(index, len(state.center), self.batch))
+            return state[positions(index, len(state), self.batch)] if node.name in batched else state
 
         states = {node.name: some(node) for node in self.order}
         perturbations = {
             name: perturbation.take(index, self.states[name].center)  # type: ignore[union-attr]
             for name, perturbation in self.perturbations.items()
         }
-        return BackwardPass(self.module, states, perturbations, all_coordinates, self.outward)
+        return BackwardPass(self.module, states, perturbations, all_coordinates, self.outward, self.final)
 
     def _batched(self) -> set[str]:
         """Names of the constants that differ by sample."""
@@ -159,6 +155,8 @@ class BackwardPass:
         self._handed = False
         output = self.states[self.final.name]
         assert isinstance(output, BallBox)
+        check_is_batch(self.final, output.center, self.batch)
+        batch = len(C)
         start = C.transpose(0, 1).reshape(C.shape[1], C.shape[0], *output.center.shape[1:])
         rows: dict[str, Tensor] = {self.final.name: start}
         total = C.new_zeros(C.shape[1], C.shape[0])
@@ -167,15 +165,16 @@ class BackwardPass:
             if a is None:
                 continue
             if self.outward:
-                total = total - self._slack(node, a)
+                total = total - self._slack(node, a, batch)
             if not node.perturbed:
-                total = total + node.get_bias(a, self.states[node.name])
+                terms = a * self.states[node.name]  # type: ignore[operator]
+                total = total + torch.where(a == 0, 0.0, terms).reshape(len(a), batch, -1).sum(2)
             elif isinstance(node, engine.BoundInput):
                 center = self.states[node.name].center  # type: ignore[union-attr]
                 total = total + self.perturbations[node.name].minimum(flat_rows(a), center).t()
             else:
                 passed, bias = self._step(node, a, relax)
-                total = total + bias
+                total = total + of_samples(bias, batch)
                 for parent, coefficients in zip(node.inputs, passed, strict=False):
                     if coefficients is not None:
                         known = rows.get(parent.name)
@@ -189,40 +188,59 @@ class BackwardPass:
             return self._relu(node, a, relax)
         inputs = [self.states[parent.name] for parent in node.inputs]
         affine = adjoint_and_bias(node, inputs, a)
-        if affine is not None:
+        if affine is not None and all(_fits(*pair, a) for pair in zip(affine[0], inputs, strict=False)):
             return affine
+        function = scalar_function(node)
+        if function is not None and isinstance(inputs[0], BallBox):
+            passed, bias = function.below(a, *inputs[0].box())
+            return [passed], bias
+        rule = RULES.get(name)
+        relaxed = None if rule is None else rule.relax(node, inputs, a)
+        if relaxed is not None:
+            return relaxed
+        own = is_ours(node, "bound_backward")
+        if not own and not is_listed(node, "relaxation"):
+            return self._end(node, a, "no linear relaxation of it is known to hold")
+        if not self._handed:
+            self._hand_bounds_to_engine()
         try:
-            if name not in RELAXED_BY_ENGINE and not isinstance(node, BoundRelaxed):
-                raise NotImplementedError("not trusted")
-            if not self._handed:
-                self._hand_bounds_to_engine()
-            pairs, bias, _ = engine.bound_backward(node, a, self.final)
-            passed = [None if pair[0] is None else pair[0].to(a.dtype) for pair in pairs]
-            bias = torch.as_tensor(bias, dtype=a.dtype, device=a.device).expand(a.shape[:2])
-            for coefficients, state in zip(passed, inputs, strict=False):
-                if (
-                    isinstance(state, BallBox)
-                    and coefficients is not None
-                    and coefficients.shape != (*a.shape[:2], *state.center.shape[1:])
-                ):
-                    raise ValueError(f"rows of shape {tuple(coefficients.shape)}")
-            return passed, bias
-        except Exception as error:  # the engine raises whatever comes, and some of its shapes are wrong
-            logger.debug("no backward bound of %s (%s): %s; stopping there", node.name, name, error)
-            output = self.states[node.name]
-            assert isinstance(output, BallBox)
-            return [], ball_box_min(flat_rows(a), *flat_set(output)).t()
+            pairs, offset, _ = engine.bound_backward(node, a, self.final)
+        except NotImplementedError as error:
+            return self._end(node, a, f"it has no linear relaxation here: {error}")
+        except Exception as error:  # the engine's errors are of every kind; one of our own nodes shows a defect
+            if own or is_out_of_memory(error):
+                raise
+            return self._end(node, a, f"the engine failed: {type(error).__name__}: {error}")
+        rows = [None if pair[0] is None else pair[0].to(a.dtype) for pair in pairs]
+        for coefficients, state in zip(rows, inputs, strict=False):
+            if not _fits(coefficients, state, a):
+                assert coefficients is not None
+                return self._end(node, a, f"the engine's rows have the shape {tuple(coefficients.shape)}")
+        return rows, torch.as_tensor(offset, dtype=a.dtype, device=a.device).expand(a.shape[:2])
 
-    def _slack(self, node: Any, a: Tensor) -> Tensor:
+    def _end(self, node: Any, a: Tensor, why: str) -> tuple[list[Tensor | None], Tensor]:
+        """Rows end at a node, at their minimum over its own set; which the caller of the method is told."""
+        context = getattr(self.module, "last_context", None)
+        if context is not None:
+            context.ended[node.name] = f"{type(node).__name__}: {why}"
+        output = self.states[node.name]
+        assert isinstance(output, BallBox)
+        return [], ball_box_min(flat_rows(a), *flat_set(output)).t()
+
+    def _slack(self, node: Any, a: Tensor, batch: int) -> Tensor:
         """What the products with rows a (S, B, ...) at this node may lose, (S, B).
 
         The rows passed on err by e with |e| <= gamma |a| |W|, and |e.v| <= gamma ||a|| ||W||_F ||v||.
         """
         inputs = [self.states[parent.name] for parent in node.inputs]
-        sets = [state for state in [*inputs, self.states[node.name]] if isinstance(state, BallBox)]
+        sets = [
+            whole
+            for state in [*inputs, self.states[node.name]]
+            if isinstance(state, BallBox) and (whole := of_whole_samples(state, batch)) is not None
+        ]
         if not sets:
-            return a.new_zeros(a.shape[:2])
-        rows, size = flat_rows(a), frobenius(node, inputs)
+            return a.new_zeros(len(a), batch)
+        rows, size = flat_rows(a.reshape(len(a), batch, -1)), frobenius(node, inputs)
         terms = max(flat(state.center).shape[1] for state in sets)
         slack = torch.stack([row_slack(rows, state, terms) for state in sets]).sum(0)
         return slack.t() * (1 + size)
@@ -249,3 +267,8 @@ class BackwardPass:
             if not isinstance(state, BallBox) and not node.inputs:
                 object.__setattr__(node, "value", state)
         self._handed = True
+
+
+def _fits(rows: Tensor | None, state: State, a: Tensor) -> bool:
+    """Whether rows of a node's input have the shape of its set, (S, B, ...), for rows a (S, ...) of the node."""
+    return rows is None or not isinstance(state, BallBox) or rows.shape == (len(a), *state.center.shape)

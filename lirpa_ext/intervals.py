@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from . import engine
+from .batch_axis import batch_size, check_has_batch, check_is_batch
+from .lengths import length
 from .linear_maps import Conv, ConvTranspose, Dense, LinearMap
 from .propagation import input_set
-from .rounding import gamma, summands, widened
+from .rounding import gamma, sign_kept, summands
 from .rules import RULES, Context, State, propagate_node
 from .rules.base import apply, only_perturbed
 from .rules.elementwise import Elementwise
@@ -78,6 +80,7 @@ def propagate_intervals(
             if node.perturbation.norm != torch.inf:
                 balls.add(node.name)
         else:
+            check_has_batch(node)
             inputs = [states[parent.name] for parent in node.inputs]
             state, keeps_ball = _step(node, inputs, any(p.name in balls for p in node.inputs), context)
             if keeps_ball:
@@ -88,6 +91,10 @@ def propagate_intervals(
         states[node.name] = state
         if refine is not None and node.name in refine[1]:
             states[node.name] = refine[0](node, states)
+    final = module.final_node()  # type: ignore[operator]
+    output = states[final.name]
+    if isinstance(output, BallBox):
+        check_is_batch(final, output.center, batch_size(final))
     return states
 
 
@@ -113,11 +120,16 @@ def _step(node: Any, inputs: list[State], ball: bool, context: Context) -> tuple
                 if context.outward:
                     slack = 2 * loss * torch.maximum(lower.abs(), upper.abs())
                     lower, upper = lower - slack, upper + slack
+
+                def at_zero() -> Tensor:
+                    return apply(node, inputs, lambda state: torch.zeros_like(state.center))
+
+                lower = sign_kept(lower, state.box()[0], linear_map, at_zero, context.outward)
                 return BallBox(middle, lower.new_zeros(len(lower)), lower, upper), False
     if index == 0 and not ball and isinstance(rule, Elementwise) and rule.monotone:
         lower, upper = (node.forward(end, *inputs[1:]) for end in inputs[0].box())  # type: ignore[union-attr]
         state = BallBox(lower, lower.new_zeros(len(lower)), lower, upper)
-        return (widened(state) if context.outward and not rule.exact else state), False
+        return (rule.widened(node, state) if context.outward and not rule.exact else state), False
     state = propagate_node(node, inputs, apply(node, inputs, _center), context)
     return state, ball and only_perturbed(inputs) is not None
 
@@ -132,6 +144,6 @@ def _cut(
     """The box cut with the image of the ball, whose radius grows by what the products may lose."""
     radius = state.radius
     if loss:
-        radius = radius + loss * (torch.linalg.vector_norm(state.center.flatten(1), dim=1) + radius)
+        radius = radius + loss * (length(state.center.flatten(1)) + radius)
     reach = radius.view(-1, *[1] * (center.dim() - 1)) * linear_map.row_norms()
     return torch.maximum(lower, center - reach), torch.minimum(upper, center + reach)

@@ -16,7 +16,17 @@ from lirpa_ext.errors import InvalidInputError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Conv", "ConvTranspose", "Dense", "LinearMap", "NonNegative", "Scale", "WeightedMap", "safe_sqrt"]
+__all__ = [
+    "Conv",
+    "ConvTranspose",
+    "Dense",
+    "LinearMap",
+    "NonNegative",
+    "Scale",
+    "Selection",
+    "WeightedMap",
+    "safe_sqrt",
+]
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -441,6 +451,17 @@ class NonNegative(LinearMap):
     def row_norms(self, exact: bool = True) -> Tensor:
         """Returns the 0-dim norm bound of the map, which no row exceeds, in either case."""
         return self.double().schur_bound().to(self.dtype)
+
+
+class Selection(NonNegative):
+    """Each output is one of the inputs, or 0: gathers, tiles, pads. Args: as for `NonNegative`."""
+
+    def row_norms(self, exact: bool = True) -> Tensor:
+        """Returns 1, 0-dim: each row has one entry at most."""
+        return torch.ones((), dtype=self.dtype, device=self.device)
+
+    def double(self) -> Selection:
+        return Selection(self.fn, self.input_shape, torch.float64, self.device)
 
 
 def _per_dim(value: int | Sequence[int], dims: int) -> tuple[int, ...]:

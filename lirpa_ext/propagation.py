@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import engine
+from .batch_axis import batch_size, check_has_batch, check_is_batch
 from .errors import InvalidInputError
 from .perturbation import PerturbationLpNorm
 from .rounding import widened
@@ -46,6 +47,7 @@ def propagate(module: nn.Module, context: Context, keep: bool = False, final: An
         elif isinstance(node, engine.BoundInput):
             states[node.name] = input_set(node, context)
         else:
+            check_has_batch(node)
             inputs = [states[parent.name] for parent in node.inputs]
             states[node.name] = propagate_node(node, inputs, center, context)
         for parent in node.inputs:
@@ -54,6 +56,9 @@ def propagate(module: nn.Module, context: Context, keep: bool = False, final: An
                 del states[parent.name]
                 if parent.perturbed and not keep_values:
                     parent.forward_value = None
+    output = states[final.name]
+    if isinstance(output, BallBox):
+        check_is_batch(final, output.center, batch_size(final))
     return states
 
 

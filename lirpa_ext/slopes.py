@@ -237,19 +237,24 @@ class SlopePass(BackwardPass):
         rows = C.split(max(1, _MOST_ELEMENTS // (width * C.shape[1])))
         if len(rows) == 1:
             return [(self, C)]
-        sizes = [len(some) for some in rows]
+        samples = [len(some) for some in rows]
+
+        def sizes(length: int) -> list[int]:
+            """Those of the parts along a first axis that may hold several parts of each sample."""
+            return [count * (length // len(C)) for count in samples]
+
         batched = self._batched()
         parts: list[dict[str, State]] = [{} for _ in rows]
         for name, state in self.states.items():
-            for part, piece in zip(parts, _pieces(state, sizes, name in batched), strict=True):
+            for part, piece in zip(parts, _pieces(state, sizes, len(rows), name in batched), strict=True):
                 part[name] = piece
         slopes: list[dict[str, Tensor]] = [{} for _ in rows]
         for name, value in (self.slopes or {}).items():
-            for own, piece in zip(slopes, value.split(sizes), strict=True):
+            for own, piece in zip(slopes, value.split(sizes(len(value))), strict=True):
                 own[name] = piece
-        lines = {node.name: self.lines(node).split(sizes) for node in self.activations}
+        lines = {node.name: self.lines(node).split(sizes(len(self.lines(node).line))) for node in self.activations}
         passes: list[SlopePass] = []
-        index = torch.arange(len(C), device=C.device).split(sizes)
+        index = torch.arange(len(C), device=C.device).split(samples)
         for which, states, own in zip(index, parts, slopes, strict=True):
             perturbations = {
                 name: perturbation.take(which, self.states[name].center)  # type: ignore[union-attr]
@@ -327,11 +332,12 @@ def _cut(value: Tensor) -> Tensor:
     return value.clone() if value.is_inference() else value.detach()
 
 
-def _pieces(state: State, sizes: list[int], batched: bool) -> list[Any]:
+def _pieces(state: State, sizes: Callable[[int], list[int]], count: int, batched: bool) -> list[Any]:
     """Parts of a set, or of a constant that differs by sample; other constants as they are."""
     if isinstance(state, Tensor):
-        return list(state.split(sizes)) if batched else [state] * len(sizes)
-    fields = [[None] * len(sizes) if value is None else value.split(sizes) for value in _fields(state)]
+        return list(state.split(sizes(len(state)))) if batched else [state] * count
+    own = sizes(len(state.center))
+    fields = [[None] * count if value is None else value.split(own) for value in _fields(state)]
     return [BallBox(*values) for values in zip(*fields, strict=True)]  # type: ignore[arg-type]
 
 

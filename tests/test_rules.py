@@ -133,7 +133,9 @@ CASES: dict[str, Case] = {
     "dense-engine": Case(lambda: nn.Linear(6, 4), V, ops={"onnx::Gemm": engine.BoundLinear}),
     "matmul-constant": Case(_op(lambda x: x @ PART.to(x)), (4,)),
     "matmul-parameter": Case(_op(lambda x, w: x @ w, (4, 5)), M),
-    "matmul-from-left": Case(_op(lambda x, w: w @ x, (2, 3)), M, ("BoundMatMul",)),
+    "matmul-from-left": Case(_op(lambda x, w: w @ x, (2, 3)), M),
+    "matmul-engine": Case(_op(lambda x, w: x @ w, (4, 5)), M, ops={"onnx::MatMul": engine.bound_ops.BoundMatMul}),
+    "vector-from-left": Case(_op(lambda x, w: w @ x, (3,)), M),
     "matmul-of-branches": Case(_op(lambda x: x @ x.transpose(1, 2)), M, ("BoundMatMul",)),
     # convolutions
     "conv": Case(lambda: nn.Conv2d(2, 3, 3), IMAGE),
@@ -261,6 +263,9 @@ CASES: dict[str, Case] = {
     "tile": Case(_op(lambda x: x.repeat(1, 3)), V),
     "pad": Case(lambda: nn.ConstantPad2d((1, 0, 2, 1), 0.7), (2, 3, 3)),
     "pad-zero": Case(lambda: nn.ZeroPad2d(1), (2, 3, 3)),
+    "pad-reflect": Case(lambda: nn.ReflectionPad2d((1, 2, 0, 1)), (2, 3, 3)),
+    "pad-replicate": Case(lambda: nn.ReplicationPad2d(2), (2, 3, 3)),
+    "pad-circular": Case(lambda: nn.CircularPad2d(1), (2, 3, 3)),
     "pad-vector": Case(_op(lambda x: F.pad(x, (1, 2), value=-0.5)), V),
     "slice": Case(_op(lambda x: x[:, 1:4]), V),
     "slice-image": Case(_op(lambda x: x[:, :, 1:-1, :3]), IMAGE),
@@ -300,7 +305,6 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "max-pool-dilation": lambda: nn.MaxPool2d(2, dilation=2),
     "average-pool-ceil": lambda: nn.AvgPool2d(3, stride=3, ceil_mode=True),
     "average-pool-without-padding": lambda: nn.AvgPool2d(3, padding=1, count_include_pad=False),
-    "reflection-pad": lambda: nn.ReflectionPad2d(1),
     "instance-norm": lambda: nn.InstanceNorm2d(2, affine=True),
 }
 NOT_ON_THIS_ENGINE = {"tile", "min", "layer-norm", "cast"} if LEGACY else set()

@@ -11,10 +11,16 @@ from torch import Tensor
 
 from .. import engine
 from ..errors import RegistrationError, UnsupportedNodeError
+from ..lengths import length
+from ..limits import is_out_of_memory
 from ..linear_maps import Conv, ConvTranspose, Dense, LinearMap
-from ..norms import NormCache, PowerIteration
+from ..norms import NormCache, PowerIteration, key_of
+from ..products import Product
 from ..rounding import widened
 from ..sets import BallBox
+from ..trust.engine_list import is_listed, is_ours, refusal
+
+ITERABLE = (Dense, Conv, ConvTranspose, Product)  # maps whose norm training estimates by a power iteration
 
 State = BallBox | Tensor  # the set of a perturbed node, or the value of a constant one
 
@@ -34,7 +40,9 @@ class Context:
             about to be used.
         outward: Add what floating-point arithmetic may have lost (`lirpa_ext.rounding`).
         fallbacks: Names and classes of the nodes that no rule knew; filled by the propagation.
+        ended: Names of the nodes at which coefficient rows ended early, and why; filled by the backward pass.
         norms: The norm that each linear node was propagated with, by name; filled by the propagation.
+        geometries: Of the linear maps of those names (`lirpa_ext.norms.key_of`); filled by the propagation.
     """
 
     cache: NormCache
@@ -46,14 +54,16 @@ class Context:
     tighten: bool = True
     outward: bool = False
     fallbacks: dict[str, str] = field(default_factory=dict)
+    ended: dict[str, str] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
+    geometries: dict[str, object] = field(default_factory=dict)
 
     def norm(self, node: Any, linear_map: LinearMap) -> Tensor:
         """Spectral norm of a node's linear part: an upper bound, or in training the estimate."""
-        name = weight_name(node)
-        if self.estimate and isinstance(linear_map, (Dense, Conv, ConvTranspose)):
+        name = key_of(weight_name(node), linear_map, self.geometries)
+        if self.estimate and isinstance(linear_map, ITERABLE):
             iteration = self.power_iterations.get(name)
-            if iteration is None or iteration.u.shape[1:] != linear_map.input_shape:
+            if iteration is None or iteration.geometry != self.geometries[name]:
                 iteration = self.power_iterations[name] = PowerIteration(linear_map)
             iteration.train(self.training)
             value = iteration(linear_map, self.power_steps).value
@@ -81,6 +91,10 @@ class Rule:
         """
         raise NotImplementedError
 
+    def widened(self, node: Any, state: BallBox) -> BallBox:
+        """The node's set, larger by what computing its values may lose; not asked of a rule that is `exact`."""
+        return widened(state)
+
     exact = False  # whether values and box are computed without rounding
     homogeneous = False  # whether the node maps 0 to 0 wherever `adjoint` applies
     alike = False  # whether the node's value at 0 is the same for every sample,
@@ -105,6 +119,15 @@ class Rule:
     ) -> tuple[list[Tensor | None] | None, Tensor]:
         """`adjoint`, and the sums of the rows over positions, (S, B, C), for rules `by_channel`."""
         return self.adjoint(node, inputs, rows), rows.flatten(3).sum(3)
+
+    def relax(self, node: Any, inputs: Sequence[State], rows: Tensor) -> tuple[list[Tensor | None], Tensor] | None:
+        """Linear relaxation of a node that is not affine: what `adjoint` gives, and the bias (S, B) of the inequality
+
+            rows . node(x) >= passed rows . x + bias    for all x in the inputs' sets;
+
+        None where the rule has none.
+        """
+        return None
 
 
 RULES: dict[str, Rule] = {}
@@ -145,21 +168,29 @@ def propagate_node(node: Any, inputs: Sequence[State], center: Tensor, context: 
     if context.ball_only:
         state = BallBox(state.center, state.radius)
     if context.outward and (rule is None or not rule.exact):
-        state = widened(state)
+        state = widened(state) if rule is None else rule.widened(node, state)
     return state
 
 
 def propagate_interval(node: Any, inputs: Sequence[State], center: Tensor) -> BallBox:
-    """The engine's own interval rule, and the ball that circumscribes its box. Sound for every op it knows."""
+    """The node's own interval rule, and the ball that circumscribes its box.
+
+    Raises:
+        UnsupportedNodeError: The rule is the engine's, and not on the list of those that are known to hold.
+    """
     intervals = [state.box() if isinstance(state, BallBox) else (state, state) for state in inputs]
-    try:
+    if is_ours(node, "interval_propagate"):
         lower, upper = node.interval_propagate(*intervals)
-    except Exception as error:  # the engine raises whatever comes: asserts, NotImplementedError, KeyError
-        raise UnsupportedNodeError(
-            f"node {node.name!r} ({type(node).__name__}) has no rule in lirpa_ext and the engine's interval "
-            f"arithmetic fails on it: {type(error).__name__}: {error}. Rewrite the op with ones that the engine "
-            "knows, or add a rule with lirpa_ext.rules.register_rule."
-        ) from error
+    elif is_listed(node, "interval"):
+        try:
+            lower, upper = node.interval_propagate(*intervals)
+        except Exception as error:  # the engine raises whatever comes: asserts, NotImplementedError, KeyError
+            if is_out_of_memory(error):
+                raise
+            reason = f"the engine's interval arithmetic fails on it ({type(error).__name__}: {error})"
+            raise refusal(node, "interval", "interval arithmetic", reason) from error
+    else:
+        raise refusal(node, "interval", "interval arithmetic", "it has no rule in lirpa_ext")
     return BallBox.from_box(center, torch.minimum(lower, center), torch.maximum(upper, center))
 
 
@@ -205,12 +236,18 @@ def frobenius(node: Any, inputs: Sequence[State]) -> Tensor | float:
     linear_map = getattr(RULES.get(type(node).__name__), "linear_map", None)
     index = only_perturbed(inputs)
     found = None if linear_map is None or index is None else linear_map(node, inputs, index)
-    return 1.0 if found is None else torch.linalg.vector_norm(found.row_norms().expand(found.output_shape)).detach()
+    return 1.0 if found is None else length(found.row_norms().expand(found.output_shape).reshape(-1)).detach()
 
 
-def weight_name(node: Any) -> str:
-    """Name under which a node's norm is kept: its weight's name in the user's model, else its own."""
-    weights = [parent for parent in node.inputs if not parent.perturbed]
+def weight_name(node: Any, index: int | None = None) -> str:
+    """Name under which a node's norm is kept: its weight's name in the user's model, else its own.
+
+    Args:
+        node: A linear node.
+        index: Of its data among its inputs; None for the perturbed ones.
+    """
+    data = [parent.perturbed if index is None else i == index for i, parent in enumerate(node.inputs)]
+    weights = [parent for parent, is_data in zip(node.inputs, data, strict=True) if not is_data]
     while weights:  # a weight may come through a transpose
         parent = weights.pop(0)
         if isinstance(parent, (engine.BoundParams, engine.BoundBuffers)):

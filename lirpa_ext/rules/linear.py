@@ -6,16 +6,19 @@ rho' = ||W||_2 rho; the box is interval arithmetic on the box, cut with (W z + b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import engine
-from ..linear_maps import Conv, ConvTranspose, Dense, LinearMap, NonNegative, Scale
-from ..rounding import gamma, input_of_affine, output_of_affine, summands
-from ..sets import BallBox, per_sample
+from ..batch_axis import moves_samples
+from ..linear_maps import Conv, ConvTranspose, Dense, LinearMap, NonNegative, Scale, Selection
+from ..products import Product
+from ..rounding import gamma, input_of_affine, output_of_affine, sign_kept, summands
+from ..sets import BallBox, flat, per_sample
 from .base import Context, Rule, State, apply, only_perturbed, register_rule, weight_name
 from .cut import Cut
 
@@ -54,12 +57,19 @@ class Affine(Rule):
         if context.tighten:
             state = state.tightened()
         norm, rows = context.norm(node, linear_map), linear_map.row_norms(exact=context.tighten)
-        if not context.outward:
-            return self._image(node, inputs, state, center, linear_map, norm, rows, context.ball_only)
-        loss = gamma(center.dtype, summands(linear_map))
-        wider = input_of_affine(state, loss)
+        loss = gamma(center.dtype, summands(linear_map)) if context.outward else 0.0
+        wider = input_of_affine(state, loss) if context.outward else state
         image = self._image(node, inputs, wider, center, linear_map, norm, rows, context.ball_only)
-        return output_of_affine(image, state, rows, loss)
+        if context.outward:
+            image = output_of_affine(image, state, rows, loss)
+        if image.lower is None or state.lower is None:
+            return image
+
+        def at_zero() -> Tensor:
+            return apply(node, inputs, lambda state: torch.zeros_like(state.center))
+
+        lower = sign_kept(image.lower, state.lower, linear_map, at_zero, context.outward)
+        return BallBox(center, image.radius, lower, image.upper)
 
     @staticmethod
     def _image(
@@ -104,28 +114,103 @@ class Affine(Rule):
         return [passed if i == index else None for i in range(len(inputs))], sums
 
 
-class Scaling(Affine):
+class Own(NamedTuple):
+    """The linear part of a node whose constant differs by sample.
+
+    Attributes:
+        norms: Upper bounds on the spectral norms, (B,).
+        rows: Norms of the rows, (B, ...), of the shape of the output.
+        spread: What the absolute linear part makes of half widths, (B, ...) -> (B, ...).
+        terms: How many products each output sums.
+    """
+
+    norms: Tensor
+    rows: Tensor
+    spread: Callable[[Tensor], Tensor]
+    terms: int
+
+
+class TimesConstant(Affine):
+    """Rule of a product with a constant, which may differ by sample.
+
+    Args:
+        linear_map: As in `Affine`, for a constant that is the same for every sample.
+        own: (node, constant, set of the other operand, its index, clean value) -> linear part where it differs.
+    """
+
+    homogeneous = True
+    alike = False
+
+    def __init__(
+        self,
+        linear_map: Callable[[Any, Sequence[State], int], LinearMap | None],
+        own: Callable[[Any, Tensor, BallBox, int, Tensor], Own | None],
+    ) -> None:
+        super().__init__(linear_map)
+        self.own = own
+
+    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+        index = only_perturbed(inputs)
+        if index is None:
+            return None
+        state, constant = inputs[index], inputs[1 - index]
+        assert isinstance(state, BallBox) and isinstance(constant, Tensor)
+        if not differs_by_sample(constant, state.center, center):
+            return super().propagate(node, inputs, center, context)
+        own = self.own(node, constant, state, index, center)
+        if own is None:
+            return None
+        state = state.tightened() if context.tighten else state
+        context.norms[node.name] = own.norms.detach().max()
+        loss = gamma(center.dtype, own.terms) if context.outward else 0.0
+        wider = input_of_affine(state, loss) if context.outward else state
+        radius = own.norms * wider.radius
+        image = BallBox(center, radius)
+        if not context.ball_only:
+            reach = own.rows * per_sample(wider.radius, center)
+            lower, upper = center - reach, center + reach
+            if wider.lower is not None and wider.upper is not None:
+                middle = apply(node, inputs, lambda _: 0.5 * (wider.lower + wider.upper))  # type: ignore[operator]
+                spread = own.spread(0.5 * (wider.upper - wider.lower))
+                lower, upper = torch.maximum(lower, middle - spread), torch.minimum(upper, middle + spread)
+            image = BallBox(center, radius, lower, upper)
+        return output_of_affine(image, state, own.rows.amax(0), loss) if context.outward else image
+
+
+def differs_by_sample(constant: Tensor, value: Tensor, center: Tensor) -> bool:
+    """Whether a constant operand has a batch axis, of more than one sample."""
+    return constant.dim() == value.dim() == center.dim() and constant.shape[0] == len(value) > 1
+
+
+class Scaling(TimesConstant):
     """x times a constant, or divided by one; the constant may differ by sample.
 
     Args:
         inverse: Divide.
     """
 
-    homogeneous = True  # of a constant divided by the input there is no adjoint
-    alike = False
-
     def __init__(self, inverse: bool) -> None:
-        super().__init__(_scaling(inverse))
+        super().__init__(_scaling(inverse), self._own_factor)
         self.inverse = inverse
+
+    def _own_factor(self, node: Any, constant: Tensor, state: BallBox, index: int, center: Tensor) -> Own | None:
+        if self.inverse and index != 0:
+            return None
+        factor = constant.to(center.dtype)
+        factor = (1 / factor if self.inverse else factor).abs()
+        copies = math.sqrt(center[0].numel() / state.center[0].numel())
+        return Own(copies * flat(factor).amax(1), factor.expand_as(center), lambda half: half * factor, 1)
 
     def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None] | None:
         index = only_perturbed(inputs)
         if index is None or (self.inverse and index != 0):
             return None
-        factor = inputs[1 - index]
-        assert isinstance(factor, Tensor)
+        state, factor = inputs[index], inputs[1 - index]
+        assert isinstance(factor, Tensor) and isinstance(state, BallBox)
+        if rows.dim() != state.center.dim() + 1 or rows.shape[1] != len(state.center):
+            return None  # broadcasting moved the first axis
         scaled = rows / factor if self.inverse else rows * factor
-        passed = sum_to(scaled, _shape(inputs[index]))
+        passed = sum_to(scaled, shape_of(state))
         return [passed if i == index else None for i in range(2)]
 
 
@@ -141,25 +226,15 @@ class Quotient(Scaling):
 
 
 def quotient_box(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Interval division, infinite where y may be 0."""
-    corners = torch.stack(torch.broadcast_tensors(*(a / b for a in x for b in y)))
-    signed = ((y[0] > 0) | (y[1] < 0)).expand_as(corners[0])
-    return corners.amin(0).where(signed, -torch.inf), corners.amax(0).where(signed, torch.inf)
+    """Interval division, infinite where y may be 0, NaN where an end is."""
+    signed = (y[0] > 0) | (y[1] < 0)
+    divisors = [end.where(signed | end.isnan(), 1.0) for end in y]  # which leaves no gradient of 1 / 0
+    corners = torch.stack(torch.broadcast_tensors(*(a / b for a in x for b in divisors)))
+    known = signed.expand_as(corners[0]) | corners.isnan().any(0)
+    return corners.amin(0).where(known, -torch.inf), corners.amax(0).where(known, torch.inf)
 
 
-class Reciprocal(Rule):
-    """1 / y, into which 0.7 turns a quotient: |f'| is at most 1 / min y^2; unbounded where y may be 0."""
-
-    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
-        (state,) = inputs
-        assert isinstance(state, BallBox)
-        low, high = state.box()
-        lower, upper = quotient_box((torch.ones_like(low),) * 2, (low, high))
-        slope = torch.where((low > 0) | (high < 0), 1 / torch.minimum(low**2, high**2), torch.inf)
-        return BallBox(center, state.radius * slope.flatten(1).amax(1), lower, upper)
-
-
-def _shape(state: State) -> torch.Size:
+def shape_of(state: State) -> torch.Size:
     return state.center.shape[1:] if isinstance(state, BallBox) else state.shape
 
 
@@ -169,21 +244,28 @@ def _dense(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
         return None
     alpha = engine.weight_scale(node)
     weight = weight if node.transB else weight.t()
-    return Dense(weight if alpha == 1.0 else weight * alpha, _shape(inputs[0])[:-1])
+    return Dense(weight if alpha == 1.0 else weight * alpha, shape_of(inputs[0])[:-1])
 
 
-def _matmul(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
-    weight = inputs[1 - index]
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or index != 0:
+def constant_product(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
+    """Linear part of a matrix product with a constant that is the same for every sample."""
+    weight, shape = inputs[1 - index], shape_of(inputs[index])
+    if not isinstance(weight, Tensor):
         return None
-    return Dense(weight.t(), _shape(inputs[0])[:-1])
+    if index == 0 and weight.dim() == 2:
+        return Dense(weight.t(), shape[:-1])
+    if weight.dim() == len(shape) + 1 >= 3 and weight.shape[0] == 1:
+        weight = weight[0]
+    if not 1 <= weight.dim() <= max(2, len(shape)) or len(shape) < 1 + index:
+        return None  # samples are along the axes of the constant
+    return Product(weight, shape, left=index == 1)
 
 
 def _conv(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
     weight = inputs[1]
     if index != 0 or not isinstance(weight, Tensor):
         return None
-    return Conv(weight, _shape(inputs[0]), tuple(node.stride), tuple(node.padding), tuple(node.dilation), node.groups)
+    return Conv(weight, shape_of(inputs[0]), tuple(node.stride), tuple(node.padding), tuple(node.dilation), node.groups)
 
 
 def _conv_transpose(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
@@ -192,7 +274,7 @@ def _conv_transpose(node: Any, inputs: Sequence[State], index: int) -> LinearMap
         return None
     return ConvTranspose(
         weight,
-        _shape(inputs[0]),
+        shape_of(inputs[0]),
         tuple(node.stride),
         tuple(node.padding),
         tuple(node.output_padding),
@@ -206,18 +288,18 @@ def _batch_norm(node: Any, inputs: Sequence[State], index: int) -> LinearMap | N
         return None
     _, weight, _, _, variance = inputs
     assert isinstance(weight, Tensor) and isinstance(variance, Tensor)
-    shape = _shape(inputs[0])
+    shape = shape_of(inputs[0])
     factor = (weight / torch.sqrt(variance + node.eps)).view(-1, *[1] * (len(shape) - 1))
     return Scale(factor, shape)
 
 
 def _scaling(inverse: bool) -> Callable[[Any, Sequence[State], int], LinearMap | None]:
     def scale(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
-        factor, shape = inputs[1 - index], _shape(inputs[index])
+        factor, shape = inputs[1 - index], shape_of(inputs[index])
         if inverse and index != 0:
             return None  # a constant divided by the input is not linear
         assert isinstance(factor, Tensor)
-        factor = factor if factor.is_floating_point() else factor.to(torch.get_default_dtype())
+        factor = factor if factor.is_floating_point() else factor.to(_center(inputs[index]).dtype)
         if factor.dim() > len(shape):
             if factor.shape[0] != 1:
                 return None  # one factor for each sample
@@ -229,16 +311,19 @@ def _scaling(inverse: bool) -> Callable[[Any, Sequence[State], int], LinearMap |
 
 def _nonnegative(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
     """The node itself, where its linear part has no negative entry and it maps 0 to 0, sample by sample."""
-    if index != 0:
-        return None
     center = _center(inputs[0])
-    if type(node).__name__ == "BoundGather" and node.axis % center.dim() == 0:
-        return None  # along the first axis, where samples are
+    if index != 0 or (type(node).__name__ in _ALONG_AXES and moves_samples(node, center.dim())):
+        return None
 
     def function(x: Tensor) -> Tensor:
         return node.forward(x, *inputs[1:])
 
-    return NonNegative(function, center.shape[1:], center.dtype, center.device)
+    kind = Selection if type(node).__name__ in _SELECTIONS else NonNegative
+    return kind(function, center.shape[1:], center.dtype, center.device)
+
+
+_SELECTIONS = frozenset({"BoundGather", "BoundTile", "BoundRepeatingPad"})
+_ALONG_AXES = _SELECTIONS | {"BoundReduceMean", "BoundReduceSum", "BoundCumSum"}
 
 
 def sum_to(rows: Tensor, shape: torch.Size) -> Tensor:
@@ -261,36 +346,51 @@ def power_iterable(node: Any) -> tuple[str, Any, Callable[[Tensor], LinearMap]] 
     build = {
         "BoundLinear": _dense,
         "BoundBallBoxLinear": _dense,
-        "BoundMatMul": _matmul,
+        "BoundMatMul": constant_product,
+        "BoundMatMulByAdjoint": constant_product,
         "BoundConv": _conv,
         "BoundConv1d": _conv,
         "BoundConvTranspose": _conv_transpose,
         "BoundAnyConvTranspose": _conv_transpose,
     }.get(type(node).__name__)
-    if build is None or node.inputs[1].perturbed or weight_name(node) == node.name:
+    read = [i for i, parent in enumerate(node.inputs[:2]) if _reads_input(parent)] if build is not None else []
+    if build is None or len(read) != 1:
         return None
-    shape = node.inputs[0].output_shape
+    index = read[0]
+    if weight_name(node, index) == node.name:
+        return None
+    shape = node.inputs[index].output_shape
     state = BallBox(torch.empty(shape, device="meta"), torch.empty(shape[:1], device="meta"))
-    if build(node, [state, engine.constant(node.inputs[1])], 0) is None:
+
+    def built(weight: Tensor) -> LinearMap | None:
+        return build(node, [state, weight] if index == 0 else [weight, state], index)
+
+    if built(engine.constant(node.inputs[1 - index])) is None:
         return None
 
     def linear_map(weight: Tensor) -> LinearMap:
-        made = build(node, [state, weight], 0)
+        made = built(weight)
         assert made is not None
         return made
 
-    return weight_name(node), node.inputs[1], linear_map
+    return weight_name(node, index), node.inputs[1 - index], linear_map
+
+
+def _reads_input(node: Any) -> bool:
+    """Whether a node depends on an input of the model, perturbed or not, and not on weights and constants alone."""
+    weights = (engine.BoundParams, engine.BoundBuffers)
+    return any(
+        isinstance(leaf, engine.BoundInput) and not isinstance(leaf, weights)
+        for leaf in engine.ancestors_in_order(node)
+    )
 
 
 register_rule("BoundLinear", Affine(_dense, weight=1))
 register_rule("BoundBallBoxLinear", Affine(_dense, weight=1))
-register_rule("BoundMatMul", Affine(_matmul))
 register_rule("BoundConv", Affine(_conv, by_channel=True, weight=1))
 register_rule("BoundConvTranspose", Affine(_conv_transpose, by_channel=True, weight=1))
 register_rule("BoundBatchNormalization", Affine(_batch_norm))
-register_rule("BoundMul", Scaling(inverse=False))
 register_rule("BoundDiv", Quotient(inverse=True))
-register_rule("BoundReciprocal", Reciprocal())
 for name in (
     "BoundAveragePool",
     "BoundGlobalAveragePool",
@@ -299,5 +399,6 @@ for name in (
     "BoundCumSum",
     "BoundGather",
     "BoundTile",
+    "BoundRepeatingPad",
 ):
     register_rule(name, Affine(_nonnegative))

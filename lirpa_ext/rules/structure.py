@@ -10,20 +10,24 @@ import torch
 from torch import Tensor
 
 from .. import engine
+from ..batch_axis import acts_on_axes, moves_samples, regrouped, regroups_samples
+from ..errors import UnsupportedNodeError
+from ..lengths import length
+from ..rounding import gamma
 from ..sets import BallBox
 from .base import Context, Rule, State, apply, only_perturbed, register_rule
 from .linear import sum_to
 
 
 class Monotone(Rule):
-    """Rule of a node whose every output is a non-decreasing function of its one perturbed input.
+    """Rule of a node whose every output is a non-decreasing function of its one perturbed input, sample by sample.
 
     The box goes through the function. The ball grows by `factor`, the Lipschitz constant of the node.
 
     Args:
         factor: (node, state of the input, clean value of the node) -> Lipschitz constant; None declines.
-        back: (node, shape of the input without batch, rows (S, B, ...)) -> rows of the input, where the node is
-            linear or affine in it.
+        back: (node, clean value of the input, rows (S, B, ...)) -> rows of the input, where the node is linear or
+            affine in it; None declines.
         homogeneous: The node maps 0 to 0.
     """
 
@@ -32,7 +36,7 @@ class Monotone(Rule):
     def __init__(
         self,
         factor: Callable[[Any, BallBox, Tensor], float | None],
-        back: Callable[[Any, torch.Size, Tensor], Tensor | None] | None = None,
+        back: Callable[[Any, Tensor, Tensor], Tensor | None] | None = None,
         homogeneous: bool = True,
     ) -> None:
         self.factor = factor
@@ -45,21 +49,66 @@ class Monotone(Rule):
             return None
         state = inputs[index]
         assert isinstance(state, BallBox)
-        factor = self.factor(node, state, center)
-        if factor is None or len(center) != len(state.center):
+        radius = self.radius(node, state, center, context)
+        if radius is None:
             return None
-        radius = state.radius if factor == 1 else state.radius * factor
         if state.lower is None or state.upper is None:
             return BallBox(center, radius)
         lower, upper = (apply(node, inputs, pick) for pick in (_lower, _upper))
         return BallBox(center, radius, lower, upper)
 
+    def radius(self, node: Any, state: BallBox, center: Tensor, context: Context) -> Tensor | None:
+        """Radius of the node's ball; None declines."""
+        factor = self.factor(node, state, center)
+        if factor is None or len(center) != len(state.center):
+            return None
+        return state.radius if factor == 1 else state.radius * factor
+
     def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None] | None:
         index = only_perturbed(inputs)
         if index is None or self.back is None:
             return None
-        passed = self.back(node, inputs[index].center.shape[1:], rows)  # type: ignore[union-attr]
+        passed = self.back(node, inputs[index].center, rows)  # type: ignore[union-attr]
         return None if passed is None else [passed if i == index else None for i in range(len(inputs))]
+
+
+class Reshape(Monotone):
+    """Another shape of the same elements in the same order; where it merges or splits the batch, balls regroup."""
+
+    def __init__(self) -> None:
+        super().__init__(_one, _reshape_back)
+
+    def radius(self, node: Any, state: BallBox, center: Tensor, context: Context) -> Tensor | None:
+        radius = regrouped(state.radius, len(center))
+        if radius is not None and context.outward and len(radius) < len(state.radius):
+            radius = radius * (1 + gamma(radius.dtype, len(state.radius)))  # of a sum of squares and a root
+        return radius
+
+
+class Cast(Monotone):
+    """Another type of floating-point numbers, no narrower than the input's: values stay as they are.
+
+    Raises:
+        UnsupportedNodeError: The type is narrower, and rounds by more than the model's own arithmetic.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_one, _same)
+
+    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+        dtype = _precision_of_input(node)
+        if torch.finfo(center.dtype).eps > torch.finfo(dtype).eps:
+            raise UnsupportedNodeError(
+                f"node {node.name!r} ({type(node).__name__}) rounds the perturbed {dtype} input to {center.dtype}, "
+                "which no bound here counts. Remove the cast from the model, or give the model and its input that type."
+            )
+        return super().propagate(node, inputs, center, context)
+
+
+def _precision_of_input(node: Any) -> torch.dtype:
+    while not isinstance(node, engine.BoundInput):
+        node = next(parent for parent in node.inputs if parent.perturbed)
+    return node.value.dtype
 
 
 class Sum(Rule):
@@ -73,21 +122,24 @@ class Sum(Rule):
         self.sign = sign
 
     def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox:
-        radius: Tensor | float = 0.0
-        for state in inputs:
-            if isinstance(state, BallBox):
-                radius = radius + state.radius * _copies(state, center)
-        assert isinstance(radius, Tensor)
-        if all(state.lower is None for state in inputs if isinstance(state, BallBox)):
-            return BallBox(center, radius)
+        sets = [state for state in inputs if isinstance(state, BallBox)]
         (low_a, high_a), (low_b, high_b) = (
             state.box() if isinstance(state, BallBox) else (state, state) for state in inputs
         )
         if self.sign < 0:
             low_b, high_b = -high_b, -low_b
+        if any(state.center.dim() < center.dim() or len(state.center) != len(center) for state in sets):
+            return BallBox.from_box(center, low_a + low_b, high_a + high_b)  # broadcasting moved the first axis
+        radius = sum(state.radius * _copies(state, center) for state in sets)
+        assert isinstance(radius, Tensor)
+        if all(state.lower is None for state in sets):
+            return BallBox(center, radius)
         return BallBox(center, radius, low_a + low_b, high_a + high_b)
 
-    def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None]:
+    def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None] | None:
+        sets = [state for state in inputs if isinstance(state, BallBox)]
+        if any(state.center.dim() < rows.dim() - 1 or len(state.center) != rows.shape[1] for state in sets):
+            return None
         signs = (1, self.sign)
         return [
             sign * sum_to(rows, state.center.shape[1:]) if isinstance(state, BallBox) else None
@@ -118,7 +170,7 @@ class Concat(Rule):
         states = [state for state in inputs if isinstance(state, BallBox)]
         if len(center) != len(states[0].center):
             return None  # along the batch
-        radius = torch.stack([state.radius for state in states]).norm(dim=0)
+        radius = length(torch.stack([state.radius for state in states]), 0)
         if all(state.lower is None for state in states):
             return BallBox(center, radius)
         lower, upper = (apply(node, inputs, pick) for pick in (_lower, _upper))
@@ -151,44 +203,62 @@ def _one(node: Any, state: BallBox, center: Tensor) -> float:
 
 
 def _expand(node: Any, state: BallBox, center: Tensor) -> float | None:
-    return _copies(state, center) if len(center) == len(state.center) else None
+    return _copies(state, center) if center.dim() == state.center.dim() else None  # else it may move the batch
 
 
 def _transpose(node: Any, state: BallBox, center: Tensor) -> float | None:
     return 1.0 if node.perm[0] == 0 else None  # else it moves the batch
 
 
+def along_features(node: Any, state: BallBox, center: Tensor) -> float | None:
+    return None if moves_samples(node, state.center.dim()) else 1.0
+
+
 def _pad(node: Any, state: BallBox, center: Tensor) -> float | None:
-    mode = node.attr.get("mode", "constant")
-    return 1.0 if mode in ("constant", b"constant") else None  # reflect and the like repeat elements
+    constant = node.attr.get("mode", "constant") in ("constant", b"constant")
+    return along_features(node, state, center) if constant else None
 
 
-def _max_pool(node: Any, state: BallBox, center: Tensor) -> float:
-    """Each input enters at most prod ceil(k / s) windows; max over a window is 1-Lipschitz in it."""
-    return math.sqrt(math.prod(math.ceil(k / s) for k, s in zip(node.kernel_size, node.stride, strict=True)))
+def max_pool_factor(node: Any, state: BallBox, center: Tensor) -> float:
+    """Root of the most windows that an input enters; the maximum over a window is 1-Lipschitz in it.
+
+    A window that starts at j s reaches j s + t d for t < k: for one input those t differ by multiples of
+    s / gcd(s, d), of which there are at most ceil(k gcd(s, d) / s) below k.
+    """
+    dilation = getattr(node, "dilation", None) or [1] * len(node.kernel_size)
+    dilation = [dilation] * len(node.kernel_size) if isinstance(dilation, int) else dilation
+    sizes = zip(node.kernel_size, node.stride, dilation, strict=True)
+    return math.sqrt(math.prod(math.ceil(k * math.gcd(s, d) / s) for k, s, d in sizes))
 
 
-def _reshape_back(node: Any, shape: torch.Size, rows: Tensor) -> Tensor:
-    return rows.reshape(*rows.shape[:2], *shape)
+def _reshape_back(node: Any, center: Tensor, rows: Tensor) -> Tensor | None:
+    if not regroups_samples(node):
+        return None
+    return rows.reshape(len(rows), *center.shape)
 
 
-def _transpose_back(node: Any, shape: torch.Size, rows: Tensor) -> Tensor | None:
+def _transpose_back(node: Any, center: Tensor, rows: Tensor) -> Tensor | None:
     if node.perm[0] != 0:
         return None
     inverse = [node.perm.index(axis) for axis in range(len(node.perm))]
     return rows.permute(0, *(axis + 1 for axis in inverse))
 
 
-def _expand_back(node: Any, shape: torch.Size, rows: Tensor) -> Tensor:
-    return sum_to(rows, shape)
+def _expand_back(node: Any, center: Tensor, rows: Tensor) -> Tensor | None:
+    return sum_to(rows, center.shape[1:]) if rows.dim() == center.dim() + 1 and rows.shape[1] == len(center) else None
 
 
-def _same(node: Any, shape: torch.Size, rows: Tensor) -> Tensor:
+def _same(node: Any, center: Tensor, rows: Tensor) -> Tensor:
     return rows
 
 
-def _select_back(node: Any, shape: torch.Size, rows: Tensor) -> Tensor:
-    """Adjoint of a selection, by autograd on one sample: the positions that the node picks."""
+def _select_back(node: Any, center: Tensor, rows: Tensor) -> Tensor | None:
+    """Adjoint of a selection: the positions that the node picks, seen by sending them through it."""
+    if rows.shape[1] != len(center) or moves_samples(node, center.dim()):
+        return None
+    if 0 in acts_on_axes(node, center.dim()):
+        return rows  # all samples, in their order
+    shape = center.shape[1:]
     constants = [engine.constant(parent) for parent in node.inputs[1:]]
     positions = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device=rows.device).view(1, *shape)
     filled = node.forward(torch.zeros_like(positions), *constants)  # a pad's value
@@ -199,17 +269,15 @@ def _select_back(node: Any, shape: torch.Size, rows: Tensor) -> Tensor:
 
 
 for name in ("BoundReshape", "BoundFlatten", "BoundATenUnflatten", "BoundSqueeze", "BoundUnsqueeze"):
-    register_rule(name, Monotone(_one, _reshape_back))
-for name in ("BoundIdentity", "BoundDropout", "BoundCast", "BoundPerturbedInput"):
+    register_rule(name, Reshape())
+for name in ("BoundIdentity", "BoundDropout", "BoundPerturbedInput"):
     register_rule(name, Monotone(_one, _same))
 for name in ("BoundSlice", "BoundSplit"):
-    register_rule(name, Monotone(_one, _select_back))
-for name in ("BoundReduceMax", "BoundReduceMin"):
-    register_rule(name, Monotone(_one))
+    register_rule(name, Monotone(along_features, _select_back))
+register_rule("BoundCast", Cast())
 register_rule("BoundTranspose", Monotone(_transpose, _transpose_back))
 register_rule("BoundExpand", Monotone(_expand, _expand_back))
 register_rule("BoundPad", Monotone(_pad, _select_back, homogeneous=False))
-register_rule("BoundMaxPool", Monotone(_max_pool))
 register_rule("BoundAdd", Sum(+1))
 register_rule("BoundSub", Sum(-1))
 register_rule("BoundNeg", Negation())

@@ -1,0 +1,109 @@
+"""The product of two perturbed tensors, entry by entry: its set, and its linear relaxation (McCormick 1976)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..sets import BallBox, flat
+from .base import Context, State, register_rule
+from .linear import Scaling, sum_to
+
+
+class Multiplication(Scaling):
+    """x y: scaling where one operand is constant, else the product of two sets."""
+
+    def __init__(self) -> None:
+        super().__init__(inverse=False)
+
+    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+        x, y = inputs
+        if isinstance(x, BallBox) and isinstance(y, BallBox):
+            whole = len(x.center) == len(y.center) == len(center)
+            return product_set(x, y, center, node.inputs[0] is node.inputs[1]) if whole else None
+        return super().propagate(node, inputs, center, context)
+
+    def relax(self, node: Any, inputs: Sequence[State], rows: Tensor) -> tuple[list[Tensor | None], Tensor] | None:
+        x, y = inputs
+        if not isinstance(x, BallBox) or not isinstance(y, BallBox):
+            return None
+        to_x, to_y, bias = mccormick(x, y, rows)
+        return [to_x, to_y], bias
+
+
+def product_box(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Interval product: the extremes of x y over two boxes lie at corners. 0 times an infinite end is 0."""
+    corners = torch.stack(torch.broadcast_tensors(*(_times(a, b) for a in x for b in y)))
+    return corners.amin(0), corners.amax(0)
+
+
+def square_box(x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Interval square."""
+    lower, upper = x
+    nearest = torch.minimum(lower.clamp(min=0) + upper.clamp(max=0), upper)
+    return nearest.square(), torch.maximum(lower.square(), upper.square())
+
+
+def product_set(x: BallBox, y: BallBox, center: Tensor, same: bool) -> BallBox:
+    """Set of x y, or of x^2 where both operands are the same node.
+
+    x y - x0 y0 = x (y - y0) + y0 (x - x0), so that the radius is at most max |x| rho_y + max |y0| rho_x, where
+    broadcasting repeats an operand's change; and at most that of the box.
+    """
+    lower, upper = square_box(x.box()) if same else product_box(x.box(), y.box())
+    largest = torch.maximum(*(end.abs() for end in x.box()))
+    by_ball = _reach(largest, y.radius * _copies(y, center)) + _reach(y.center.abs(), x.radius * _copies(x, center))
+    box = BallBox.from_box(center, torch.minimum(lower, center), torch.maximum(upper, center))
+    return BallBox(center, torch.fmin(by_ball, box.radius), box.lower, box.upper)
+
+
+def mccormick(x: BallBox, y: BallBox, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows a of x y -> rows of x, rows of y and a bias with a.(x y) >= rows_x.x + rows_y.y + bias on the boxes.
+
+    (x - lx)(y - ly) >= 0 and (x - ux)(y - uy) >= 0 give two planes below x y, (x - lx)(y - uy) <= 0 and
+    (x - ux)(y - ly) <= 0 two above; of each pair the better at the middle of the box.
+
+    Args:
+        x: Set of the first operand, finite.
+        y: Of the second.
+        rows: Coefficients of the product, (S, B, ...).
+
+    Returns:
+        Rows of x and of y, (S, B, ...) each, and the bias, (S, B).
+    """
+    (lx, ux), (ly, uy) = x.box(), y.box()
+    lx, ux, ly, uy = torch.broadcast_tensors(lx, ux, ly, uy)
+    mx, my = (lx + ux) / 2, (ly + uy) / 2
+
+    def better(planes: list[tuple[Tensor, Tensor]], sign: int) -> tuple[Tensor, Tensor]:
+        """Of planes y0 x + x0 y - x0 y0, given by (x0, y0), the larger (sign 1) or smaller one in the middle."""
+        (a, b), (c, d) = planes
+        first = sign * (b * mx + a * my - a * b) >= sign * (d * mx + c * my - c * d)
+        return torch.where(first, a, c), torch.where(first, b, d)
+
+    below, above = better([(lx, ly), (ux, uy)], 1), better([(lx, uy), (ux, ly)], -1)
+    positive, negative = rows.clamp(min=0), rows.clamp(max=0)
+    to_x = positive * below[1] + negative * above[1]
+    to_y = positive * below[0] + negative * above[0]
+    bias = -(positive * (below[0] * below[1]) + negative * (above[0] * above[1]))
+    total = bias.reshape(*rows.shape[:2], -1).sum(2)
+    return sum_to(to_x, x.center.shape[1:]), sum_to(to_y, y.center.shape[1:]), total
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where((a == 0) | (b == 0), 0.0, a * b)
+
+
+def _reach(size: Tensor, radius: Tensor) -> Tensor:
+    largest = flat(size).amax(1)
+    return torch.where(radius == 0, 0.0, largest * radius)
+
+
+def _copies(state: BallBox, center: Tensor) -> float:
+    return (center[0].numel() / max(state.center[0].numel(), 1)) ** 0.5
+
+
+register_rule("BoundMul", Multiplication())

@@ -1,0 +1,94 @@
+"""Largest and smallest values: max pools of any windows, and maxima and minima along axes, with a linear relaxation.
+
+Below, a maximum is at least any one of its entries: the one whose middle is the largest is taken. Above, it is at most
+the largest upper end; and where the box says which entry is the largest, it is that entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..sets import BallBox, flat
+from .base import State, only_perturbed, register_rule
+from .structure import Monotone, along_features, max_pool_factor
+
+
+class Maximum(Monotone):
+    """The rule of `Monotone`, and the linear relaxation.
+
+    Args:
+        factor: As in `Monotone`.
+        windows: (node, shape of the input without batch) -> the entries that each output is the extreme of, as flat
+            positions (outputs, K), -1 where a window has fewer; None declines.
+        sign: -1 for a minimum.
+    """
+
+    def __init__(self, factor: Any, windows: Any, sign: int = 1) -> None:
+        super().__init__(factor)
+        self.windows = windows
+        self.sign = sign
+
+    def relax(self, node: Any, inputs: Sequence[State], rows: Tensor) -> tuple[list[Tensor | None], Tensor] | None:
+        index = only_perturbed(inputs)
+        if index is None:
+            return None
+        state = inputs[index]
+        assert isinstance(state, BallBox)
+        positions = self.windows(node, state.center.shape[1:])
+        if positions is None or len(positions) != rows[0, 0].numel():
+            return None
+        positions = positions.to(rows.device)
+        lower, upper = (flat(end) for end in state.box())
+        if self.sign < 0:
+            lower, upper, rows = -upper, -lower, -rows
+        passed, bias = _relaxed(lower, upper, rows.reshape(*rows.shape[:2], -1), positions)
+        passed = self.sign * passed.view(*rows.shape[:2], *state.center.shape[1:])
+        return [passed if i == index else None for i in range(len(inputs))], bias
+
+
+def _relaxed(lower: Tensor, upper: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (S, B, outputs) of the maxima of v at `positions` -> rows (S, B, n) of v and bias (S, B), on the box."""
+    outside, kept = positions < 0, positions.clamp(min=0)
+    low, high = (end[:, kept].masked_fill(outside, -torch.inf) for end in (lower, upper))
+    chosen = (low + high).argmax(2, keepdim=True)
+    others = high.scatter(2, chosen, -torch.inf).amax(2)
+    known = others <= low.gather(2, chosen).squeeze(2)  # then the chosen entry is the largest, whatever v
+    target = kept.expand(len(low), -1, -1).gather(2, chosen).squeeze(2).expand(rows.shape)
+    share = torch.where((rows >= 0) | known, rows, 0.0)
+    rest = rows - share
+    bias = torch.where(rest == 0, 0.0, rest * high.amax(2)).sum(2)
+    return rows.new_zeros(*rows.shape[:2], lower.shape[1]).scatter_add(2, target, share), bias
+
+
+def _pool_windows(node: Any, shape: torch.Size) -> Tensor | None:
+    if len(shape) != 3 or len(node.kernel_size) != 2:
+        return None
+    channels, height, width = shape
+    places = torch.arange(1, height * width + 1, dtype=torch.float64).view(1, 1, height, width)
+    dilation = getattr(node, "dilation", None) or 1
+    windows = F.unfold(places, tuple(node.kernel_size), dilation, tuple(node.padding), tuple(node.stride))
+    windows = windows[0].t().round().long() - 1  # shape: (positions, K), -1 at the padding
+    offset = (torch.arange(channels) * height * width).view(-1, 1, 1)
+    return torch.where(windows < 0, windows, windows + offset).flatten(0, 1)
+
+
+def _axis_windows(node: Any, shape: torch.Size) -> Tensor | None:
+    if node.axis is None:
+        return None  # of all samples
+    axes = node.axis if isinstance(node.axis, (list, tuple)) else [node.axis]
+    axes = [axis % (len(shape) + 1) - 1 for axis in axes]
+    if any(axis < 0 for axis in axes):
+        return None  # along the samples
+    places = torch.arange(shape.numel()).view(shape)
+    rest = [axis for axis in range(len(shape)) if axis not in axes]
+    return places.permute(*rest, *axes).reshape(-1, torch.Size([shape[axis] for axis in axes]).numel())
+
+
+register_rule("BoundMaxPool", Maximum(max_pool_factor, _pool_windows))
+for name, sign in (("BoundReduceMax", 1), ("BoundReduceMin", -1)):
+    register_rule(name, Maximum(along_features, _axis_windows, sign))

@@ -1,0 +1,58 @@
+"""Matrix products with a constant, which may differ by sample, as the adjacency matrices of graphs do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..products import matrices, product_adjoint
+from ..rounding import gamma
+from ..sets import BallBox
+from .base import State, only_perturbed, register_rule
+from .linear import Own, TimesConstant, constant_product, shape_of, sum_to
+
+
+class MatMul(TimesConstant):
+    """Matrix product with a constant of any rank, on either side, which may differ by sample."""
+
+    def __init__(self) -> None:
+        super().__init__(constant_product, self._own_matrix)
+
+    @staticmethod
+    def _own_matrix(node: Any, constant: Tensor, state: BallBox, index: int, center: Tensor) -> Own | None:
+        if constant.dim() < 3:
+            return None  # one matrix for all, along whose axes samples are
+        left = index == 1
+        exact = matrices(constant, left).double()
+        largest = torch.linalg.matrix_norm(exact, 2).flatten(1).amax(1)
+        lead = zip(constant.shape[1:-2], state.center.shape[1:-2], strict=True)
+        copies = math.prod(own for own, shared in lead if shared == 1)
+        margin = 1 + 16 * sum(exact.shape[-2:]) * torch.finfo(exact.dtype).eps
+        norms = (largest * math.sqrt(copies) * margin).to(center.dtype)
+        sizes = torch.linalg.vector_norm(constant, dim=-1 if left else -2, keepdim=True)
+        rounded = 1 + gamma(center.dtype, exact.shape[-1])
+        magnitude = constant.abs()
+
+        def spread(half: Tensor) -> Tensor:
+            return torch.matmul(magnitude, half) if left else torch.matmul(half, magnitude)
+
+        return Own(norms * rounded, (sizes * rounded).expand_as(center), spread, exact.shape[-1])
+
+    def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None] | None:
+        index = only_perturbed(inputs)
+        if index is None:
+            return None
+        state, constant = inputs[index], inputs[1 - index]
+        assert isinstance(state, BallBox) and isinstance(constant, Tensor)
+        batched = constant.dim() == state.center.dim() >= 3 and constant.shape[0] == len(state.center) > 1
+        if not batched:
+            return super().adjoint(node, inputs, rows)
+        passed = sum_to(product_adjoint(constant, rows, index == 1), shape_of(state))
+        return [passed if i == index else None for i in range(2)]
+
+
+register_rule("BoundMatMul", MatMul())
