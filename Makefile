@@ -1,5 +1,6 @@
 # make demo      fresh machine to certified network: environment, training, ONNX, certificates, plot
 # make test      environment, then the whole test suite
+# make fuzz      random networks, their bounds attacked (SECONDS=60, SEED=, GRAPHS=, METHODS="bcp CROWN", JSON=file)
 # make check     ruff, mypy and the docs
 # make reproduce the long training runs, against published figures
 # make env       only the environment .venv that all of them use
@@ -10,8 +11,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 RUN := $(if $(AUTO_LIRPA),PYTHONPATH=$(abspath $(AUTO_LIRPA))$(if $(PYTHONPATH),:$(PYTHONPATH)),) $(BIN)/
 PYTEST_ARGS ?= -n 2
+SECONDS ?= 60
 
-.PHONY: env demo test reproduce check docs benchmark benchmark-slopes benchmark-graddiv benchmark-trainer clean
+.PHONY: env demo test fuzz reproduce check docs benchmark benchmark-slopes benchmark-graddiv benchmark-trainer clean
 
 env: $(STAMP)
 
@@ -28,6 +30,10 @@ demo: env
 
 test: env
 	OMP_NUM_THREADS=1 $(RUN)python -m pytest $(PYTEST_ARGS) tests
+
+fuzz: env
+	OMP_NUM_THREADS=1 $(RUN)python tests/run_fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) \
+		$(if $(GRAPHS),--graphs $(GRAPHS)) $(if $(METHODS),--methods "$(METHODS)") $(if $(JSON),--json $(JSON))
 
 reproduce: env
 	OMP_NUM_THREADS=2 $(RUN)python -m pytest -m reproduction tests
