@@ -92,6 +92,8 @@ unregister_custom_op = importlib.import_module("auto_LiRPA.bound_op_map").unregi
 # 0.7 renamed `root_name` to `root_names`, `_set_input` to `set_input`, and made bounds properties of a node.
 IS_LEGACY = not hasattr(EngineBoundedModule, "set_input")
 
+engine_compute_bounds: Any = EngineBoundedModule.compute_bounds  # as it was before anything is registered on it
+
 ENGINE_METHODS = frozenset(
     {
         "ibp", "ibp+backward", "ibp+crown", "crown-ibp", "crown", "backward", "forward", "forward+backward",
@@ -120,8 +122,15 @@ def patches_to_matrix(patches: Any, input_shape: torch.Size) -> Tensor:
 
 
 def set_input(module: nn.Module, *x: Tensor) -> None:
-    """Put the inputs on the graph's roots and mark which nodes they perturb; drops what the last call left."""
+    """Put the inputs on the graph's roots and mark which nodes they perturb; drops what the last call left.
+
+    The values become plain tensors: some functions of a `BoundedTensor` give a plain tuple.
+    """
     (module._set_input if IS_LEGACY else module.set_input)(*x)  # type: ignore[operator]
+    node: Any
+    for node in module._modules.values():
+        if type(node) is BoundInput and isinstance(node.value, BoundedTensor):
+            node.value = node.value.as_subclass(Tensor)
 
 
 def ancestors_in_order(node: Any) -> list[Any]:
@@ -138,6 +147,56 @@ def ancestors_in_order(node: Any) -> list[Any]:
             stack.append((current, True))
             stack.extend((parent, False) for parent in current.inputs)
     return order
+
+
+Snapshot = list[tuple[Any, dict[str, Any]]]
+
+_OF_THE_GRAPH = ("bound_opts", "final_shape", "last_final_node", "last_final_node_name")
+_LIVE = ("live", "users", "get_bias")  # of a node: set by this package, and kept
+
+
+def snapshot(module: nn.Module) -> Snapshot:
+    """What the engine keeps on the nodes of a graph, to be put back before it runs the next method.
+
+    Slopes, stages and shapes that one method leaves there make others fail, or use what was made for another input.
+    """
+    kept: Snapshot = [(node, {}) for node in module._modules.values()]
+    for node, values in kept:
+        values.update({name: _shallow(value) for name, value in node.__dict__.items() if name not in _LIVE})
+    options = {name: _shallow(module.__dict__[name]) for name in _OF_THE_GRAPH if name in module.__dict__}
+    return [*kept, (module, options)]
+
+
+def restore(kept: Snapshot) -> None:
+    """Put back what `snapshot` kept, and drop what came since, on the nodes."""
+    *nodes, (module, options) = kept
+    for node, values in nodes:
+        for name in [name for name in node.__dict__ if name not in values and name not in _LIVE]:
+            del node.__dict__[name]
+        node.__dict__.update({name: _shallow(value) for name, value in values.items()})
+    module.__dict__.update({name: _shallow(value) for name, value in options.items()})
+
+
+def _shallow(value: Any) -> Any:
+    return value.copy() if isinstance(value, (dict, list, set)) else value
+
+
+# In matrix mode 0.3's sparse bounds of convolutions are wrong in shape.
+_SPARSE = (
+    "sparse_intermediate_bounds", "sparse_conv_intermediate_bounds", "sparse_features_alpha", "sparse_spec_alpha",
+)  # fmt: skip
+
+
+def use_matrix_mode(module: Any) -> None:
+    """Keep coefficients of images as matrices in backward passes from now on, not as the engine's "patches"."""
+    module.conv_mode = "matrix"
+    module.bound_opts |= {"conv_mode": "matrix"} | dict.fromkeys(_SPARSE, False)
+    for node in module._modules.values():
+        if getattr(node, "mode", None) == "patches":
+            node.mode = "matrix"
+        for name in ("use_sparse_features_alpha", "use_sparse_spec_alpha"):
+            if hasattr(node, name):
+                setattr(node, name, False)
 
 
 def weight_scale(node: Any) -> float:
@@ -182,6 +241,14 @@ def constant(node: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value)
 
 
+def forget_values(module: nn.Module) -> None:
+    """Drop the clean values of all nodes, so that the next look at one computes it anew."""
+    node: Any
+    for node in module._modules.values():
+        if hasattr(node, "forward_value"):
+            del node.forward_value
+
+
 def free_graphs(module: nn.Module, keep_bounds: bool = False) -> None:
     """Drop the tensors that the engine leaves on its nodes, and with them the autograd graphs they hold.
 
@@ -219,6 +286,12 @@ def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     """All parameters; 0.3's own `parameters()` fails on today's torch."""
     for part in module.modules():
         yield from (parameter for parameter in part._parameters.values() if parameter is not None)
+
+
+def buffers(module: nn.Module) -> Iterator[Tensor]:
+    """All buffers; 0.3's own `buffers()` fails on today's torch."""
+    for part in module.modules():
+        yield from (buffer for buffer in part._buffers.values() if buffer is not None)
 
 
 def bound_backward(node: Any, rows: Tensor, start: Any) -> Any:
@@ -342,6 +415,7 @@ def refresh(model: nn.Module, readers: list[tuple[Any, Callable[[], Tensor]]], d
         values = [read() for _, read in readers]
     for (node, _), value in zip(readers, values, strict=True):
         live = value.detach() if detach and not value.is_leaf else value
+        live = live.clone() if live.is_inference() else live  # no gradient goes through what is of inference mode
         object.__setattr__(node, "live", live)  # not nn.Module's, which would register a parameter
 
 

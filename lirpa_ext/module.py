@@ -13,22 +13,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import engine, powers, repairs, softmax  # noqa: F401  (which fill CUSTOM_OPS)
+from . import engine, engine_methods, matmul, powers, quotients, repairs, softmax, transcendental  # noqa: F401  (which fill CUSTOM_OPS)
 from .activations import as_nodes
-from .errors import OptionError, TraceError
-from .methods import LastLayer, check_options, find_method, run_activation_bounds, run_last_layer, run_method
+from .errors import OptionError, TraceError, UnsupportedNodeError
+from .methods import (
+    LastLayer,
+    Method,
+    check_options,
+    check_request,
+    find_method,
+    method_of,
+    run_activation_bounds,
+    run_last_layer,
+    run_method,
+)
 from .methods.slopes import Relaxation
-from .norms import NormCache, PowerIteration
+from .methods.substitutes import Request, request
+from .norms import NormCache, PowerIteration, key_of
 from .operators import CUSTOM_OPS, BoundBallBoxRelu, BoundPowerIteration
 from .precision import full_precision
 from .rules.linear import power_iterable
 from .tracing import as_tuple, check_inputs, check_mode, plain, traceable_copy, with_our_perturbation
-
-# Its sparse bounds of convolutions are wrong in shape there (0.3).
-_MATRIX_MODE = {
-    "conv_mode": "matrix", "sparse_intermediate_bounds": False, "sparse_conv_intermediate_bounds": False,
-    "sparse_features_alpha": False, "sparse_spec_alpha": False,
-}  # fmt: skip
+from .trust import faithful
+from .trust.agreement import Agreement
+from .trust.clean_value import held
+from .trust.engine_list import Gap
+from .trust.threads import LOCK, one_at_a_time
 
 
 class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
@@ -51,9 +61,10 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
             (`lirpa_ext.methods.slopes.Relaxation`).
 
     Raises:
-        TraceError: The engine cannot build the graph, or its graph computes something else than the model.
-        TrainModeError: A batch norm is in train mode.
-        InvalidInputError: An input has NaN entries or another dtype than the model.
+        TraceError: The engine cannot build the graph, or its graph computes something else than the model; the samples
+            of a batch read each other; the model draws random numbers.
+        TrainModeError: A batch norm is in train mode, or the model computes something else there, dropout aside.
+        InvalidInputError: An input has NaN entries or another dtype than the model, or is in half precision.
 
     Example:
         >>> import torch
@@ -67,6 +78,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
 
     last_relaxation: Relaxation | None = None
 
+    @one_at_a_time
     def __init__(
         self,
         model: nn.Module,
@@ -84,8 +96,9 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         set_attribute(self, "norm_cache", NormCache())
         set_attribute(self, "power_iterations", {})
         set_attribute(self, "_inside", False)  # calls of the engine to itself pass through our overrides
-        set_attribute(self, "_matrix_twin", None)
+        set_attribute(self, "_uncovered", {})
         set_attribute(self, "_collected", None)
+        set_attribute(self, "_agreement", Agreement())
         self._build(tuple(with_our_perturbation(tensor) for tensor in as_tuple(x)))
 
     def _build(self, inputs: tuple[Tensor, ...]) -> None:
@@ -95,10 +108,12 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         check_inputs(model, inputs)
         object.__setattr__(self, "_inputs", inputs)
         example = tuple(plain(x) for x in inputs)
+        object.__setattr__(self, "_uncovered", {})
         shadow = traceable_copy(model)
         options = copy.deepcopy(self._build_options["bound_opts"])
         rest = {key: value for key, value in self._build_options.items() if key != "bound_opts"}
         with self._computing(), engine.untouched(model), torch.no_grad():
+            self._agreement.examine(model, shadow, example)
             complaints: list[str] = []
             try:
                 with engine.captured_errors() as complaints, as_nodes(), warnings.catch_warnings():
@@ -124,9 +139,12 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
                 object.__setattr__(node, "users", [self._modules[name] for name in node.output_name])
                 object.__setattr__(node, "get_bias", functools.partial(engine.honest_bias, node))
             engine.learn_relu(self, BoundBallBoxRelu)
-            self._check_same_function(shadow, example)
+            self._check_same_function(shadow, [*faithful.around(example), *faithful.of_set(inputs)])
             self._add_power_iterations()
             engine.free_graphs(self)
+            object.__setattr__(self, "_fresh", engine.snapshot(self))
+            self._uncovered.clear()
+        self._agreement.serve(inputs)
 
     @contextlib.contextmanager
     def _engine_inside(self) -> Iterator[None]:
@@ -140,45 +158,37 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
         """What holds while the graph is built and bounds are computed."""
-        with self._engine_inside(), engine.default_dtype(plain(self._inputs[0]).dtype), full_precision():
+        with LOCK, self._engine_inside(), engine.default_dtype(plain(self._inputs[0]).dtype), full_precision():
             yield
 
-    def _check_same_function(self, shadow: nn.Module, example: tuple[Tensor, ...]) -> None:
-        """Compare graph and model on a few inputs.
+    def _check_same_function(self, shadow: nn.Module, points: list[faithful.Point], defined: bool = True) -> None:
+        """Compare graph and model (`lirpa_ext.trust.faithful.check_same_function`)."""
 
-        The engine drops some attributes (ceil_mode, dilation of pools, count_include_pad), and a trace follows the
-        branch that the example took through control flow on data.
-        """
-        generator = torch.Generator().manual_seed(0)
-        noise = [torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x for x in example]
-        for inputs in (example, tuple(-x if x.is_floating_point() else x for x in example), tuple(noise)):
-            expected, actual = shadow(*inputs), super().forward(*inputs)
-            if not torch.isfinite(expected).all():
-                continue  # nothing to compare; such a bound will be NaN, which certifies nothing
-            scale = expected.abs().max().clamp(min=1e-6)
-            error = (actual - expected).abs().max() / scale if actual.shape == expected.shape else torch.inf
-            if not error <= (1e-8 if expected.dtype == torch.float64 else 3e-5):
-                raise TraceError(
-                    f"the engine's graph of {type(self.source).__name__} computes something else than the model "
-                    f"(relative difference {float(error):.2g}). Either its forward branches on the data, or it has "
-                    "a pool with ceil_mode, dilation or count_include_pad=False, which the engine drops: rewrite it."
-                )
+        def values() -> list[Any]:
+            return [getattr(node, "forward_value", None) for node in self._modules.values()]
+
+        faithful.check_same_function(super().forward, values, shadow, points, self._agreement.reads, defined)
 
     def _add_power_iterations(self) -> None:
         """Hang a power-iteration node on the weight of every linear node; keep those of an earlier build."""
-        for node in list(self._modules.values()):
+        geometries: dict[str, object] = {}
+        for node in engine.ancestors_in_order(self.final_node()):
             found = power_iterable(node)
             if found is None:
                 continue
             name, weight, linear_map = found
-            if name not in self.power_iterations:
-                self.power_iterations[name] = PowerIteration(linear_map(engine.constant(weight)))
+            made = linear_map(engine.constant(weight))
+            name = key_of(name, made, geometries)
+            known = self.power_iterations.get(name)
+            if known is None or known.geometry != geometries[name]:
+                self.power_iterations[name] = PowerIteration(made)
             hung = BoundPowerIteration(weight, self.power_iterations[name], linear_map)
             hung.name = f"power_iteration/{name}"
             self._modules[hung.name] = hung
 
     # --- bounds ----------------------------------------------------------------------------------------------
 
+    @one_at_a_time
     def compute_bounds(
         self,
         x: Tensor | tuple[Tensor, ...] | None = None,
@@ -214,23 +224,27 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
             return super().compute_bounds(
                 x, aux, C, method, *args, bound_lower=bound_lower, bound_upper=bound_upper, **options
             )
-        ours = method is not None and method.lower() not in engine.ENGINE_METHODS
-        if ours:
+        object.__setattr__(self, "last_context", None)
+        if not _is_engines(method):
             check_options(str(method), find_method(str(method)), options)
+            if args or aux is not None:
+                raise OptionError(f"method {method!r} takes its options by name")
+            self._set_inputs(x)
+            return self._bounds(method_of(str(method), options), str(method), C, bound_lower, bound_upper)
+        given = engine_methods.named(args, options)
+        asked = request(method, given)
         self._set_inputs(x)
-        if not ours:
-            if str(method).lower() in engine.OPTIMIZED_METHODS:
-                engine.refresh(
-                    self.source, self._readers, detach=True
-                )  # the engine's ascent goes backward more than once
-            return self._engine_bounds(aux, C, method, args, bound_lower, bound_upper, options)
-        if args or aux is not None:
-            raise OptionError(f"method {method!r} takes its options by name")
-        with self._computing():
-            return run_method(
-                self, str(method), self._inputs, C, bound_lower, bound_upper, options,
-                self.norm_cache, self.power_iterations, self.source.training, self._collected,
-            )  # fmt: skip
+        missing = self._uncovered_by(asked)
+        if missing:
+            if aux is not None:
+                given["aux"] = aux
+            substitute = engine_methods.substitute(asked, missing, given)
+            return self._bounds(substitute, asked.name, C, bound_lower, bound_upper)
+        try:
+            return self._run_engine(asked.name, aux, C, method, bound_lower, bound_upper, given)
+        except UnsupportedNodeError as error:
+            substitute = engine_methods.substitute(asked, error, given)
+        return self._bounds(substitute, asked.name, C, bound_lower, bound_upper)
 
     @contextlib.contextmanager
     def collecting_outputs(self) -> Iterator[list[Tensor]]:
@@ -247,6 +261,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         finally:
             object.__setattr__(self, "_collected", before)
 
+    @one_at_a_time
     def activation_bounds(
         self, x: Tensor | tuple[Tensor, ...] | None = None, intermediate: str = "ibp"
     ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -266,6 +281,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         with self._computing():
             return run_activation_bounds(self, self._inputs, self.norm_cache, intermediate)
 
+    @one_at_a_time
     def last_layer(self, x: Tensor | tuple[Tensor, ...] | None = None, tighten: bool = True) -> LastLayer | None:
         """The dense last layer, and the ball and the box of "bcp" that its input lies in.
 
@@ -280,6 +296,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         with self._computing():
             return run_last_layer(self, self._inputs, self.norm_cache, tighten)
 
+    @one_at_a_time
     def forward(self, *x: Tensor, **kwargs: Any) -> Tensor:
         """The model's function through the graph (the engine's, with its arguments)."""
         if self._inside:
@@ -291,48 +308,92 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
             engine.free_graphs(self)
 
     def _set_inputs(self, x: Tensor | tuple[Tensor, ...] | None) -> None:
-        """Check the inputs, give their perturbations our class, and retrace if the batch size changed."""
+        """Check the inputs, give their perturbations our class, and build anew what the graph no longer is."""
         inputs = self._inputs if x is None else tuple(with_our_perturbation(tensor) for tensor in as_tuple(x))
-        if [tensor.shape for tensor in inputs] != [tensor.shape for tensor in self._inputs]:
-            self._build(inputs)
+        changed, agreement = self._agreement.changes(self.source), self._agreement
+        if changed or not agreement.serves(inputs):
+            try:
+                self._build(inputs)
+            except TraceError as error:
+                if not changed:
+                    raise
+                raise TraceError(f"the model has changed since its graph was built ({changed}): {error}") from error
         else:
             check_mode(self.source)
             check_inputs(self.source, inputs)
         object.__setattr__(self, "_inputs", inputs)
         engine.refresh(self.source, self._readers)
+        new_set = agreement.is_new(inputs, training=self.source.training and torch.is_grad_enabled())
+        if new_set or not agreement.knows_mode(self.source):
+            shadow = traceable_copy(self.source)
+            with self._computing(), engine.untouched(self.source), torch.no_grad():
+                agreement.check_mode(self.source, shadow, tuple(plain(x) for x in inputs))
+                self._check_same_function(shadow, faithful.of_set(inputs), defined=False)
+                engine.free_graphs(self)
 
-    def _engine_bounds(
-        self, aux: Any, C: Any, method: str | None, args: Any, lower: bool, upper: bool, options: dict[str, Any]
+    def _bounds(
+        self, function: Method, name: str, C: Tensor | None, bound_lower: bool, bound_upper: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Bounds by a method of this package."""
+        with self._computing():
+            return run_method(
+                self, name, function, self._inputs, C, bound_lower, bound_upper,
+                self.norm_cache, self.power_iterations, self.source.training, self._collected,
+            )  # fmt: skip
+
+    def _uncovered_by(self, asked: Request) -> list[Gap]:
+        """What of the graph the engine may not bound; looked at once for each kind of request and of inputs."""
+        key = asked.family, tuple(getattr(x, "ptb", None) is not None for x in self._inputs)
+        if key not in self._uncovered:
+            with self._computing():
+                engine.set_input(self, *self._inputs)
+                before = self.conv_mode
+                self._uncovered[key] = engine_methods.uncovered(self, asked)
+            if self.conv_mode != before:
+                object.__setattr__(self, "_fresh", engine.snapshot(self))
+        return self._uncovered[key]
+
+    def _run_engine(
+        self, name: str, aux: Any, C: Any, method: str | None, lower: bool, upper: bool, options: dict[str, Any]
     ) -> Any:
+        """Bounds by the engine, of a graph that its list covers."""
         inputs = self._inputs
-        if str(method).lower().startswith("dynamic"):
+        if name.lower().startswith("dynamic"):
             inputs = tuple(
                 engine.BoundedTensor(plain(x), x.ptb.engines_box(x)) if getattr(x, "ptb", None) is not None else x
                 for x in inputs
             )
+        if name == "alpha-CROWN":  # the engine's ascent goes backward more than once
+            engine.refresh(self.source, self._readers, detach=True)
+        check_request(inputs, C, lower, upper, self.final_node().output_shape[1])
+        C = None if C is None else C.expand(len(inputs[0]), -1, -1)
+        if not any(options.get(name) for name in ("reuse_ibp", "reuse_alpha")):
+            engine.restore(self._fresh)
         try:
             with self._computing(), engine.untouched(self.source):
-                return super().compute_bounds(
-                    inputs, aux, C, method, *args, bound_lower=lower, bound_upper=upper, **options
-                )
-        except (AssertionError, NotImplementedError, RuntimeError, IndexError, TypeError, AttributeError):
-            # Convolutions in the engine's patches mode cannot follow every op; its matrix mode can.
-            if self.conv_mode != "patches" or "conv_mode" in (self._build_options["bound_opts"] or {}):
-                raise
+                found = super().compute_bounds(inputs, aux, C, method, bound_lower=lower, bound_upper=upper, **options)
+                return self._checked(found, C, name)
+        except Exception as error:
+            raise engine_methods.as_ours(error, name) from error
         finally:
             engine.free_graphs(self, keep_bounds=True)
-        return self._twin().compute_bounds(
-            self._inputs, aux, C, method, *args, bound_lower=lower, bound_upper=upper, **options
-        )
 
-    def _twin(self) -> BoundedModule:
-        """The same model in the engine's matrix mode."""
-        if self._matrix_twin is None:
-            options = dict(self._build_options)
-            options["bound_opts"] = (options["bound_opts"] or {}) | _MATRIX_MODE
-            twin = BoundedModule(self.source, self._inputs, custom_ops=self._custom_ops, **options)
-            object.__setattr__(self, "_matrix_twin", twin)
-        return self._matrix_twin
+    def IBP_general(self, node: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The engine's; a node that is not perturbed has its value, which 0.3 would bound by a wrong rule."""
+        if node is not None and not node.perturbed:
+            self.get_forward_value(node)
+        return super().IBP_general(node, *args, **kwargs)
+
+    def _checked(self, found: Any, C: Tensor | None, name: str) -> Any:
+        """The engine's result, after the guard on the clean value."""
+        if not isinstance(found, tuple) or (found[0] is None and found[1] is None):
+            return found  # coefficients alone
+
+        if self.source.training and any(bound is not None and bound.requires_grad for bound in found[:2]):
+            return found
+        with torch.no_grad():
+            clean = super().forward(*(plain(x) for x in self._inputs))
+            return *held(found[:2], clean, C, name, self, False), *found[2:]
 
     # --- state -----------------------------------------------------------------------------------------------
 
@@ -385,3 +446,13 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         """Nodes (name: class) that the last call bounded by the engine's interval rule, having none of ours."""
         context = getattr(self, "last_context", None)
         return {} if context is None else dict(context.fallbacks)
+
+    @property
+    def ended_rows(self) -> dict[str, str]:
+        """Nodes at which coefficient rows of the last call ended early, at the minimum over the node's set, and why."""
+        context = getattr(self, "last_context", None)
+        return {} if context is None else dict(context.ended)
+
+
+def _is_engines(method: str | None) -> bool:
+    return method is None or (isinstance(method, str) and method.lower() in engine.ENGINE_METHODS)

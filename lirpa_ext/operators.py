@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import engine
+from .lengths import length
 from .norms import NormEstimate, PowerIteration
 from .perturbation import PerturbationLpNorm
 from .sets import BallBox, flat, per_sample
@@ -71,19 +72,25 @@ class BoundPerturbedInput(engine.Bound):  # type: ignore[misc]
     def _all_know_the_ball(self, perturbation: PerturbationLpNorm) -> bool:
         scalar = torch.as_tensor(perturbation.radius).numel() == 1
         uncut = perturbation.range_lower is None and perturbation.range_upper is None
-        return scalar and uncut and all(_knows_the_ball(user) for user in _users(self))
+        return scalar and uncut and _all_read_it(self, float(perturbation.norm))
 
 
 def _users(node: Any) -> list[Any]:
     return node.users if hasattr(node, "users") else []
 
 
-def _knows_the_ball(node: Any) -> bool:
+def _all_read_it(node: Any, norm: float) -> bool:
+    """Whether somebody reads a node's value, and all who do know an lp ball of this p."""
+    users = _users(node)
+    return bool(users) and all(_knows_the_ball(user, norm) for user in users)
+
+
+def _knows_the_ball(node: Any, norm: float) -> bool:
     name = type(node).__name__
     if name in _HAND_ON:
-        return all(_knows_the_ball(user) for user in _users(node))
-    if name == "BoundConv" and len(node.output_shape) != 4:
-        return False  # 0.7's 1-D convolution reads the ball wrongly
+        return _all_read_it(node, norm)
+    if name == "BoundConv" and (len(node.output_shape) != 4 or norm != 2):
+        return False  # 0.7's 1-D convolution reads the ball wrongly, and both take every ball for one of p = 2
     return name in _KNOW_THE_BALL and not any(parent.perturbed for parent in node.inputs[1:])
 
 
@@ -175,7 +182,7 @@ class BoundBallBoxLinear(engine.BoundLinear):  # type: ignore[misc]
         constants = [interval[0] for interval in v[1:]]
         weight = constants[0] if self.transB else constants[0].t()
         center = self.forward(self.ball.center, *constants)
-        reach = torch.linalg.vector_norm(weight, dim=1) * per_sample(self.ball.radius, center)
+        reach = length(weight) * per_sample(self.ball.radius, center)
         return torch.maximum(lower, center - reach), torch.minimum(upper, center + reach)
 
 

@@ -6,25 +6,34 @@ import functools
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from . import engine
-from .errors import OptionError
-from .methods import is_ours, run_method
+from .engine_methods import check_covered
+from .errors import OptionError, UnsupportedNodeError
+from .methods import check_options, find_method, is_ours, method_of, run_method
+from .methods.substitutes import request
 from .norms import NormCache, PowerIteration
+from .perturbation import PerturbationLpNorm
 from .precision import full_precision
-from .tracing import as_tuple, check_inputs, with_our_perturbation
+from .tracing import as_tuple, check_inputs, plain, with_our_perturbation
+from .trust.samples import check_batch_apart
+from .trust.threads import one_at_a_time
 
 _original: Any = None
+_apart: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # the batch size that was looked at last
 _norms: WeakKeyDictionary[nn.Module, tuple[NormCache, dict[str, PowerIteration]]] = WeakKeyDictionary()
 
 
+@one_at_a_time
 def register() -> None:
     """Give `compute_bounds` of the engine's own BoundedModule the methods of this package.
 
     For code that already builds one: ``compute_bounds(x=(bounded_x,), C=C, method="bcp")`` then works, with the
     methods' options as further keyword arguments. Idempotent; undone by `unregister`. The engine's own methods
-    stay the engine's: only `lirpa_ext.BoundedModule` repairs its l2 bounds.
+    stay the engine's, on lp balls where its list covers them (`lirpa_ext.trust.engine_list`), and raise
+    UnsupportedNodeError elsewhere: only `lirpa_ext.BoundedModule` repairs them.
     """
     global _original
     if _original is not None:
@@ -35,9 +44,11 @@ def register() -> None:
     def compute_bounds(
         self: nn.Module, x: Any = None, aux: Any = None, C: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        method = kwargs.get("method", args[0] if args else None)
-        if method is None or not is_ours(method) or hasattr(self, "source"):
+        method = kwargs.get("method", args[0] if args else "backward")
+        if hasattr(self, "source"):
             return _original(self, x, aux, C, *args, **kwargs)
+        if not is_ours(method):
+            return _engine_bounds(self, method, x, aux, C, args, kwargs)
         if x is None or aux is not None or len(args) > 1:
             raise OptionError(f"method {method!r} on the engine's own class needs x, and its options by name")
         kwargs.pop("method", None)
@@ -46,6 +57,7 @@ def register() -> None:
     engine.EngineBoundedModule.compute_bounds = compute_bounds
 
 
+@one_at_a_time
 def unregister() -> None:
     """Undo `register`."""
     global _original
@@ -54,6 +66,34 @@ def unregister() -> None:
         _original = None
 
 
+def _engine_bounds(module: Any, method: Any, x: Any, aux: Any, C: Any, args: Any, kwargs: Any) -> Any:
+    """Bounds by the engine's own method, if its list covers the graph. A call of the engine to itself is not asked."""
+    if x is None or module.__dict__.get("_lirpa_ext_inside"):
+        return _original(module, x, aux, C, *args, **kwargs)
+    inputs = as_tuple(x)
+    kinds = {type(getattr(tensor, "ptb", None)) for tensor in inputs} - {type(None)}
+    if kinds <= {engine.EnginePerturbationLpNorm, PerturbationLpNorm}:  # other sets are the engine's own affair
+        check_covered(module, inputs, request(method, kwargs))
+        _check_samples(module, inputs)
+    module.__dict__["_lirpa_ext_inside"] = True
+    try:
+        return _original(module, x, aux, C, *args, **kwargs)
+    finally:
+        del module.__dict__["_lirpa_ext_inside"]
+
+
+@one_at_a_time
+def _check_samples(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Refuse a graph whose samples read each other; the model that it was traced from is not known."""
+    if _apart.get(module) == len(inputs[0]):
+        return
+    with engine.untouched(module), full_precision(), torch.no_grad():
+        check_batch_apart(module, tuple(plain(x) for x in inputs))
+        engine.free_graphs(module)
+    _apart[module] = len(inputs[0])
+
+
+@one_at_a_time
 def _compute_bounds(
     module: nn.Module,
     x: Any,
@@ -63,10 +103,18 @@ def _compute_bounds(
     bound_upper: bool = True,
     **options: Any,
 ) -> Any:
+    check_options(method, find_method(method), options)
     inputs = tuple(with_our_perturbation(tensor) for tensor in as_tuple(x))
     check_inputs(module, inputs)
+    _check_samples(module, inputs)
+    if engine.reads_old_values(engine.ancestors_in_order(module.final_node())):  # type: ignore[operator]
+        raise UnsupportedNodeError(
+            f"method {method!r}: auto_LiRPA {engine.engine_version()} computes a layer normalization without its eps, "
+            "so that bounds of its graph are not the model's. lirpa_ext.BoundedModule has it right"
+        )
     cache, power_iterations = _norms.setdefault(module, (NormCache(), {}))
     with engine.untouched(module), full_precision():
         return run_method(
-            module, method, inputs, C, bound_lower, bound_upper, options, cache, power_iterations, module.training
-        )
+            module, method, method_of(method, options), inputs, C, bound_lower, bound_upper,
+            cache, power_iterations, module.training,
+        )  # fmt: skip

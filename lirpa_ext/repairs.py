@@ -101,6 +101,13 @@ class BoundAnyPad(BoundAffine):
         return F.pad(x, widths, value=filled)
 
 
+class BoundTile(BoundAffine):
+    """Repetition along axes, which auto_LiRPA 0.3 does not build, and 0.7.1 carries rows back through wrongly."""
+
+    def forward(self, x: Tensor, repeats: Tensor) -> Tensor:
+        return x.repeat(*(int(count) for count in repeats))
+
+
 class BoundFill(engine.bound_ops.BoundConstantOfShape):  # type: ignore[misc, name-defined]
     """A constant of some shape, whose interval in auto_LiRPA 0.3 is of one axis only."""
 
@@ -147,12 +154,17 @@ def _by_adjoint(base: type) -> type:
         return base.bound_backward(self, last_lA, last_uA, *x, **kwargs)  # type: ignore[attr-defined]
 
     made = type(f"{base.__name__}ByAdjoint", (base,), {"bound_backward": bound_backward})
-    register_rule(made.__name__, RULES[base.__name__])
+    register_rule(made.__name__, RULES[base.__name__], overwrite=True)
     return made
 
 
 def _quotient(base: Any) -> type:
-    """0.3's division by a perturbed divisor: its interval rule is wrong, its backward one holds for positive ones."""
+    """0.3's division: by a BoundSqrt it computes a layer normalization without eps, its interval rule is wrong, and its
+    backward bound holds for positive divisors."""
+
+    def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        self.x, self.y = x, y
+        return x / y
 
     def interval_propagate(self: Any, *v: Any) -> Any:
         return quotient_box((v[0][0], v[0][1]), (v[1][0], v[1][1]))
@@ -162,7 +174,8 @@ def _quotient(base: Any) -> type:
             raise NotImplementedError("a quotient whose divisor may be 0 or negative has no backward bound here")
         return base.bound_backward(self, last_lA, last_uA, *x, **kwargs)
 
-    return type(base.__name__, (base,), {"interval_propagate": interval_propagate, "bound_backward": bound_backward})
+    functions = {"forward": forward, "interval_propagate": interval_propagate, "bound_backward": bound_backward}
+    return type(base.__name__, (base,), functions)
 
 
 for ours, theirs in (
@@ -171,7 +184,7 @@ for ours, theirs in (
     ("BoundAnyPad", "BoundPad"),
 ):
     register_rule(ours, RULES[theirs])
-CUSTOM_OPS |= {"onnx::Conv": _conv, "onnx::ConvTranspose": _conv_transpose, "onnx::Pad": _pad}
+CUSTOM_OPS |= {"onnx::Conv": _conv, "onnx::ConvTranspose": _conv_transpose, "onnx::Pad": _pad, "onnx::Tile": BoundTile}
 if engine.IS_LEGACY:
     CUSTOM_OPS["onnx::ConstantOfShape"] = BoundFill
     for op in ("Add", "Sub", "Mul", "Div"):

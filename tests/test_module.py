@@ -120,14 +120,15 @@ def test_bounds_have_the_inputs_dtype(dtype):
 
 
 class Product(nn.Module):
-    """Of two perturbed branches: no rule of ours."""
+    """The outer product of two perturbed branches: no rule of ours."""
 
     def __init__(self):
         super().__init__()
-        self.left, self.right, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.left, self.right, self.last = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(9, 2)
 
     def forward(self, x):
-        return self.last(self.left(x) * self.right(x))
+        outer = torch.matmul(self.left(x).unsqueeze(2), self.right(x).unsqueeze(1))
+        return self.last(outer.flatten(1))
 
 
 def test_which_nodes_took_the_fallback_is_visible(model, x):
@@ -136,7 +137,7 @@ def test_which_nodes_took_the_fallback_is_visible(model, x):
     assert graph.fallbacks == {}
     bounds = graph.compute_bounds(x=(ball(points, 0.1),), method="bcp")
     ((name, kind),) = graph.fallbacks.items()
-    assert "Mul" in kind
+    assert "MatMul" in kind
     assert type(graph._modules[name]).__name__ == kind
     assert_sound(product, points, PerturbationLpNorm(0.1, 2), bounds)
     plain = BoundedModule(model, x)

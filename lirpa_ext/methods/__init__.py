@@ -15,7 +15,7 @@ from .base import (
     register_method,
 )
 from .bcp import LastLayer
-from .run import run_activation_bounds, run_last_layer, run_method
+from .run import check_request, method_of, run_activation_bounds, run_last_layer, run_method
 
 __all__ = [
     "METHODS",
@@ -24,11 +24,13 @@ __all__ = [
     "Method",
     "Problem",
     "check_options",
+    "check_request",
     "check_specification",
     "find_method",
     "is_ours",
     "known_methods",
     "label_option",
+    "method_of",
     "register_method",
     "run_activation_bounds",
     "run_last_layer",

@@ -64,7 +64,7 @@ class Problem:
             raise OptionError(f'norms must be "bound" (sound) or "estimate" (power iteration), got {norms!r}')
         estimate = norms == "estimate"
         if outward is None:
-            outward = not estimate and torch.get_default_dtype() == torch.float64
+            outward = not estimate and self._dtype() == torch.float64
         return Context(
             self.cache,
             self.power_iterations,
@@ -73,6 +73,11 @@ class Problem:
             outward=outward,
             **switches,
         )
+
+    def _dtype(self) -> torch.dtype:
+        """Type that the bounds are computed in: that of the perturbed input, not torch's global default."""
+        nodes = engine.ancestors_in_order(self.module.final_node())  # type: ignore[operator]
+        return next(node.value.dtype for node in nodes if node.perturbed and type(node) is engine.BoundInput)
 
     def propagate(self, context: Context, keep: bool = False) -> dict[str, State]:
         """Sets of the nodes; the report of fallbacks and norms stays on the module for the user to see."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import engine
+from ..lengths import length
 from ..linear_maps import Dense
 from ..rounding import gamma, row_slack
 from ..rules import RULES
@@ -124,7 +125,7 @@ def last_step(
         if bias is not None:
             bound = bound + C @ bias
         # ||C W|| <= sum_j |C_j| ||W_j||; the bias and the sums of C W itself err within the same margin
-        sizes = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+        sizes = length(weight, keepdim=True)
         slack = 4 * row_slack(C.abs() @ sizes, state, weight.numel()) if outward else 0.0
         if bias is not None and outward:
             slack = slack + gamma(C.dtype, weight.shape[0]) * (C.abs() @ bias.abs())

@@ -154,7 +154,8 @@ def _ascend(backward: BackwardPass, rows: Tensor, steps: int, step_size: float, 
         return best
     for table in (lam, log_mu):
         table.update({name: value.detach().clone().requires_grad_() for name, value in table.items()})
-    sizes = {name: value.detach().abs().mean().clamp(min=1e-12).item() for name, value in lam.items()}
+    tiny = torch.finfo(rows.dtype).tiny
+    sizes = {name: value.detach().abs().mean().clamp(min=tiny).item() for name, value in lam.items()}
     groups = [{"params": [value], "lr": step_size * sizes[name]} for name, value in lam.items()]
     optimizer = torch.optim.Adam([*groups, {"params": [*log_mu.values()], "lr": step_size}])
     for _ in range(steps):
@@ -163,13 +164,13 @@ def _ascend(backward: BackwardPass, rows: Tensor, steps: int, step_size: float, 
             loss = -value.sum()
         gradients = torch.autograd.grad(loss, [*lam.values(), *log_mu.values()])
         for parameter, gradient in zip([*lam.values(), *log_mu.values()], gradients, strict=True):
-            parameter.grad = gradient
-        best = torch.maximum(best, value.detach())
+            parameter.grad = gradient.nan_to_num(0.0, 0.0, 0.0)  # what overflows leaves its parameter where it is
+        best = torch.fmax(best, value.detach())  # NaN is no bound
         if early_stop and (best > 0).all():
             return best
         optimizer.step()
     with torch.no_grad():
-        return torch.maximum(best, backward.bound(rows, search).squeeze(1))
+        return torch.fmax(best, backward.bound(rows, search).squeeze(1))
 
 
 register_method("bcp-crown", bcp_crown)

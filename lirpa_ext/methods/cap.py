@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import engine
+from ..batch_axis import merges_batch
 from ..errors import OptionError
 from ..intervals import propagate_intervals
 from ..sets import BallBox
@@ -69,6 +70,8 @@ def cap(
         if sums is not None:
             return sums.box(node, states)
         known = states[node.name]
+        if merges_batch(node):  # rows are of whole samples
+            return known
         chosen = _parallel(problem, tightened(states) if context.outward else states, context.outward, node)
         size, total = known.center[0].numel(), known.center.shape
         eye = torch.eye(size, dtype=known.center.dtype, device=known.center.device)

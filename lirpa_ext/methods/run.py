@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import engine
@@ -14,18 +16,24 @@ from ..norms import NormCache, PowerIteration
 from ..propagation import propagate
 from ..rules import Context
 from ..slopes import ACTIVATIONS
-from .base import Bounds, Problem, check_options, check_specification, find_method, set_of
+from ..trust.clean_value import held
+from .base import Bounds, Method, Problem, check_specification, find_method, set_of
 from .bcp import LastLayer, dense_last_layer, tightened
+
+
+def method_of(name: str, options: dict[str, Any]) -> Method:
+    """A method with its options."""
+    return functools.partial(find_method(name), **options)
 
 
 def run_method(
     module: nn.Module,
-    method: str,
+    name: str,
+    function: Method,
     inputs: tuple[Tensor, ...],
     C: Tensor | None,
     bound_lower: bool,
     bound_upper: bool,
-    options: dict[str, Any],
     cache: NormCache,
     power_iterations: dict[str, PowerIteration],
     training: bool,
@@ -35,12 +43,12 @@ def run_method(
 
     Args:
         module: The graph.
-        method: Name of the method.
+        name: Name of the method, for messages.
+        function: The method, with its options (`method_of`).
         inputs: Inputs, at least one a `BoundedTensor`.
         C: Specification rows or None.
         bound_lower: Whether the lower side is asked.
         bound_upper: Whether the upper side is asked.
-        options: Options of the method.
         cache: Norm bounds of the module.
         power_iterations: Power iterations of the module.
         training: Whether they may move.
@@ -48,25 +56,70 @@ def run_method(
 
     Returns:
         (lower, upper).
+
+    Raises:
+        SoundnessError: The clean value lies outside of the bounds.
     """
-    function = find_method(method)
-    check_options(method, function, options)
-    if not bound_lower and not bound_upper:
-        raise OptionError("at least one of bound_lower and bound_upper must be True")
-    _check_perturbed(inputs)
+    check_request(inputs, C, bound_lower, bound_upper, None)
     try:
         engine.set_input(module, *inputs)
+        final: Any = module.final_node()  # type: ignore[operator]
         if C is not None:
-            outputs = math.prod(module.final_node().output_shape[1:])  # type: ignore[operator]
-            check_specification(C, inputs[0], outputs)
-        problem = Problem(module, C, bound_lower, bound_upper, cache, power_iterations, training)
-        bounds = function(problem, **options)
-        output = getattr(module.final_node(), "forward_value", None)  # type: ignore[operator]
+            check_specification(C, inputs[0], math.prod(final.output_shape[1:]))
+            C = C.clone() if C.is_inference() else C
+        bounds = function(Problem(module, C, bound_lower, bound_upper, cache, power_iterations, training))
+        output = getattr(final, "forward_value", None)
         if collected is not None and output is not None:
             collected.append(output)
-        return bounds
+        if getattr(function, "keywords", {}).get("loss_fusion"):
+            return bounds  # of the cross entropy
+        return _guarded(module, bounds, output, C, name, training)
     finally:
         engine.free_graphs(module)
+
+
+def _guarded(module: Any, bounds: Bounds, output: Tensor | None, C: Tensor | None, name: str, training: bool) -> Bounds:
+    """The bounds after the guard on the clean value; in training only where the method computed that on its way."""
+    context = getattr(module, "last_context", None)
+    recording = training and any(bound is not None and bound.requires_grad for bound in bounds)
+    if (recording and output is None) or (context is not None and context.estimate):
+        return bounds
+    with torch.no_grad():
+        clean = module.get_forward_value(module.final_node()) if output is None else output
+    bounds = held(bounds, clean, C, name, module, recording)
+    return bounds if recording or context is None else _open(bounds, clean)
+
+
+def _open(bounds: Bounds, clean: Tensor) -> Bounds:
+    """NaN of a box that leaves the domain of a function becomes infinite where the clean value is a number.
+
+    A bound that says nothing is true, and certifies nothing. NaN that a user's method gives, or the model, stays.
+    """
+    defined = clean.reshape(len(clean), -1).isfinite().all(1)
+
+    def side(bound: Tensor | None, end: float) -> Tensor | None:
+        if bound is None or not bound.isnan().any():
+            return bound
+        return bound.masked_fill(bound.isnan() & defined.view(-1, *[1] * (bound.dim() - 1)), end)
+
+    return side(bounds[0], -math.inf), side(bounds[1], math.inf)
+
+
+def check_request(inputs: tuple[Tensor, ...], C: Tensor | None, lower: bool, upper: bool, outputs: int | None) -> None:
+    """Raise OptionError or InvalidInputError for a call that asks for nothing, perturbs nothing, or has a wrong C.
+
+    Args:
+        inputs: Of the graph.
+        C: Specification rows or None.
+        lower: Whether the lower side is asked.
+        upper: Whether the upper side is asked.
+        outputs: Number of outputs, or None to leave C alone.
+    """
+    if not lower and not upper:
+        raise OptionError("at least one of bound_lower and bound_upper must be True")
+    _check_perturbed(inputs)
+    if C is not None and outputs is not None:
+        check_specification(C, inputs[0], outputs)
 
 
 def run_activation_bounds(

@@ -324,7 +324,7 @@ def uniform(like: Tensor, source: torch.Generator | None) -> Tensor:
     return torch.rand(like.shape, generator=source, dtype=like.dtype, device=device).to(like.device)
 
 
-def _adaptive(box: tuple[Tensor, Tensor]) -> Tensor:
+def adaptive(box: tuple[Tensor, Tensor]) -> Tensor:
     """CROWN's: 1[u+ + l- > 0], the smaller of the two areas."""
     lower, upper = box
     return (upper.clamp(min=0) + lower.clamp(max=0) > 0).to(upper)
@@ -349,7 +349,7 @@ def _bernoulli(p: float, q: float) -> Callable[[tuple[Tensor, Tensor], torch.Gen
 
 
 _FIXED: dict[str, Method] = {
-    "crown": _fixed(_adaptive),
+    "crown": _fixed(adaptive),
     "cap": _fixed(chord),
     "random": _drawn(lambda box, source: uniform(box[1], source)),
     "same": slope_same,

@@ -1,0 +1,217 @@
+"""The engine's methods by this package's own operators, for graphs on which the engine's bounds are not known to hold.
+
+IBP, CROWN-IBP, CROWN (H. Zhang et al., Efficient neural network robustness certification with general activation
+functions, NeurIPS 2018) and alpha-CROWN (K. Xu et al., Fast and complete, ICLR 2021), the last with optimized slopes
+in the pass from the output only. Proof of soundness: every box is a bound of `lirpa_ext.slopes` on boxes that are
+sound, and there any slopes in [0, 1] are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import engine
+from ..errors import OptionError
+from ..intervals import propagate_intervals
+from ..rules import RULES, State
+from ..sets import BallBox
+from ..slopes import SlopePass
+from .base import FAMILIES, Bounds, Problem, set_of
+from .bcp import tightened
+from .slopes import adaptive, both_sides, slope_ibp
+
+_ROWS_AT_ONCE = 64  # of one pass from a hidden layer
+_ELEMENTS_AT_ONCE = 2**21  # of one coefficient tensor while slopes are optimized
+
+
+class Request(NamedTuple):
+    """A call of one of the engine's methods.
+
+    Attributes:
+        name: The method, one name for all of its synonyms.
+        family: Family of the engine's bounds that it rests on (`lirpa_ext.trust.engine_list.FAMILIES`).
+    """
+
+    name: str
+    family: str
+
+
+_NAMES = {
+    "ibp": Request("IBP", "interval"),
+    "ibp+backward": Request("CROWN-IBP", "backward"),
+    "ibp+crown": Request("CROWN-IBP", "backward"),
+    "crown-ibp": Request("CROWN-IBP", "backward"),
+    "crown": Request("CROWN", "backward"),
+    "backward": Request("CROWN", "backward"),
+    "crown-optimized": Request("alpha-CROWN", "backward"),
+    "alpha-crown": Request("alpha-CROWN", "backward"),
+}
+
+
+def request(method: str | None, options: dict[str, Any]) -> Request:
+    """What a call asks for, from the method's name and the engine's flags `IBP` and `forward`.
+
+    Raises:
+        OptionError: Neither a method nor one of the flags.
+    """
+    flags = {name: bool(options.get(name)) for name in ("IBP", "forward")}
+    if flags["forward"]:
+        return Request(method or "forward", "forward")
+    if method is None:
+        if not flags["IBP"]:
+            raise OptionError("method=None needs IBP=True")
+        return _NAMES["ibp"]
+    known = _NAMES.get(method.lower(), Request(method, "forward"))
+    return _NAMES["crown-ibp"] if flags["IBP"] and known.name == "CROWN" else known
+
+
+def ibp(problem: Problem) -> Bounds:
+    """Interval bound propagation; with C, the last layer is merged with it."""
+    return slope_ibp(problem)
+
+
+def crown_ibp(problem: Problem) -> Bounds:
+    """One backward pass on the boxes of IBP."""
+    return FAMILIES["slope"].find("crown")(problem)
+
+
+def crown(problem: Problem) -> Bounds:
+    """Backward passes for the boxes of hidden layers, then from the output."""
+    context = problem.context()
+    states = _refined(problem, context)
+    plain = SlopePass(problem.module, states, {}, outward=context.outward, final=problem.final)
+    return both_sides(problem, plain.with_slopes(_adaptive_slopes(plain)))
+
+
+def alpha_crown(problem: Problem) -> Bounds:
+    """`crown`, then gradient ascent on the slopes of each row; the best value counts.
+
+    Steps and their size are those of the engine's option `optimize_bound_args` (`iteration`, `lr_alpha`).
+    """
+    context = problem.context()
+    options = getattr(problem.module, "bound_opts", {}).get("optimize_bound_args", {})
+    steps, rate = int(options.get("iteration", 20)), float(options.get("lr_alpha", 0.5))
+    with torch.no_grad():
+        states = _refined(problem, context)
+        plain = SlopePass(problem.module, states, {}, outward=context.outward, final=problem.final)
+        fixed = both_sides(problem, plain.with_slopes(_adaptive_slopes(plain)))
+    if not plain.activations:
+        return fixed
+    output = set_of(states[problem.final.name]).center
+    sides: list[Tensor | None] = []
+    for bound, sign in zip(fixed, (1, -1), strict=True):
+        if bound is None:
+            sides.append(None)
+            continue
+        rows = problem.C
+        if rows is None:
+            rows = torch.eye(output[0].numel(), dtype=output.dtype, device=output.device).unsqueeze(0)
+        found = _ascend_all(plain, sign * rows.expand(len(output), -1, -1), steps, rate)
+        sides.append(sign * torch.fmax(sign * bound, found.view_as(bound)))
+    return sides[0], sides[1]
+
+
+SUBSTITUTES: dict[str, Callable[[Problem], Bounds]] = {
+    "IBP": ibp,
+    "CROWN-IBP": crown_ibp,
+    "CROWN": crown,
+    "alpha-CROWN": alpha_crown,
+}
+
+
+def _refined(problem: Problem, context: Any) -> dict[str, State]:
+    """Boxes of all nodes: before each nonlinear node those of a backward pass, cut with interval arithmetic."""
+    order = engine.ancestors_in_order(problem.final)
+    names = frozenset(
+        parent.name
+        for node in order
+        if node.perturbed and not isinstance(node, engine.BoundInput) and not _is_affine(node, problem.module)
+        for parent in node.inputs
+        if parent.perturbed and _gains(parent)
+    )
+
+    def refine(node: Any, states: dict[str, State]) -> BallBox:
+        known = set_of(states[node.name])
+        before = tightened(states) if context.outward else states
+        plain = SlopePass(problem.module, before, {}, outward=context.outward, final=node)
+        chosen = plain.with_slopes(_adaptive_slopes(plain))
+        size = known.center[0].numel()
+        eye = torch.eye(size, dtype=known.center.dtype, device=known.center.device)
+        ends = []
+        for sign, end in zip((1, -1), known.box(), strict=True):
+            rows = [sign * some.expand(len(known.center), -1, -1) for some in eye.split(_ROWS_AT_ONCE)]
+            bound = torch.cat([chosen.lower(some) for some in rows], dim=1).view_as(known.center)
+            ends.append(sign * torch.fmax(bound, sign * end))  # NaN is no bound; both hold, so the better one does
+        return BallBox(0.5 * (ends[0] + ends[1]), known.radius, *ends)
+
+    states = propagate_intervals(problem.module, context, (refine, names))
+    object.__setattr__(problem.module, "last_context", context)
+    return tightened(states) if context.outward else states
+
+
+def _is_affine(node: Any, module: Any) -> bool:
+    """Whether rows pass through the node exactly, so that no box is read there."""
+    rule = RULES.get(type(node).__name__)
+    if rule is None:
+        return False
+    device = getattr(module, "device", "cpu")
+    inputs: list[State] = [
+        BallBox.point(torch.zeros(parent.output_shape, device=device)) if parent.perturbed else engine.constant(parent)
+        for parent in node.inputs
+    ]
+    return rule.adjoint(node, inputs, torch.zeros(1, *node.output_shape, device=device)) is not None
+
+
+def _gains(node: Any) -> bool:
+    """Whether a backward pass from the node can say more than interval arithmetic: more than one layer is before it."""
+    before = [other for other in engine.ancestors_in_order(node) if other.perturbed]
+    return len(before) > 3
+
+
+def _adaptive_slopes(plain: SlopePass) -> dict[str, Tensor]:
+    return {node.name: adaptive(set_of(plain.states[node.inputs[0].name]).box()) for node in plain.activations}
+
+
+def _ascend_all(plain: SlopePass, rows: Tensor, steps: int, rate: float) -> Tensor:
+    """Best lower bounds (B, S) of rows (B, S, outputs), each row with slopes of its own."""
+    batch, count = rows.shape[:2]
+    width = max(state.center[0].numel() for state in plain.states.values() if isinstance(state, BallBox))
+    index = torch.arange(batch, device=rows.device).repeat_interleave(count)
+    size = max(1, _ELEMENTS_AT_ONCE // width)
+    pieces = zip(index.split(size), rows.flatten(0, 1).unsqueeze(1).split(size), strict=True)
+    found = [_ascend(_repeated(plain, which), some, steps, rate) for which, some in pieces]
+    return torch.cat(found).view(batch, count)
+
+
+def _repeated(plain: SlopePass, index: Tensor) -> SlopePass:
+    """The pass for these samples; an index may repeat."""
+    some = plain.take(index)
+    return SlopePass(some.module, some.states, {}, some.perturbations, some.outward, some.final)
+
+
+def _ascend(some: SlopePass, rows: Tensor, steps: int, rate: float) -> Tensor:
+    """Best lower bound (R,) of one row (R, 1, outputs) for each sample, by projected ascent on the slopes."""
+    slopes = {name: value.clone().requires_grad_() for name, value in _adaptive_slopes(some).items()}
+    optimizer = torch.optim.Adam(slopes.values(), lr=rate, maximize=True)
+    best = rows.new_full((len(rows),), -torch.inf)
+    for step in range(steps + 1):
+        with torch.enable_grad():
+            value = some.with_slopes(slopes).bound(rows).squeeze(1)
+            total = value.sum()
+        best = torch.fmax(best, value.detach())
+        if step == steps or not value.requires_grad:
+            break
+        gradients = torch.autograd.grad(total, list(slopes.values()), allow_unused=True)
+        for slope, gradient in zip(slopes.values(), gradients, strict=True):
+            slope.grad = torch.zeros_like(slope) if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
+        optimizer.step()
+        with torch.no_grad():
+            for slope in slopes.values():
+                slope.clamp_(0, 1)
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.98
+    return best

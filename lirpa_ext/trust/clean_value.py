@@ -1,0 +1,97 @@
+"""The guard on every result: the clean value f(x), a point of every set, lies inside of its bounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import engine
+from ..errors import SoundnessError
+
+Bounds = tuple[Tensor | None, Tensor | None]
+
+_UNITS = 1e3  # of what `rounding` measures, for sums that it changes less than a bound's own sums do
+
+
+def held(bounds: Bounds, clean: Tensor, C: Tensor | None, method: str, module: nn.Module, recording: bool) -> Bounds:
+    """The bounds, if they contain the clean value.
+
+    Args:
+        bounds: (lower, upper), each (B, S) or of the output's shape; None for a side that was not asked.
+        clean: f(x), (B, ...). Where it is not finite, nothing is compared.
+        C: Specification rows, (B or 1, S, outputs), or None.
+        method: Said in the error.
+        module: The graph, with the input set on it.
+        recording: In training: nothing is asked of the device. What does not hold becomes NaN, which certifies nothing.
+
+    Raises:
+        SoundnessError: A bound excludes the clean value by more than rounding.
+    """
+    with torch.no_grad():
+        clean = clean.detach()
+        values, size = _rows(clean, C)
+        slack = torch.finfo(values.dtype).eps ** 0.5 * (1 + size)
+        if any(bound is not None and bound.numel() != values.numel() for bound in bounds):
+            return bounds  # what a user's method gives is its own affair
+        outside = [None if bound is None else _outside(bound, values, slack, sign) for bound, sign in
+                   zip(bounds, (1, -1), strict=True)]  # fmt: skip
+    if recording:
+        lower, upper = (
+            bound if bound is None or wrong is None else torch.where(wrong, torch.nan, bound)
+            for bound, wrong in zip(bounds, outside, strict=True)
+        )
+        return lower, upper
+    if any(wrong is not None and bool(wrong.any()) for wrong in outside):
+        with torch.no_grad():
+            slack = slack + _UNITS * _rows(rounding(module, clean), None if C is None else C.abs())[0].abs()
+        for name, bound, sign in zip(("lower", "upper"), bounds, (1, -1), strict=True):
+            wrong = None if bound is None else _outside(bound, values, slack, sign)
+            if wrong is not None and bool(wrong.any()):
+                raise _defect(method, name, bound, values, wrong)  # type: ignore[arg-type]
+    return bounds
+
+
+def rounding(module: Any, clean: Tensor) -> Tensor:
+    """How far the outputs move when every value on the way is changed in its last place, at random: (B, ...).
+
+    A network that cancels large numbers has small outputs and large rounding errors; this measures them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    moved = torch.zeros_like(clean)
+    for _ in range(2):
+        values: dict[str, Any] = {}
+        for node in engine.ancestors_in_order(module.final_node()):
+            value = node.forward(*[values[parent.name] for parent in node.inputs])
+            if isinstance(value, Tensor) and value.is_floating_point():
+                signs = torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
+                value = value.as_subclass(Tensor) * (1 + torch.finfo(value.dtype).eps * signs)
+            values[node.name] = value
+        moved = torch.maximum(moved, (value.view_as(clean) - clean).abs().nan_to_num(torch.inf))
+    return moved
+
+
+def _rows(clean: Tensor, C: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Values (B, S) of the rows, and the size of what they sum."""
+    flat = clean.reshape(len(clean), -1)
+    if C is None:
+        return flat, flat.abs()
+    rows = C.expand(len(flat), -1, -1)
+    return torch.einsum("bso,bo->bs", rows, flat), torch.einsum("bso,bo->bs", rows.abs(), flat.abs())
+
+
+def _outside(bound: Tensor, values: Tensor, slack: Tensor, sign: int) -> Tensor:
+    """Where a bound excludes the value; a NaN excludes nothing."""
+    excess = sign * (bound.detach().reshape(values.shape) - values)
+    return (excess > slack).view_as(bound) & values.isfinite().view_as(bound)
+
+
+def _defect(method: str, side: str, bound: Tensor, values: Tensor, wrong: Tensor) -> SoundnessError:
+    first = int(wrong.flatten().nonzero()[0, 0])
+    sample, row = divmod(first, values.shape[1])
+    return SoundnessError(
+        f"method {method!r} gave the {side} bound {float(bound.detach().flatten()[first]):.9g} for row {row} of sample "
+        f"{sample}, whose clean value is {float(values.flatten()[first]):.9g}. This is a defect of the method, not a "
+        "result; please report it with the model"
+    )
