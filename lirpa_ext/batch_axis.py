@@ -118,12 +118,20 @@ def positions(index: Tensor, length: int, batch: int) -> Tensor:
 
 
 def check_has_batch(node: Any) -> None:
-    """Raise UnsupportedNodeError for a perturbed node without any axis, as a sum over everything gives."""
+    """Raise UnsupportedNodeError for a perturbed node whose first axis is not one of whole samples."""
+    if node.__dict__.get("_has_batch"):
+        return
     if len(node.output_shape) == 0:
         raise UnsupportedNodeError(
             f"node {node.name!r} ({type(node).__name__}) gives one number for the whole batch; bounds are of samples. "
             "Keep the first axis, e.g. by x.flatten(1).sum(1)."
         )
+    if node.output_shape[0] % batch_size(node):
+        raise UnsupportedNodeError(
+            f"node {node.name!r} ({type(node).__name__}) moves the batch to another axis: its value has the shape "
+            f"{tuple(node.output_shape)} for {batch_size(node)} samples; bounds are of samples. Keep them on the first axis."
+        )
+    object.__setattr__(node, "_has_batch", True)
 
 
 def check_is_batch(node: Any, value: Tensor, batch: int) -> None:

@@ -230,7 +230,9 @@ def is_shape(node: Any) -> bool:
 def aligned_constants(node: Any) -> list[Any]:
     """Constant inputs of a node whose first axis is the batch's wherever they have as many axes as the output."""
     joins = tuple(getattr(bound_ops, f"Bound{name}") for name in ("Add", "Sub", "Mul", "Div", "Concat"))
-    return [parent for parent in node.inputs if not parent.perturbed] if isinstance(node, joins) else []
+    stacked = isinstance(node, bound_ops.BoundMatMul) and len(node.output_shape) > 2  # of matrices
+    aligned = stacked or isinstance(node, joins)
+    return [parent for parent in node.inputs if not parent.perturbed] if aligned else []
 
 
 def constant(node: Any) -> Tensor:

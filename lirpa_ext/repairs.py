@@ -108,6 +108,13 @@ class BoundTile(BoundAffine):
         return x.repeat(*(int(count) for count in repeats))
 
 
+class BoundSlice(engine.bound_ops.BoundSlice):  # type: ignore[misc, name-defined]
+    """A slice; the engine adds the length to a negative end in place, and with that moves it at every call."""
+
+    def forward(self, x: Any, *ends: Any) -> Any:
+        return super().forward(x, *(end.clone() if isinstance(end, Tensor) else end for end in ends))
+
+
 class BoundFill(engine.bound_ops.BoundConstantOfShape):  # type: ignore[misc, name-defined]
     """A constant of some shape, whose interval in auto_LiRPA 0.3 is of one axis only."""
 
@@ -184,7 +191,10 @@ for ours, theirs in (
     ("BoundAnyPad", "BoundPad"),
 ):
     register_rule(ours, RULES[theirs])
-CUSTOM_OPS |= {"onnx::Conv": _conv, "onnx::ConvTranspose": _conv_transpose, "onnx::Pad": _pad, "onnx::Tile": BoundTile}
+CUSTOM_OPS |= {
+    "onnx::Conv": _conv, "onnx::ConvTranspose": _conv_transpose, "onnx::Pad": _pad, "onnx::Tile": BoundTile,
+    "onnx::Slice": BoundSlice,
+}  # fmt: skip
 if engine.IS_LEGACY:
     CUSTOM_OPS["onnx::ConstantOfShape"] = BoundFill
     for op in ("Add", "Sub", "Mul", "Div"):

@@ -361,7 +361,7 @@ def test_bcp_crown_is_no_looser_than_crown_on_the_same_boxes():
         for node in engine.ancestors_in_order(problem.final):
             if type(node).__name__ == "BoundBallBoxRelu":
                 boxes[node.inputs[0].name] = states[node.inputs[0].name].box()
-        return problem.both_sides(lambda C, sign: torch.zeros(4, 5))
+        return problem.both_sides(lambda C, sign: torch.full((4, 5), -math.inf))
 
     METHODS["remember"] = remember
     try:

@@ -473,8 +473,9 @@ def test_rule_is_sound_and_methods_are_ordered(name):
             except Exception:  # the engine's, which raises whatever comes
                 continue
             assert_contains(ibp, found, f"(IBP, {setting})")
-            ibp = [side.view_as(like) for side, like in zip(ibp, bounds[("bcp",)], strict=True)]
-            assert_no_looser(bounds[("bcp",)], ibp, slack, f"bcp and IBP, {setting}")
+            # with C, IBP may merge it with a last layer that is not dense, which bcp does not
+            boxes = [graph.compute_bounds(x=given, method=method) for method in ("bcp", "IBP")]
+            assert_no_looser(*boxes, slack, f"bcp and IBP, {setting}")
 
 
 @pytest.mark.parametrize("name", marked("zero", MODELS))

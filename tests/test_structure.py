@@ -152,7 +152,6 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "tokens-softmax": (op(lambda x: x.reshape(-1, 4).softmax(1).reshape(-1, 3, 4)), M),
     "tokens-left": (op(lambda x, w: (x.reshape(-1, 2, 2) @ w).relu().reshape(-1, 12), (2, 2)), M),
     "tokens-twice": (op(lambda x: (x.reshape(-1, 2).relu() + 1).reshape(-1, 4).relu().reshape(-1, 12)), M),
-    "unsqueezed-batch": (op(lambda x: x.unsqueeze(0).squeeze(0)), V),
 }  # fmt: skip
 
 
@@ -195,6 +194,14 @@ def test_every_method_is_sound_or_refuses(name, inside):
             if setting.batch == 3:  # one set for each sample: the last one's is a point
                 torch.testing.assert_close(bounds[0][2], model(x)[2], rtol=1e-6, atol=1e-6)
     assert not graph.fallbacks
+
+
+def test_a_batch_on_another_axis_is_refused_by_every_method():
+    model, x = op(lambda x: x.unsqueeze(0).squeeze(0))(), torch.rand(3, 5, dtype=F64)
+    graph = BoundedModule(model, x)
+    for method, options in METHODS:
+        with pytest.raises(UnsupportedNodeError, match="moves the batch to another axis"):
+            graph.compute_bounds(x=(BoundedTensor(x, PerturbationLpNorm(0.1, 2)),), method=method, **options)
 
 
 # --- constants on either side ------------------------------------------------------------------------------------

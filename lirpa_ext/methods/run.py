@@ -73,7 +73,9 @@ def run_method(
             collected.append(output)
         if getattr(function, "keywords", {}).get("loss_fusion"):
             return bounds  # of the cross entropy
-        return _guarded(module, bounds, output, C, name, training)
+        bounds = _guarded(module, bounds, output, C, name, training)
+        ours = getattr(function, "func", function).__module__.partition(".")[0] == "lirpa_ext"
+        return _open(bounds, module) if ours and not training else bounds
     finally:
         engine.free_graphs(module)
 
@@ -86,20 +88,23 @@ def _guarded(module: Any, bounds: Bounds, output: Tensor | None, C: Tensor | Non
         return bounds
     with torch.no_grad():
         clean = module.get_forward_value(module.final_node()) if output is None else output
-    bounds = held(bounds, clean, C, name, module, recording)
-    return bounds if recording or context is None else _open(bounds, clean)
+    return held(bounds, clean, C, name, module, recording)
 
 
-def _open(bounds: Bounds, clean: Tensor) -> Bounds:
+def _open(bounds: Bounds, module: Any) -> Bounds:
     """NaN of a box that leaves the domain of a function becomes infinite where the clean value is a number.
 
     A bound that says nothing is true, and certifies nothing. NaN that a user's method gives, or the model, stays.
     """
+    if not any(bound is not None and bool(bound.isnan().any()) for bound in bounds):
+        return bounds
+    with torch.no_grad():
+        clean = module.get_forward_value(module.final_node())
     defined = clean.reshape(len(clean), -1).isfinite().all(1)
 
     def side(bound: Tensor | None, end: float) -> Tensor | None:
-        if bound is None or not bound.isnan().any():
-            return bound
+        if bound is None:
+            return None
         return bound.masked_fill(bound.isnan() & defined.view(-1, *[1] * (bound.dim() - 1)), end)
 
     return side(bounds[0], -math.inf), side(bounds[1], math.inf)

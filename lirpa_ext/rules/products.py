@@ -28,7 +28,7 @@ class MatMul(TimesConstant):
             return None  # one matrix for all, along whose axes samples are
         left = index == 1
         exact = matrices(constant, left).double()
-        largest = torch.linalg.matrix_norm(exact, 2).flatten(1).amax(1)
+        largest = torch.linalg.matrix_norm(exact, 2).reshape(len(exact), -1).amax(1)
         lead = zip(constant.shape[1:-2], state.center.shape[1:-2], strict=True)
         copies = math.prod(own for own, shared in lead if shared == 1)
         margin = 1 + 16 * sum(exact.shape[-2:]) * torch.finfo(exact.dtype).eps
