@@ -129,7 +129,7 @@ def check_has_batch(node: Any) -> None:
     if node.output_shape[0] % batch_size(node):
         raise UnsupportedNodeError(
             f"node {node.name!r} ({type(node).__name__}) moves the batch to another axis: its value has the shape "
-            f"{tuple(node.output_shape)} for {batch_size(node)} samples; bounds are of samples. Keep them on the first axis."
+            f"{tuple(node.output_shape)} for {batch_size(node)} samples; bounds are of samples. Keep the first axis."
         )
     object.__setattr__(node, "_has_batch", True)
 

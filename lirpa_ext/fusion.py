@@ -78,7 +78,7 @@ def cross_entropy_bound(chosen: SlopePass, chords: Chords, margins: Tensor) -> T
     of_box = (chords.slope * chords.upper).sum(1, keepdim=True)
     floor = (-chords.peak).exp()
     total = floor + (chords.value - chords.slope * chords.upper).sum(1, keepdim=True) + torch.minimum(row, of_box)
-    if chosen.outward:
-        size = floor + (chords.value + (chords.slope * chords.upper).abs()).sum(1, keepdim=True) + row.abs()
-        total = total + gamma(total.dtype, margins.shape[1]) * size
+    # What the sum cancels to may be lost altogether, and the logarithm of nothing is no bound at any precision.
+    size = floor + (chords.value + (chords.slope * chords.upper).abs()).sum(1, keepdim=True) + row.abs()
+    total = total + gamma(total.dtype, margins.shape[1]) * size
     return (chords.peak + torch.maximum(total, floor).log()).squeeze(1)

@@ -112,6 +112,9 @@ def _compute_bounds(
             f"method {method!r}: auto_LiRPA {engine.engine_version()} computes a layer normalization without its eps, "
             "so that bounds of its graph are not the model's. lirpa_ext.BoundedModule has it right"
         )
+    slopes = [engine.slope_below_zero(node) for node in module._modules.values()]
+    if not all(0 <= slope <= 1 for slope in slopes):
+        raise UnsupportedNodeError(f"method {method!r}: a LeakyReLU has a slope outside of [0, 1], where no bound holds")
     cache, power_iterations = _norms.setdefault(module, (NormCache(), {}))
     with engine.untouched(module), full_precision():
         return run_method(
