@@ -152,7 +152,7 @@ def ancestors_in_order(node: Any) -> list[Any]:
 Snapshot = list[tuple[Any, dict[str, Any]]]
 
 _OF_THE_GRAPH = ("bound_opts", "final_shape", "last_final_node", "last_final_node_name")
-_LIVE = ("live", "users", "get_bias")  # of a node: set by this package, and kept
+_LIVE = ("live", "users", "get_bias", "ball", "slope")  # of a node: set by this package, and kept
 
 
 def snapshot(module: nn.Module) -> Snapshot:

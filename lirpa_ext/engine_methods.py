@@ -64,8 +64,12 @@ def check_covered(module: Any, inputs: tuple[Tensor, ...], request: Request) -> 
     """
     engine.set_input(module, *inputs)
     nodes = engine.ancestors_in_order(module.final_node())
-    mode = _mode(module, request)
-    missing = _of_the_graph(nodes, nodes[-1]) + gaps(nodes, request.family, mode, constants=engine.IS_LEGACY)
+    mode, constants = _mode(module, request), engine.IS_LEGACY
+    missing = gaps(nodes, request.family, mode, constants)
+    if missing and mode == "patches" and not gaps(nodes, request.family, "matrix", constants):
+        engine.use_matrix_mode(module)
+        missing = []
+    missing = _of_the_graph(nodes, nodes[-1]) + missing
     balls = [node.name for node in _data(nodes) if _is_ball(node)]
     if balls:
         readers = [node for node in nodes if any(parent.name in balls for parent in node.inputs)]

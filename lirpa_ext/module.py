@@ -329,8 +329,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
             with self._computing(), engine.untouched(self.source), torch.no_grad():
                 agreement.check_mode(self.source, shadow, tuple(plain(x) for x in inputs))
                 self._check_same_function(shadow, faithful.of_set(inputs), defined=False)
-                engine.free_graphs(self)
-            engine.refresh(self.source, self._readers)  # which freeing the graphs has cut off from the weights
+                engine.forget_values(self)
 
     def _bounds(
         self, function: Method, name: str, C: Tensor | None, bound_lower: bool, bound_upper: bool

@@ -114,7 +114,7 @@ def _compute_bounds(
         )
     slopes = [engine.slope_below_zero(node) for node in module._modules.values()]
     if not all(0 <= slope <= 1 for slope in slopes):
-        raise UnsupportedNodeError(f"method {method!r}: a LeakyReLU has a slope outside of [0, 1], where no bound holds")
+        raise UnsupportedNodeError(f"method {method!r}: a LeakyReLU's slope leaves [0, 1], where no bound holds")
     cache, power_iterations = _norms.setdefault(module, (NormCache(), {}))
     with engine.untouched(module), full_precision():
         return run_method(

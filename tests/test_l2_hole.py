@@ -241,8 +241,8 @@ def test_model_is_as_before_when_a_call_raises(how, monkeypatch):
             graph.compute_bounds(x=(ball,), method="fails")
     elif how == "engine's method":
         monkeypatch.setattr(engine.bound_ops.BoundFlatten, "interval_propagate", _no_interval)
-        with pytest.raises(ZeroDivisionError):
-            graph.compute_bounds(x=(ball,), method="IBP")
+        lower, upper = graph.compute_bounds(x=(ball,), method="IBP")  # this package's operators take over
+        assert (lower <= upper).all()
     elif how == "bad eps":
         with pytest.raises(ValueError, match="eps has 3 entries"):
             graph.compute_bounds(x=(BoundedTensor(x, PerturbationLpNorm(torch.rand(3), 2)),), method="bcp")

@@ -102,16 +102,10 @@ def _dilated():
     return net, torch.randn(3, 2, 6, 6)
 
 
-def _padded():
-    net = nn.Sequential(nn.Conv2d(2, 3, 3, 1, 1), nn.Tanh(), nn.MaxPool2d(2, 2, 1), nn.Flatten(), nn.Linear(48, 3))
-    return net, torch.randn(3, 2, 6, 6)
-
-
 WRONG = {
-    "maps that are not square": (_oblong, ("0.3", "0.7.1"), "CROWN"),
-    "dilated convolutions": (_dilated, ("0.3", "0.7.1"), "CROWN"),
-    "average pools that overlap": (_pool, ("0.3",), "CROWN"),
-    "padded max pools": (_padded, ("0.7.1",), "CROWN"),
+    "maps that are not square": (_oblong, ("0.3", "0.7.1"), 0.01),
+    "dilated convolutions": (_dilated, ("0.3", "0.7.1"), 0.01),
+    "average pools that overlap": (_pool, ("0.3",), 0.01),
 }
 
 
@@ -131,22 +125,22 @@ def everything(graph, x, perturbation):
 @pytest.mark.parametrize("norm", [2, math.inf])
 def test_without_the_repair_the_bound_is_violated(name, norm, monkeypatch):
     """With the rows that are missing, the engine bounds these networks; then no guard may be what holds it back."""
-    make, versions, method = WRONG[name]
+    make, versions, eps = WRONG[name]
     if engine.engine_version() not in versions:
         pytest.skip(f"{engine.engine_version()} has not got this wrong")
     torch.manual_seed(0)
     net, x = make()
     net, x = net.double().eval(), x.double()
-    ball = PerturbationLpNorm(norm=norm, eps=0.01)
+    ball = PerturbationLpNorm(norm=norm, eps=eps)
     graph = BoundedModule(net, x)
-    bounds = graph.compute_bounds(x=(BoundedTensor(x, ball),), method=method)
+    bounds = graph.compute_bounds(x=(BoundedTensor(x, ball),), method="CROWN")
     found = extremes(net, x, ball, steps=10)
     assert_contains(bounds, found)
     rows = everything(graph, x, ball)
     monkeypatch.setattr(engine_list, "engine_list", lambda: rows)
     graph = BoundedModule(net, x)
     with quiet(), pytest.raises((AssertionError, SoundnessError), match=r"violated|defect"):
-        assert_contains(graph.compute_bounds(x=(BoundedTensor(x, ball),), method=method), found)
+        assert_contains(graph.compute_bounds(x=(BoundedTensor(x, ball),), method="CROWN"), found)
 
 
 # --- ordinary networks that the engine gets wrong are bounded, by all methods ------------------------------------------
