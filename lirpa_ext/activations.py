@@ -297,6 +297,25 @@ _PRODUCTS = {torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply,
 _SQUARES = {torch.square, torch.Tensor.square}
 
 
+_CLAMPS = frozenset(
+    getattr(place, name) for place in (torch, Tensor) for name in ("clamp", "clip", "clamp_min", "clamp_max")
+)
+_CLAMP = _recorded("Clamp", lambda x, low, high: x.clamp(low, high))
+
+
+def _clamped(func: Any, x: Tensor, *ends: Any, **named: Any) -> Tensor:
+    """A clamp whose ends keep the dtype of `x`: the tracer would put numbers in float32."""
+    name = "max" if func in (torch.clamp_max, Tensor.clamp_max) else "min"
+    named |= dict(zip((name, "max"), ends, strict=False))
+
+    def end(name: str, missing: float) -> Tensor:
+        value = named.get(name)
+        value = missing if value is None else value
+        return value if isinstance(value, Tensor) else torch.tensor(value, dtype=x.dtype, device=x.device)
+
+    return _CLAMP.apply(x, end("min", -math.inf), end("max", math.inf))
+
+
 class as_nodes(TorchFunctionMode):
     """While a model is traced: one node for each of those functions, in place of what it is made of."""
 
@@ -316,6 +335,8 @@ class as_nodes(TorchFunctionMode):
         if func is F.celu:  # which the tracer turns into float32
             alpha = args[1] if len(args) > 1 else kwargs.get("alpha", 1.0)
             return alpha * F.elu(args[0] / alpha)
+        if func in _CLAMPS and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            return _clamped(func, *args, **kwargs)
         if func is F.pad and "circular" in (*args[2:3], kwargs.get("mode")):
             return circular(*args, **kwargs)
         if func in _RECORDED:
@@ -333,5 +354,5 @@ CUSTOM_OPS |= {
     "onnx::Erf": BoundErf, "onnx::Softplus": BoundStableSoftplus, "onnx::Elu": _elu,
     "onnx::Selu": _selu, "lirpa_ext::PRelu": BoundPRelu, "onnx::HardSigmoid": BoundHardSigmoid,
     "lirpa_ext::HardSwish": BoundHardSwish, "lirpa_ext::Gelu": BoundExactGelu, "lirpa_ext::TanhGelu": BoundTanhGelu,
-    "lirpa_ext::Silu": BoundSilu, "lirpa_ext::Mish": BoundMish, "onnx::Clip": BoundClip,
+    "lirpa_ext::Silu": BoundSilu, "lirpa_ext::Mish": BoundMish, "onnx::Clip": BoundClip, "lirpa_ext::Clamp": BoundClip,
 }  # fmt: skip

@@ -24,7 +24,7 @@ _MOST_ELEMENTS = 2**20  # of one coefficient tensor: rows beyond it go in turns,
 def bcp_crown(problem: Problem, *, norms: str = "bound", tighten: bool = True, outward: bool | None = None) -> Bounds:
     """Best of BCP, of CROWN's slopes over ball and box, and of stopping at the last ReLU; per row.
 
-    Never looser than `bcp`, nor than CROWN on the same boxes.
+    Never looser than `bcp`; on networks of ReLUs and linear layers never looser than CROWN on the same boxes.
 
     Args:
         problem: What to bound.
