@@ -73,17 +73,19 @@ def run_method(
             collected.append(output)
         if getattr(function, "keywords", {}).get("loss_fusion"):
             return bounds  # of the cross entropy
-        bounds = _guarded(module, bounds, output, C, name, training)
+        recording = training and any(bound is not None and bound.requires_grad for bound in bounds)
+        bounds = _guarded(module, bounds, output, C, name, recording)
         ours = getattr(function, "func", function).__module__.partition(".")[0] == "lirpa_ext"
-        return _open(bounds, module) if ours and not training else bounds
+        return _open(bounds, module) if ours and not recording else bounds
     finally:
         engine.free_graphs(module)
 
 
-def _guarded(module: Any, bounds: Bounds, output: Tensor | None, C: Tensor | None, name: str, training: bool) -> Bounds:
+def _guarded(
+    module: Any, bounds: Bounds, output: Tensor | None, C: Tensor | None, name: str, recording: bool
+) -> Bounds:
     """The bounds after the guard on the clean value; in training only where the method computed that on its way."""
     context = getattr(module, "last_context", None)
-    recording = training and any(bound is not None and bound.requires_grad for bound in bounds)
     if (recording and output is None) or (context is not None and context.estimate):
         return bounds
     with torch.no_grad():
