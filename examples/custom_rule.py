@@ -1,4 +1,4 @@
-"""How to add a rule, here for the logarithm, which otherwise takes the engine's interval arithmetic.
+"""How to add a rule, here one for the logarithm in place of the package's own.
 
 A rule maps the sets of a node's inputs to a set that contains the node's value. That of `LogRule` is proven in its
 docstring, registered in one line, and checked below by sampling.
@@ -26,7 +26,7 @@ class LogRule(Rule):
         (state,) = inputs
         lower, upper = state.box()
         if (lower <= 0).any():
-            return None  # declined: the engine's interval arithmetic answers, or refuses
+            return None  # declined: the node's own interval arithmetic answers, or refuses
         radius = state.radius / lower.flatten(1).amin(1)
         return BallBox(center, radius, torch.log(lower), torch.log(upper)).tightened()
 
@@ -44,18 +44,20 @@ class LogUnits(nn.Module):
 
 def main() -> None:
     torch.manual_seed(0)
+    torch.set_grad_enabled(False)
     model, x, eps = LogUnits(), torch.rand(2, 64), 0.2
     bounded = BoundedModule(model, BoundedTensor(x, PerturbationLpNorm(norm=2, eps=eps)))
 
     lower, upper = bounded.compute_bounds(method="bcp")
-    print(f"nodes without a rule: {bounded.fallbacks}; mean width {float((upper - lower).mean()):.3f}")
+    print(f"the package's rule: mean width {float((upper - lower).mean()):.3f}")
 
-    register_rule("BoundLog", LogRule())
+    own = RULES["BoundLogarithm"]
+    register_rule("BoundLogarithm", LogRule(), overwrite=True)  # a class without a rule needs no overwrite
     try:
         lower, upper = bounded.compute_bounds(method="bcp")
-        print(f"nodes without a rule: {bounded.fallbacks}; mean width {float((upper - lower).mean()):.3f}")
+        print(f"this rule: mean width {float((upper - lower).mean()):.3f}; nodes without one: {bounded.fallbacks}")
     finally:
-        del RULES["BoundLog"]  # only so that this example leaves the table as it was
+        register_rule("BoundLogarithm", own, overwrite=True)  # only so that this example leaves the table as it was
 
     # Sound? No sample of the ball may leave the bounds.
     directions = nn.functional.normalize(torch.randn(5000, *x.shape), dim=-1)

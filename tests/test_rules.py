@@ -19,7 +19,8 @@ from soundness import TOLERANCE, Extremes, assert_contains, extremes, generator,
 from torch import Tensor, nn
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine
-from lirpa_ext.errors import TraceError
+from lirpa_ext.errors import TraceError, UnsupportedNodeError
+from lirpa_ext.intervals import propagate_intervals
 from lirpa_ext.norms import NormCache
 from lirpa_ext.propagation import propagate
 from lirpa_ext.rules import RULES, Context
@@ -196,12 +197,11 @@ CASES: dict[str, Case] = {
     "cos": Case(_op(torch.cos), V),
     "log": Case(_op(torch.log), V, () if LEGACY else ("BoundLog",), inside=False, shift=2.0),
     "sqrt": Case(_op(torch.sqrt), V, () if LEGACY else ("BoundSqrt",), inside=False, shift=2.0),
-    "square": Case(_op(lambda x: x**2), V, ("BoundPow",) if LEGACY else ("BoundSqr",)),
+    "tan": Case(_op(lambda x: torch.tan(0.2 * torch.tanh(x))), V),
+    "square": Case(_op(lambda x: x**2), V),
     "reciprocal": Case(_op(lambda x: 1 / x), V, (), inside=False, shift=2.0, slack=1e-6),
-    "quotient": Case(_op(lambda x: (x + 1) / (x**2 + 0.5)), V, ("BoundPow",) if LEGACY else ("BoundMul",), ball=False),
-    "quotient-negative": Case(
-        _op(lambda x: x / (-1.5 - x**2)), V, ("BoundPow",) if LEGACY else ("BoundMul",), ball=False
-    ),
+    "quotient": Case(_op(lambda x: (x + 1) / (x**2 + 0.5)), V, ball=False),
+    "quotient-negative": Case(_op(lambda x: x / (-1.5 - x**2)), V, ball=False),
     # pools
     "average-pool": Case(lambda: nn.AvgPool2d(2), (2, 4, 4)),
     "average-pool-overlap": Case(lambda: nn.AvgPool2d(3, stride=1), IMAGE),
@@ -236,11 +236,10 @@ CASES: dict[str, Case] = {
     "residual-conv": Case(lambda: Residual(nn.Conv2d(2, 2, 3, padding=1), torch.add), IMAGE),
     "residual-sub": Case(lambda: Residual(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), torch.sub), V),
     "residual-broadcast": Case(lambda: Residual(nn.Linear(6, 1), torch.add), V),
-    "branches-multiplied": Case(lambda: Residual(nn.Linear(6, 6), torch.mul), V, ("BoundMul",)),
+    "branches-multiplied": Case(lambda: Residual(nn.Linear(6, 6), torch.mul), V),
     "squeeze-excite": Case(
         lambda: Residual(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(2, 2, 1), nn.Sigmoid()), torch.mul),
         IMAGE,
-        ("BoundMul",),
     ),
     "neg": Case(_op(torch.neg), V),
     # joining
@@ -287,7 +286,7 @@ CASES: dict[str, Case] = {
     "max-keepdim": Case(_op(lambda x: x.amax(1, keepdim=True)), M),
     "min": Case(_op(lambda x: x.amin(2)), M),
     # several
-    "layer-norm": Case(lambda: nn.LayerNorm(6), V, ("BoundSqrt",), ball=False, slack=1e-6),
+    "layer-norm": Case(lambda: nn.LayerNorm(6), V, ball=False, slack=1e-6),
     "attention": Case(_op(lambda x, w: (x @ w @ x.transpose(1, 2)).sigmoid() @ x, (4, 4)), M, ("BoundMatMul",)),
 }
 if LEGACY:
@@ -307,17 +306,24 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "average-pool-without-padding": lambda: nn.AvgPool2d(3, padding=1, count_include_pad=False),
     "instance-norm": lambda: nn.InstanceNorm2d(2, affine=True),
 }
-NOT_ON_THIS_ENGINE = {"tile", "min", "layer-norm", "cast"} if LEGACY else set()
+NOT_ON_THIS_ENGINE = {"min", "cast"} if LEGACY else set()
 
 # Rules without a model: nodes that do not exist on this engine, or that today's torch never gives it.
-EXEMPT = {
-    "BoundDropout": "dropout is the identity before the engine sees it",
-    "BoundATenUnflatten": "written by the exporters of older torch alone",
-    "BoundPad": "takes the constant's value as a number, which today's torch does not write; BoundAnyPad replaces it",
-} | (
-    dict.fromkeys(("BoundHardTanh", "BoundReciprocal", "BoundTile", "BoundReduceMin"), "0.7 only")
-    if LEGACY
-    else dict.fromkeys(("BoundClip", "BoundConcaveLog", "BoundConv1d", "BoundDiv", "BoundRoot"), "0.3 only")
+EXEMPT = (
+    {
+        "BoundDropout": "dropout is the identity before the engine sees it",
+        "BoundATenUnflatten": "written by the exporters of older torch alone",
+        "BoundPad": "takes the constant's value as a number, which today's torch does not write; BoundAnyPad replaces it",
+    }
+    | dict.fromkeys(
+        ("BoundCos", "BoundExp", "BoundLog", "BoundPow", "BoundSin", "BoundSqr", "BoundSqrt", "BoundTan"),
+        "of the engine's own class alone, after register()",
+    )
+    | (
+        dict.fromkeys(("BoundHardTanh", "BoundReciprocal", "BoundReduceMin"), "0.7 only")
+        if LEGACY
+        else dict.fromkeys(("BoundConv1d", "BoundDiv"), "0.3 only")
+    )
 )
 
 MODELS = {
@@ -473,11 +479,12 @@ def test_rule_is_sound_and_methods_are_ordered(name):
             except Exception:  # the engine's, which raises whatever comes
                 continue
             assert_contains(ibp, found, f"(IBP, {setting})")
-            if name.startswith("quotient"):
-                continue  # rows of IBP go through a quotient that comes last, those of bcp end there
-            # with C, IBP may merge it with a last layer that is not dense, which bcp does not
-            boxes = [graph.compute_bounds(x=given, method=method) for method in ("bcp", "IBP")]
-            assert_no_looser(*boxes, slack, f"bcp and IBP, {setting}")
+            # IBP merges C and the layers that come last, which bcp does not: compare with plain interval arithmetic
+            plain = graph.compute_bounds(x=given, method="bcp")
+            engine.set_input(graph, *given)
+            with torch.no_grad():
+                box = propagate_intervals(graph, Context(NormCache(), {}))[graph.final_node().name].box()
+            assert_no_looser(plain, box, slack, f"bcp and IBP, {setting}")
 
 
 @pytest.mark.parametrize("name", marked("zero", MODELS))
@@ -644,12 +651,9 @@ def test_gradient_of_the_training_bound(name, method):
     torch.testing.assert_close(slope.detach(), (ends[0] - ends[1]) / (2 * step), rtol=1e-4, atol=1e-4)
 
 
-def test_what_mixes_samples_is_left_to_interval_arithmetic():
+def test_a_stack_on_the_first_axis_is_no_layer_of_samples():
     """Axis 0 of packed attention is not the batch's: picking from it is no linear map of each sample."""
     model = Op(lambda x: torch.stack([x, 2 * x], 0)[1] + 1.0)
     x = torch.rand(1, 3)
-    graph = BoundedModule(model, x)
-    lower, upper = graph.compute_bounds(x=(BoundedTensor(x, PerturbationLpNorm(norm=2, eps=0.1)),), method="bcp")
-    assert "BoundGather" in graph.fallbacks.values()
-    torch.testing.assert_close(upper, 2 * x + 1.2)
-    torch.testing.assert_close(lower, 2 * x + 0.8)
+    with pytest.raises(UnsupportedNodeError, match="axis 0"):
+        BoundedModule(model, x).compute_bounds(x=(BoundedTensor(x, PerturbationLpNorm(norm=2, eps=0.1)),), method="bcp")

@@ -64,7 +64,8 @@ def mccormick(x: BallBox, y: BallBox, rows: Tensor) -> tuple[Tensor, Tensor, Ten
     """Rows a of x y -> rows of x, rows of y and a bias with a.(x y) >= rows_x.x + rows_y.y + bias on the boxes.
 
     (x - lx)(y - ly) >= 0 and (x - ux)(y - uy) >= 0 give two planes below x y, (x - lx)(y - uy) <= 0 and
-    (x - ux)(y - ly) <= 0 two above; of each pair the better at the middle of the box.
+    (x - ux)(y - ly) <= 0 two above. Either two are equal in the middle of the box; their mean is taken, which has the
+    same slopes below and above, and moves smoothly with the box.
 
     Args:
         x: Set of the first operand, finite.
@@ -75,20 +76,9 @@ def mccormick(x: BallBox, y: BallBox, rows: Tensor) -> tuple[Tensor, Tensor, Ten
         Rows of x and of y, (S, B, ...) each, and the bias, (S, B).
     """
     (lx, ux), (ly, uy) = x.box(), y.box()
-    lx, ux, ly, uy = torch.broadcast_tensors(lx, ux, ly, uy)
-    mx, my = (lx + ux) / 2, (ly + uy) / 2
-
-    def better(planes: list[tuple[Tensor, Tensor]], sign: int) -> tuple[Tensor, Tensor]:
-        """Of planes y0 x + x0 y - x0 y0, given by (x0, y0), the larger (sign 1) or smaller one in the middle."""
-        (a, b), (c, d) = planes
-        first = sign * (b * mx + a * my - a * b) >= sign * (d * mx + c * my - c * d)
-        return torch.where(first, a, c), torch.where(first, b, d)
-
-    below, above = better([(lx, ly), (ux, uy)], 1), better([(lx, uy), (ux, ly)], -1)
-    positive, negative = rows.clamp(min=0), rows.clamp(max=0)
-    to_x = positive * below[1] + negative * above[1]
-    to_y = positive * below[0] + negative * above[0]
-    bias = -(positive * (below[0] * below[1]) + negative * (above[0] * above[1]))
+    to_x, to_y = rows * ((ly + uy) / 2), rows * ((lx + ux) / 2)
+    below, above = (lx * ly + ux * uy) / 2, (lx * uy + ux * ly) / 2
+    bias = -(rows.clamp(min=0) * below + rows.clamp(max=0) * above)
     total = bias.reshape(*rows.shape[:2], -1).sum(2)
     return sum_to(to_x, x.center.shape[1:]), sum_to(to_y, y.center.shape[1:]), total
 
