@@ -195,8 +195,8 @@ CASES: dict[str, Case] = {
     "abs": Case(_op(torch.abs), V),
     "sin": Case(_op(torch.sin), V),
     "cos": Case(_op(torch.cos), V),
-    "log": Case(_op(torch.log), V, () if LEGACY else ("BoundLog",), inside=False, shift=2.0),
-    "sqrt": Case(_op(torch.sqrt), V, () if LEGACY else ("BoundSqrt",), inside=False, shift=2.0),
+    "log": Case(_op(torch.log), V, inside=False, shift=2.0),
+    "sqrt": Case(_op(torch.sqrt), V, inside=False, shift=2.0),
     "tan": Case(_op(lambda x: torch.tan(0.2 * torch.tanh(x))), V),
     "square": Case(_op(lambda x: x**2), V),
     "reciprocal": Case(_op(lambda x: 1 / x), V, (), inside=False, shift=2.0, slack=1e-6),
@@ -322,7 +322,7 @@ EXEMPT = (
     | (
         dict.fromkeys(("BoundHardTanh", "BoundReciprocal", "BoundReduceMin"), "0.7 only")
         if LEGACY
-        else dict.fromkeys(("BoundConv1d", "BoundDiv"), "0.3 only")
+        else dict.fromkeys(("BoundConv1d", "BoundDiv", "BoundDivByAdjoint", "BoundHardTanh"), "0.3 only, or replaced")
     )
 )
 

@@ -12,15 +12,33 @@ from torch import Tensor
 from ..products import matrices, product_adjoint
 from ..rounding import gamma
 from ..sets import BallBox
-from .base import State, only_perturbed, register_rule
+from .base import Context, State, only_perturbed, register_rule
 from .linear import Own, TimesConstant, constant_product, shape_of, sum_to
 
 
 class MatMul(TimesConstant):
-    """Matrix product with a constant of any rank, on either side, which may differ by sample."""
+    """Matrix product: with a constant of any rank, on either side, which may differ by sample; or of two sets.
+
+    Of two boxes with middles m, n and half widths r, s: |X Y - m n| <= |m| s + r |n| + r s.
+    """
 
     def __init__(self) -> None:
         super().__init__(constant_product, self._own_matrix)
+
+    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+        x, y = inputs[0], inputs[1]
+        if not isinstance(x, BallBox) or not isinstance(y, BallBox):
+            return super().propagate(node, inputs, center, context)
+        stacks = x.center.dim() == y.center.dim() == center.dim() >= 3  # else axes of samples are summed over
+        if not stacks or not len(x.center) == len(y.center) == len(center):
+            return None
+        (m, r), (n, s) = (((u + l) / 2, (u - l) / 2) for l, u in (x.box(), y.box()))  # noqa: E741
+        reach = m.abs() @ s + r @ (n.abs() + s)
+        middle = m @ n
+        if context.outward:
+            loss = gamma(center.dtype, 4 * m.shape[-1])
+            reach = (1 + loss) * reach + loss * (m.abs() @ n.abs())
+        return BallBox.from_box(center, torch.minimum(middle - reach, center), torch.maximum(middle + reach, center))
 
     @staticmethod
     def _own_matrix(node: Any, constant: Tensor, state: BallBox, index: int, center: Tensor) -> Own | None:
