@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from lirpa_ext import errors, load_onnx, load_vnnlib, verify
 from lirpa_ext.cli import main
 from lirpa_ext.falsify import Judge
 from lirpa_ext.goals import Bounder, Goal
-from lirpa_ext.limits import Deadline, OutOfTime, memory_limit
+from lirpa_ext.limits import Deadline, OutOfTime
 
 _FOLDER = Path(__file__).resolve().parents[2] / "shared" / "onnx"
 needs_files = pytest.mark.skipif(not _FOLDER.is_dir(), reason=f"the networks are not there ({_FOLDER})")
@@ -242,15 +241,19 @@ def test_a_deadline_lets_what_cleans_up_run():
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no limit of the address space here")
 def test_memory_that_runs_out_leaves_a_method_for_the_next():
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(RuntimeError, match="allocate"), memory_limit(2**28):
-        torch.zeros(2**28)
-    assert resource.getrlimit(resource.RLIMIT_AS) == before
     # In a process of its own: one that has freed memory before may take that again without asking for more.
     code = """
-import math, resource
+import math, resource, torch
+from lirpa_ext.limits import memory_limit
 from test_verify import load_vnnlib, network, text, verify
 before = resource.getrlimit(resource.RLIMIT_AS)
+try:
+    with memory_limit(2**28):
+        torch.zeros(2**28)
+    raise AssertionError("1 GiB taken with 256 MiB left")
+except RuntimeError as error:
+    assert "allocate" in str(error), error
+assert resource.getrlimit(resource.RLIMIT_AS) == before
 model, specification = network(20, 3000, 3000, 2), load_vnnlib(text([-1] * 20, [1] * 20, 2, "(<= Y_0 -9)"))
 verdict = verify(model, specification, methods=["CROWN", "IBP"], attack=0, max_memory=2**28)
 assert verdict.reasons[0].startswith("CROWN gave up on case 0: out of memory"), verdict
