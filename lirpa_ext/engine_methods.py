@@ -48,11 +48,10 @@ def uncovered(module: nn.Module, request: Request) -> list[Gap]:
     nodes = engine.ancestors_in_order(final)
     found = _of_the_graph(nodes, final)
     missing = gaps(nodes, request.family, _mode(module, request))
-    if missing and not found and _mode(module, request) == "patches":
-        in_matrix = gaps(nodes, request.family, "matrix")
-        if not in_matrix:
+    if missing and _mode(module, request) == "patches":
+        missing = gaps(nodes, request.family, "matrix")
+        if not found and not missing:
             engine.use_matrix_mode(module)
-            return []
     return found + missing
 
 
@@ -66,9 +65,10 @@ def check_covered(module: Any, inputs: tuple[Tensor, ...], request: Request) -> 
     nodes = engine.ancestors_in_order(module.final_node())
     mode, constants = _mode(module, request), engine.IS_LEGACY
     missing = gaps(nodes, request.family, mode, constants)
-    if missing and mode == "patches" and not gaps(nodes, request.family, "matrix", constants):
-        engine.use_matrix_mode(module)
-        missing = []
+    if missing and mode == "patches":
+        missing = gaps(nodes, request.family, "matrix", constants)
+        if not missing:
+            engine.use_matrix_mode(module)
     missing = _of_the_graph(nodes, nodes[-1]) + missing
     balls = [node.name for node in _data(nodes) if _is_ball(node)]
     if balls:
