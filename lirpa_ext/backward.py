@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from . import engine
 from .batch_axis import check_is_batch, of_samples, of_whole_samples, positions
+from .lengths import flat
 from .limits import is_out_of_memory
 from .operators import flat_rows, flat_set
 from .perturbation import PerturbationLpNorm
 from .relaxations import scalar_function
 from .rounding import row_slack
 from .rules import RULES, State, adjoint_and_bias, frobenius
-from .sets import BallBox, flat
+from .sets import BallBox
 from .support import ball_box_min, relu_ball_box_min
 from .trust.engine_list import is_listed, is_ours
 

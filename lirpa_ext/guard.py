@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from .lengths import flat
 from .limits import is_out_of_memory
 from .perturbation import PerturbationLpNorm
 
@@ -100,14 +101,14 @@ def least_point(gradient: Tensor, x: Tensor, perturbation: PerturbationLpNorm) -
     gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
     if perturbation.radius is None or perturbation.norm == math.inf:
         return torch.where(gradient > 0, lower, upper)
-    flat = gradient.flatten(1)
+    rows = flat(gradient)
     if perturbation.norm == 1:
-        top = flat.abs().argmax(1, keepdim=True)
-        direction = torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign())
+        top = rows.abs().argmax(1, keepdim=True)
+        direction = torch.zeros_like(rows).scatter(1, top, rows.gather(1, top).sign())
     else:
         tiny = torch.finfo(x.dtype).tiny
-        share = flat.abs() / flat.abs().amax(1, keepdim=True).clamp(min=tiny)
-        direction = flat.sign() * share ** (1 / (perturbation.norm - 1))
+        share = rows.abs() / rows.abs().amax(1, keepdim=True).clamp(min=tiny)
+        direction = rows.sign() * share ** (1 / (perturbation.norm - 1))
         length = torch.linalg.vector_norm(direction, ord=perturbation.norm, dim=1, keepdim=True)
         direction = direction / length.clamp(min=tiny)
     points = x - (perturbation.eps_of(x).unsqueeze(1) * direction).view_as(x)

@@ -11,7 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["length", "stretched"]
+__all__ = ["flat", "length", "stretched"]
+
+
+def flat(values: Tensor) -> Tensor:
+    """Values (B, ...) as (B, n); n is 1 for a scalar a sample."""
+    return values.reshape(len(values), -1)
 
 
 def length(values: Tensor, dim: int = -1, order: float = 2.0, keepdim: bool = False) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import engine
+from .lengths import flat
 from .linear_maps import LinearMap
 from .module import BoundedModule
 from .norms import PowerIteration, key_of, spectral_norm_bound
@@ -19,7 +20,7 @@ from .rules.base import ITERABLE, only_perturbed, weight_name
 from .rules.elementwise import Elementwise
 from .rules.linear import Affine, TimesConstant, differs_by_sample
 from .rules.structure import Concat, Monotone, Negation, Sum
-from .sets import BallBox, flat
+from .sets import BallBox
 from .softmax import LogSoftmax, Softmax
 
 _FAR = 1e150  # stands for infinity where a slope is looked at, so that products of it are numbers

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import engine
-from .operators import CUSTOM_OPS
+from .lengths import flat
+from .operators import CUSTOM_OPS, flat_rows
 from .repairs import affine_backward, shapes_of_inputs
 from .rules import RULES, adjoint_and_bias, register_rule
 
@@ -39,12 +40,29 @@ class BoundMatMulByAdjoint(engine.bound_ops.BoundMatMul):  # type: ignore[misc, 
         x, y = low_x, low_y
         if all(constant):
             return torch.matmul(x, y), torch.matmul(x, y)
+        if kwargs.get("C") is not None:
+            return self._of_rows(kwargs["C"], v)
         if constant[0]:
             middle, half = (low_y + high_y) / 2, (high_y - low_y) / 2
             center, spread = torch.matmul(x, middle), torch.matmul(x.abs(), half)
         else:
             middle, half = (low_x + high_x) / 2, (high_x - low_x) / 2
             center, spread = torch.matmul(middle, y), torch.matmul(half, y.abs())
+        return center - spread, center + spread
+
+    def _of_rows(self, C: Tensor, v: Any) -> tuple[Tensor, Tensor]:
+        """Interval of C (B, S, outputs) times the product, merged with the constant."""
+        index = 0 if self.inputs[0].perturbed else 1
+        lower, upper = (flat(end) for end in v[index])
+        rows = C.transpose(0, 1).unflatten(2, self.output_shape[1:])
+        passed = adjoint_and_bias(self, shapes_of_inputs(self), rows)
+        if passed is None:
+            lower, upper = (flat(end) for end in self.interval_propagate(*v))
+            coefficients = C
+        else:
+            coefficients = flat_rows(passed[0][index])  # type: ignore[arg-type]
+        middle, half = (lower + upper).unsqueeze(2) / 2, (upper - lower).unsqueeze(2) / 2
+        center, spread = (coefficients @ middle).squeeze(2), (coefficients.abs() @ half).squeeze(2)
         return center - spread, center + spread
 
     def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> Any:

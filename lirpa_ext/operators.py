@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from . import engine
-from .lengths import length
+from .lengths import flat, length
 from .norms import NormEstimate, PowerIteration
 from .perturbation import PerturbationLpNorm
-from .sets import BallBox, flat, per_sample
+from .sets import BallBox, per_sample
 from .support import relu_ball_box_min
 
 # Nodes whose own interval rule knows an lp ball, and those that hand it on unchanged.

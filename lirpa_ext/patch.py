@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import engine
 from .engine_methods import check_covered
-from .errors import OptionError, UnsupportedNodeError
+from .errors import OptionError, TraceError, UnsupportedNodeError
 from .methods import check_options, find_method, is_ours, method_of, run_method
 from .methods.substitutes import request
 from .norms import NormCache, PowerIteration
@@ -74,7 +74,7 @@ def _engine_bounds(module: Any, method: Any, x: Any, aux: Any, C: Any, args: Any
     kinds = {type(getattr(tensor, "ptb", None)) for tensor in inputs} - {type(None)}
     if kinds <= {engine.EnginePerturbationLpNorm, PerturbationLpNorm}:  # other sets are the engine's own affair
         check_covered(module, inputs, request(method, kwargs))
-        _check_samples(module, inputs)
+        _check_graph(module, inputs)
     module.__dict__["_lirpa_ext_inside"] = True
     try:
         return _original(module, x, aux, C, *args, **kwargs)
@@ -83,13 +83,23 @@ def _engine_bounds(module: Any, method: Any, x: Any, aux: Any, C: Any, args: Any
 
 
 @one_at_a_time
-def _check_samples(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Refuse a graph whose samples read each other; the model that it was traced from is not known."""
+def _check_graph(module: Any, inputs: tuple[Tensor, ...]) -> None:
+    """Refuse a graph whose samples read each other, or whose outputs have another shape than the model's.
+
+    Of the model that it was traced from no more than that shape is known.
+    """
     if _apart.get(module) == len(inputs[0]):
         return
     with engine.untouched(module), full_precision(), torch.no_grad():
-        check_batch_apart(module, tuple(plain(x) for x in inputs))
+        values = tuple(plain(x) for x in inputs)
+        check_batch_apart(module, values)
+        found, expected = module(*values).shape[1:], module.final_shape[1:]
         engine.free_graphs(module)
+        if found != expected:
+            raise TraceError(
+                f"the engine's graph gives outputs of shape {(len(values[0]), *found)}, and the model of "
+                f"{(len(values[0]), *expected)}: a layer lost one of its options. lirpa_ext.BoundedModule says which"
+            )
     _apart[module] = len(inputs[0])
 
 
@@ -106,7 +116,7 @@ def _compute_bounds(
     check_options(method, find_method(method), options)
     inputs = tuple(with_our_perturbation(tensor) for tensor in as_tuple(x))
     check_inputs(module, inputs)
-    _check_samples(module, inputs)
+    _check_graph(module, inputs)
     if engine.reads_old_values(engine.ancestors_in_order(module.final_node())):  # type: ignore[operator]
         raise UnsupportedNodeError(
             f"method {method!r}: auto_LiRPA {engine.engine_version()} computes a layer normalization without its eps, "

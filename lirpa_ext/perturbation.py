@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import engine
 from .errors import InvalidInputError, OptionError
-from .lengths import length
+from .lengths import flat, length
 from .support import ball_box_min
 
 # The engine asks for as many rows as a hidden layer has neurons; those of the output are few.
@@ -146,7 +146,7 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         if any(end is None for end in ends) or max(torch.as_tensor(end).numel() for end in ends) == 1:
             return torch.zeros((), dtype=torch.bool, device=x.device)
         low, high = self._range(x, "range_lower", x), self._range(x, "range_upper", x)
-        reach = length(torch.maximum(high - x, x - low).flatten(1), order=self.norm)
+        reach = length(flat(torch.maximum(high - x, x - low)), order=self.norm)
         eps = self.eps_of(x)
         return (eps > 0).any() & ((eps == 0) | (reach <= _NARROW * eps)).all()
 
@@ -168,7 +168,7 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         """Radius of each sample, (B,); for a bare box the largest distance of a face from `x`."""
         if self.radius is None:
             lower, upper = self.box(x)
-            return torch.maximum(upper - x, x - lower).flatten(1).amax(1)
+            return flat(torch.maximum(upper - x, x - lower)).amax(1)
         eps = torch.as_tensor(self.radius, dtype=x.dtype, device=x.device)
         if eps.dim() > 0 and eps.numel() not in (1, len(x)):
             raise InvalidInputError(f"eps has {eps.numel()} entries for a batch of {len(x)}")
@@ -194,7 +194,7 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
             direction: Likewise.
         """
         view = (-1, *[1] * (x.dim() - 1))
-        size = torch.linalg.vector_norm(direction.flatten(1), ord=self.norm, dim=1).clamp(min=1e-30).view(view)
+        size = torch.linalg.vector_norm(flat(direction), ord=self.norm, dim=1).clamp(min=1e-30).view(view)
         lower, upper = self.box(x)
         if self.radius is None:
             return lower + (upper - lower) * (1 + direction / size) / 2
@@ -204,7 +204,7 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         """Radius (B,) of an l2 ball around `x` that contains the set: N^(1/2 - 1/max(p, 2)) eps."""
         if self.radius is None:
             lower, upper = self.box(x)
-            return length(torch.maximum(upper - x, x - lower).flatten(1))
+            return length(flat(torch.maximum(upper - x, x - lower)))
         inverse_p = 0.0 if self.norm == math.inf else 1 / max(self.norm, 2.0)
         return self.eps_of(x) * x[0].numel() ** (0.5 - inverse_p)
 
@@ -219,18 +219,18 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         Returns:
             (B, S).
         """
-        flat = x.flatten(1)
+        center = flat(x)
         if self.norm == math.inf:
-            lower, upper = (end.flatten(1) for end in self.box(x))
+            lower, upper = (flat(end) for end in self.box(x))
             return rows_dot(a, (lower + upper) / 2) - rows_dot(a.abs(), (upper - lower) / 2)
         eps = self.eps_of(x).unsqueeze(1)
         dual = math.inf if self.norm == 1 else self.norm / (self.norm - 1)
-        ball = rows_dot(a, flat) - eps * length(a, order=dual)
+        ball = rows_dot(a, center) - eps * length(a, order=dual)
         if self.range_lower is None and self.range_upper is None:
             return ball
-        lower, upper = (end.flatten(1) for end in self.box(x))
+        lower, upper = (flat(end) for end in self.box(x))
         if self.norm == 2 and exact:
-            return torch.maximum(ball, ball_box_min(a, flat, self.eps_of(x), lower, upper))
+            return torch.maximum(ball, ball_box_min(a, center, self.eps_of(x), lower, upper))
         box = rows_dot(a, (lower + upper) / 2) - rows_dot(a.abs(), (upper - lower) / 2)
         return torch.maximum(ball, box)
 
@@ -254,11 +254,11 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         if isinstance(A, engine.eyeC) or (isinstance(A, engine.Patches) and A.identity):
             lower, upper = self.box(x)
             bound = lower if sign < 0 else upper
-            return bound if engine.IS_LEGACY and isinstance(A, engine.Patches) else bound.flatten(1)
+            return bound if engine.IS_LEGACY and isinstance(A, engine.Patches) else flat(bound)
         rows = engine.patches_to_matrix(A, x.shape) if isinstance(A, engine.Patches) else A
-        flat = rows.reshape(rows.shape[0], rows.shape[1], -1)
-        exact = flat.shape[1] <= _MOST_EXACT_ROWS
-        bound = -self.minimum(-flat, x, exact) if sign > 0 else self.minimum(flat, x, exact)
+        rows = rows.reshape(rows.shape[0], rows.shape[1], -1)
+        exact = rows.shape[1] <= _MOST_EXACT_ROWS
+        bound = -self.minimum(-rows, x, exact) if sign > 0 else self.minimum(rows, x, exact)
         if engine.IS_LEGACY and isinstance(A, engine.Patches) and A.unstable_idx is None:
             return bound.view(len(x), A.patches.size(0), A.patches.size(2), A.patches.size(3))
         return bound

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .lengths import length
+from .lengths import flat, length
 from .linear_maps import Conv, ConvTranspose, Dense, LinearMap, NonNegative, Scale
-from .sets import BallBox, flat
+from .sets import BallBox
 
 ULPS = 8
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .lengths import length
+from .lengths import flat, length
 from .perturbation import PerturbationLpNorm
 
 
@@ -99,11 +99,6 @@ class _BoxRadius(torch.autograd.Function):
         to_upper = to_far * above
         to_lower = to_upper - to_far
         return -(to_upper + to_lower), to_lower, to_upper
-
-
-def flat(values: Tensor) -> Tensor:
-    """Values (B, ...) as (B, n); n is 1 for a scalar a sample."""
-    return values.reshape(len(values), -1)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

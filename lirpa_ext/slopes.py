@@ -12,12 +12,13 @@ from torch.autograd.function import once_differentiable
 
 from . import engine
 from .backward import RELU_CLASSES, BackwardPass
+from .lengths import flat
 from .linear_maps import Dense
 from .operators import flat_rows
 from .perturbation import PerturbationLpNorm
 from .rules import RULES, State, rows_times_constant
 from .rules.linear import Affine
-from .sets import BallBox, flat
+from .sets import BallBox
 
 # Elements of the widest coefficient tensor of one part of the batch: what bounds the memory of large networks.
 _MOST_ELEMENTS = 2**23
@@ -159,9 +160,9 @@ def _like(rows: Tensor, other: Tensor) -> Tensor:
 
 
 def _in_memory(values: Tensor, lead: int = 2) -> Tensor:
-    """Values with `lead` axes before a sample's own, those flattened as they lie in memory: a view."""
+    """Values as of `_dense`, with `lead` axes before a sample's own, those flattened as they lie in memory: a view."""
     last = values.dim() == lead + 3 and values.stride(lead) == 1 and values.shape[lead] > 1
-    return (values.movedim(lead, -1) if last else values).flatten(lead)
+    return (values.movedim(lead, -1) if last else values).view(*values.shape[:lead], -1)
 
 
 def _slices(rows: Tensor, values: list[Tensor]) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -352,10 +353,10 @@ def _mapped(state: State, function: Callable[[Tensor], Tensor]) -> State:
 
 
 def _dense(values: Tensor) -> Tensor:
-    """Images (B, C, H, W) with channels last, in which convolutions of the CPU take half the time."""
-    return values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values
+    """Values (B, ...) in their own order in memory; images (B, C, H, W) with channels last: half the time on a CPU."""
+    return values.contiguous(memory_format=torch.channels_last if values.dim() == 4 else torch.contiguous_format)
 
 
 def _dense_rows(rows: Tensor) -> Tensor:
-    """Rows (S, B, C, H, W) of images with channels last."""
-    return _dense(rows.flatten(0, 1)).unflatten(0, rows.shape[:2]) if rows.dim() == 5 else rows
+    """Rows (S, B, ...) likewise."""
+    return _dense(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .lengths import length
+from .lengths import flat, length
 from .operators import CUSTOM_OPS
 from .relaxations import BoundRelaxed
 from .rules import Context, Rule, State, register_rule
-from .sets import BallBox, flat
+from .sets import BallBox
 
 
 def others(x: Tensor) -> Tensor:

@@ -552,3 +552,19 @@ def test_files(tmp_path, suffix):
     assert load_onnx(str(path)).output_shape == (3,)
     with pytest.raises(DataError, match="max_bytes=10"):
         load_onnx(path, max_bytes=10)
+
+
+class Chunk(nn.Module):
+    def forward(self, x):
+        return x.chunk(2, -1)[0]
+
+
+def test_sequences_of_tensors_are_refused():
+    """What torch exports for more chunks than there are numbers."""
+    file = io.BytesIO()
+    options = {"dynamic_axes": {"x": {0: "b"}, "y": {0: "b"}}, "input_names": ["x"], "output_names": ["y"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Chunk().eval(), (torch.zeros(1, 1),), file, dynamo=False, opset_version=17, **options)
+    with pytest.raises(OnnxError, match=r"SplitToSequence node '.*' gives a list, no tensor"):
+        load_onnx(file.getvalue())

@@ -566,6 +566,25 @@ def test_two_inputs_both_perturbed(method):
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 
+class Hinge(nn.Module):
+    def forward(self, x):
+        return (2 * x - 1).relu() + x.abs()
+
+
+@pytest.mark.parametrize("norm", [1, 2, 3, math.inf], ids=str)
+def test_inputs_of_one_number_a_sample(norm):
+    """Inputs of shape (B,), without an axis of features, by every method; the identity among the networks."""
+    x = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    for model in (nn.Identity(), Hinge()):
+        graph = BoundedModule(model, x)
+        for method in (*LISTED, "alpha-CROWN", "slope:ibp", "slope:crown", "cap"):
+            bounds = graph.compute_bounds(x=(ball(x, 0.1, norm),), method=method)
+            assert bounds[0].shape == bounds[1].shape == (3,)
+            for share in (-1, -0.5, 0, 0.5, 1):
+                value = model(x + 0.1 * share)
+                assert (bounds[0] <= value + 1e-9).all() and (bounds[1] >= value - 1e-9).all(), (model, method)
+
+
 @pytest.mark.parametrize("method", ["bcp", "CROWN"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_images_that_are_not_finite(model, x, method, bad):

@@ -9,7 +9,7 @@ from torch import nn
 
 import lirpa_ext
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine
-from lirpa_ext.errors import InvalidInputError, OptionError
+from lirpa_ext.errors import InvalidInputError, OptionError, TraceError
 from lirpa_ext.methods import METHODS, register_method
 
 Engine = engine.EngineBoundedModule
@@ -158,3 +158,17 @@ def test_normalization_first_is_sound_there_for_our_methods(plain):
     for method in METHODS:
         bounds = graph.compute_bounds(x=(ball(x, 0.5),), method=method)
         assert_sound(model, x, PerturbationLpNorm(0.5, 2), bounds)
+
+
+@pytest.mark.parametrize("method", ["bcp", "slope:crown"])
+@pytest.mark.parametrize("pool", [nn.AvgPool2d, nn.MaxPool2d], ids=["average", "maximum"])
+def test_a_graph_that_lost_an_option_of_a_layer_is_refused(plain, pool, method):
+    """The engine drops ceil_mode, or refuses it when it builds the graph."""
+    lirpa_ext.register()
+    x = torch.rand(2, 1, 5, 5)
+    try:
+        graph = Engine(nn.Sequential(pool(2, 2, ceil_mode=True), nn.Flatten()), x)
+    except Exception:
+        pytest.skip("this engine refuses it itself")
+    with pytest.raises(TraceError, match=r"outputs of shape \(2, 4\), and the model of \(2, 9\)"):
+        graph.compute_bounds(x=(ball(x),), method=method)

@@ -748,6 +748,47 @@ def test_a_call_leaves_torchs_settings_as_they_were(x):
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 
+class After(nn.Module):
+    """A function of activated values."""
+
+    def __init__(self, activation, function, *constants) -> None:
+        super().__init__()
+        self.activation, self.function = activation, function
+        for i, constant in enumerate(constants):
+            self.register_buffer(f"constant{i}", constant)
+
+    def forward(self, x):
+        return self.function(self.activation(x), *self.buffers())
+
+
+AFTER = {
+    "an image times a vector": ((2, 3, 2, 4), lambda v, w: v @ w, torch.tensor([1.0, -2.0, 0.5, 3.0])),
+    "a vector times an image": ((3, 2, 4), lambda v, w: w @ v, torch.tensor([1.0, -2.0])),
+    "a matrix from the left": ((3, 2, 4), lambda v, w: w @ v, torch.tensor([[1.0, -2.0], [0.5, 3.0]])),
+    "axes in another order": ((3, 2, 4), lambda v: v.permute(0, 2, 3, 1)),
+    "axes of a volume": ((2, 3, 2, 2), lambda v: v.permute(0, 4, 1, 3, 2) * 2),
+    "a transposed matrix": ((3, 4), lambda v: v.transpose(1, 2)),
+    "a transposed matrix, twice": ((3, 4), lambda v: (v.transpose(1, 2) - 0.3).relu().transpose(1, 2)),
+    "sums of an image": ((3, 2, 4), lambda v: v.sum(2)),
+}
+
+
+@pytest.mark.parametrize("leak", [0.0, 0.9])
+@pytest.mark.parametrize("name", AFTER)
+def test_rows_lie_in_memory_in_any_order(name, leak):
+    """Where every activation is stable the network is linear, and the bounds are its own, whatever made the rows."""
+    shape, function, *constants = AFTER[name]
+    torch.manual_seed(0)
+    x = 1 + torch.rand(2, *shape, dtype=torch.float64)
+    model = After(nn.LeakyReLU(leak) if leak else nn.ReLU(), function, *constants).double()
+    graph, units = BoundedModule(model, x), 0.1 * torch.eye(x[0].numel(), dtype=torch.float64).view(-1, 1, *shape)
+    reach = sum((model(x + unit) - model(x)).abs() for unit in units)
+    for method in (*RELAXED[:-1], "cap", "CROWN"):
+        lower, upper = graph.compute_bounds(x=(ball(x),), method=method, **options(method, None))
+        torch.testing.assert_close(lower, model(x) - reach, rtol=0, atol=1e-9, msg=method)
+        torch.testing.assert_close(upper, model(x) + reach, rtol=0, atol=1e-9, msg=method)
+
+
 @pytest.mark.parametrize(
     ("method", "given", "error", "match"),
     [

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, InvalidInputError
+from ..lengths import flat
 from .base import Attack, Target
 
 _logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class AutoAttack(Attack):
     @staticmethod
     def _note_outside(target: Target, points: Tensor, width: float) -> None:
         """Say so if pyautoattack left the set by more than rounding; the projection then makes up for it."""
-        excess = (points - target.project(points)).abs().flatten(1).amax(1)
+        excess = flat(points - target.project(points)).abs().amax(1)
         far = excess > _ROUNDING * torch.clamp(target.eps.flatten(), max=width)
         if far.any():
             _logger.warning("pyautoattack left the set of %d samples, by up to %g", int(far.sum()), float(excess.max()))

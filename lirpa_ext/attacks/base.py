@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidInputError
+from ..lengths import flat
 from ..perturbation import PerturbationLpNorm
 from ..randomized.sampling import is_randomized, sample
 from ..specifications import check_labels, margins
@@ -133,7 +134,7 @@ class Target:
         """Points drawn at random from the ball (uniformly for p = 2 and inf), and projected."""
         if self.norm == math.inf:
             return self.project(self.x + self.eps * (2 * self._draw(torch.rand) - 1))
-        depth = self._draw(torch.rand).flatten(1)[:, 0].view_as(self.eps) ** (1 / self.x[0].numel())
+        depth = flat(self._draw(torch.rand))[:, 0].view_as(self.eps) ** (1 / self.x[0].numel())
         direction = self._draw(torch.randn)
         return self.project(self.x + self.eps * depth * direction / self.length(direction))
 
@@ -142,13 +143,13 @@ class Target:
         gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
         if self.norm == math.inf:
             return gradient.sign()
-        peak = gradient.flatten(1).abs().amax(1).view_as(self.eps).clamp(min=torch.finfo(gradient.dtype).tiny)
+        peak = flat(gradient).abs().amax(1).view_as(self.eps).clamp(min=torch.finfo(gradient.dtype).tiny)
         direction = gradient.sign() * (gradient.abs() / peak) ** (1 / (self.norm - 1))
         return direction / self.length(direction).clamp(min=torch.finfo(gradient.dtype).tiny)
 
     def length(self, shift: Tensor) -> Tensor:
         """Length of each sample in the ball's norm, shaped to broadcast with `x`."""
-        return torch.linalg.vector_norm(shift.flatten(1), ord=self.norm, dim=1).view_as(self.eps)
+        return torch.linalg.vector_norm(flat(shift), ord=self.norm, dim=1).view_as(self.eps)
 
     def _draw(self, draw: Callable[..., Tensor]) -> Tensor:
         device = self.generator.device

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from ..errors import InvalidInputError
+from ..lengths import flat
 from .base import Attack, Target
 from .losses import LOSSES
 
@@ -61,7 +62,7 @@ class PGD(Attack):
             for _ in range(self.steps):
                 gradient = target.gradient(points, self.loss)
                 if self.momentum:
-                    shares = normalize(gradient.flatten(1), p=1.0, eps=torch.finfo(gradient.dtype).tiny)
+                    shares = normalize(flat(gradient), p=1.0, eps=torch.finfo(gradient.dtype).tiny)
                     gradient = total = self.momentum * total + shares.view_as(gradient)
                 direction = target.steepest(gradient)
                 points = target.project(points + self.step_size * target.eps * direction)

@@ -109,7 +109,7 @@ def probe(graph: Graph, batch: int) -> dict[str, np.ndarray]:
     """Every tensor of a graph for a batch of random samples.
 
     Raises:
-        OnnxError: It does not run, or a tensor would be enormous.
+        OnnxError: It does not run, a value is no tensor, or a tensor would be enormous.
     """
     names = [name for node in graph.nodes for name in node.outputs if name]
     model = graph.to_model(names)
@@ -117,6 +117,10 @@ def probe(graph: Graph, batch: int) -> dict[str, np.ndarray]:
     _check_size(model, batch)
     x = np.random.default_rng(0).uniform(0, 1, shape).astype(graph.input_type)
     values = run(session(model, optimize=False), names, {graph.input: x}) if names else []
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, np.ndarray):
+            maker = next(node for node in graph.nodes if name in node.outputs)
+            raise OnnxError(f"{maker} gives a {type(value).__name__}, no tensor", maker.op, maker.name)
     return {graph.input: x, **dict(zip(names, values, strict=True))}
 
 

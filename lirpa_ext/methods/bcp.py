@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .. import engine
-from ..lengths import length
+from ..lengths import flat, length
 from ..linear_maps import Dense
 from ..rounding import gamma, row_slack
 from ..rules import RULES
 from ..rules.linear import Affine
-from ..sets import BallBox, flat
+from ..sets import BallBox
 from ..support import ball_box_min, merged_min
 from .base import Bounds, Problem, register_method, set_of
 

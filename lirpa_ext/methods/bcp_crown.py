@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..backward import BackwardPass, Part
 from ..errors import OptionError
-from ..sets import BallBox, flat
+from ..lengths import flat
+from ..sets import BallBox
 from ..support import relu_ball_box_min, relu_ball_box_value
 from .base import Bounds, Problem, register_method, set_of
 from .bcp import last_step, tightened

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sets import BallBox, flat
+from ..lengths import flat
+from ..sets import BallBox
 from .base import Context, State, register_rule
 from .linear import Scaling, sum_to
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import engine
-from ..lengths import length, stretched
+from ..lengths import flat, length, stretched
 from ..relaxations import ScalarFunction, scalar_function
 from ..rounding import ULPS, outward_box, widened
-from ..sets import BallBox, box_radius, flat
+from ..sets import BallBox, box_radius
 from .base import Context, Rule, State, only_perturbed, propagate_interval, register_rule
 
 

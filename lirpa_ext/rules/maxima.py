@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..sets import BallBox, flat
+from ..lengths import flat
+from ..sets import BallBox
 from .base import State, only_perturbed, register_rule
 from .structure import Monotone, along_features, max_pool_factor
 
