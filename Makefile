@@ -1,5 +1,6 @@
 # make demo      fresh machine to certified network: environment, training, ONNX, certificates, plot
-# make test      environment, then the whole test suite
+# make test      environment, then the test suite
+# make test-slow the slow part of it: the shipped configurations, real ONNX networks, more fuzzing of files
 # make fuzz      random networks, their bounds attacked (SECONDS=60, SEED=, GRAPHS=, METHODS="bcp CROWN", JSON=file)
 # make check     ruff, mypy and the docs
 # make reproduce the long training runs, against published figures
@@ -13,7 +14,7 @@ RUN := $(if $(AUTO_LIRPA),PYTHONPATH=$(abspath $(AUTO_LIRPA))$(if $(PYTHONPATH),
 PYTEST_ARGS ?= -n 2
 SECONDS ?= 60
 
-.PHONY: env demo test fuzz reproduce check docs benchmark benchmark-slopes benchmark-graddiv benchmark-trainer clean
+.PHONY: env demo test test-slow fuzz reproduce check docs benchmark benchmark-slopes benchmark-graddiv benchmark-trainer clean
 
 env: $(STAMP)
 
@@ -30,6 +31,9 @@ demo: env
 
 test: env
 	OMP_NUM_THREADS=1 $(RUN)python -m pytest $(PYTEST_ARGS) tests
+
+test-slow: env
+	OMP_NUM_THREADS=1 $(RUN)python -m pytest $(PYTEST_ARGS) -m slow tests
 
 fuzz: env
 	OMP_NUM_THREADS=1 $(RUN)python tests/run_fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) \

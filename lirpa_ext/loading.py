@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import DataError
 
-_OWN = "lirpa_ext."
+TRUSTED = ("lirpa_ext.training.architectures:named_network",)
+"""What a checkpoint may name by itself: callables that build networks of a fixed list from plain numbers."""
+
 _KEYS = {"architecture", "kwargs", "state_dict"}
 
 
@@ -41,7 +44,7 @@ def load_model(path: str | Path, architecture: str | None = None, trust: bool = 
         path: A ``.onnx`` or ``.onnx.gz`` file (`lirpa_ext.load_onnx`, a softmax at its end cut off, for logits have
             the same classes and tighter bounds), a checkpoint of `save_model`, or a state dict.
         architecture: ``package.module:callable`` that builds the model of a state dict; it takes precedence
-            over the one that a checkpoint names.
+            over the one that a checkpoint names. By itself a checkpoint may name those of `TRUSTED` only.
         trust: Believe the file: unpickle a whole module, build whatever architecture the checkpoint names.
             Both can run any code, so only for files of your own.
 
@@ -58,6 +61,7 @@ def load_model(path: str | Path, architecture: str | None = None, trust: bool = 
         from .importer import load_onnx
 
         return load_onnx(path, logits=True)
+    _check_unpacked(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
@@ -83,14 +87,46 @@ def _from_checkpoint(path: Path, content: Mapping[str, Any], architecture: str |
     named = content["architecture"] if ours else None
     if architecture is None and named is None:
         raise DataError(f"{path} is a state dict: say what it fits by --arch package.module:callable")
-    if architecture is None and not trust and not str(named).startswith(_OWN):
+    if architecture is None and not trust and named not in TRUSTED:
         raise DataError(
             f"{path} asks to build {named!r}, and a file that is not trusted may name any code: if you know "
             f"it, pass --arch {named}, or --trust"
         )
     kwargs = content["kwargs"] if ours and architecture in (None, named) else {}
+    if not isinstance(state, Mapping) or not isinstance(kwargs, Mapping):
+        raise DataError(f"{path}: the state dict is a {type(state).__name__}, kwargs are a {type(kwargs).__name__}")
     name = architecture or str(named)
+    if name in TRUSTED:
+        _check_sizes(state, name, kwargs)
     return _fill(_build(name, kwargs), state, name).eval()
+
+
+def _check_sizes(state: Mapping[str, Any], name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raise DataError unless the state dict has the tensors of that network, before any memory is taken for it."""
+    with torch.device("meta"):
+        expected = {key: value.shape for key, value in _build(name, kwargs).state_dict().items()}
+    for key in {*expected, *state}:
+        value = state.get(key)
+        if not isinstance(value, Tensor) or key not in expected or value.shape != expected[key]:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise DataError(
+                f"the state dict does not fit {name!r}: {key} is {shape}, expected {tuple(expected.get(key, ()))}"
+            )
+        if value.is_sparse or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise DataError(f"the state dict holds {key} by fewer numbers than its shape {tuple(value.shape)} has")
+
+
+def _check_unpacked(path: Path) -> None:
+    """Raise DataError for an archive whose parts are compressed: torch stores them as they are."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(part.file_size for part in archive.infolist())
+    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        raise _corrupt(path, error) from error
+    if unpacked > path.stat().st_size:
+        raise DataError(f"{path} of {path.stat().st_size} bytes would unpack to {unpacked}: torch writes no such file")
 
 
 def _build(architecture: str, kwargs: Mapping[str, Any]) -> nn.Module:

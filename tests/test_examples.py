@@ -25,6 +25,7 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [name for name in EXAMPLES if name != "demo.py"])
 def test_example_runs(script: str) -> None:
     assert run(script)

@@ -145,7 +145,7 @@ def test_every_function_at_every_size(name, dtype):
             truth.append([exact(point) for point in some if domain[0] < point < domain[1]])
         ball = BoundedTensor(x, PerturbationLpNorm(norm=2, eps=eps))
         for method in METHODS:
-            for outward in (True, False):
+            for outward in (True, False) if eps > 1e-6 else (True,):
                 lower, upper = graph.compute_bounds(x=(ball,), method=method, outward=outward)
                 for i, (center,) in enumerate(x.tolist()):
                     low, high, values = lower[i].item(), upper[i].item(), truth[i]
@@ -273,14 +273,15 @@ def test_bounds_scale_with_the_weights(scales, norm):
     plain, scaled = mlp((1, 1, 1)), mlp(scales)
     x = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
     ball = BoundedTensor(x, PerturbationLpNorm(norm=norm, eps=0.1))
+    graphs = [BoundedModule(model, x) for model, _ in (plain, scaled)]
     for method, options in [
         ("lipschitz", {}), ("lipschitz", {"norms": "estimate"}), ("bcp", {}), ("bcp", {"norms": "estimate"}),
         ("bcp", {"tighten": False}), ("bcp", {"outward": True}), ("bcp-crown", {}), ("slope:ibp", {}),
         ("slope:crown", {}),
     ]:  # fmt: skip
         bounds = []
-        for model, size in (plain, scaled):
-            lower, upper = BoundedModule(model, x).compute_bounds(x=(ball,), method=method, **options)
+        for graph, (model, size) in zip(graphs, (plain, scaled), strict=True):
+            lower, upper = graph.compute_bounds(x=(ball,), method=method, **options)
             if upper.requires_grad:
                 gradients = torch.autograd.grad((upper - lower).sum(), list(model.parameters()), allow_unused=True)
                 assert all(gradient.isfinite().all() for gradient in gradients if gradient is not None), (
@@ -387,7 +388,7 @@ def test_what_cannot_be_negative_has_a_root(kind, dtype):
         y = model((x + eps * steps).flatten(0, 1)).unflatten(0, (500, 3)).detach()
         ball = BoundedTensor(x, PerturbationLpNorm(norm=norm, eps=eps))
         for method in ("bcp", "bcp-crown", "slope:crown"):
-            for outward in (True, False):
+            for outward in (True, False) if eps > 0.1 else (True,):
                 lower, upper = graph.compute_bounds(x=(ball,), method=method, outward=outward)
                 assert lower.isfinite().all() and upper.isfinite().all(), (method, norm, eps, outward)
                 slack = 1e-5 if dtype == torch.float32 else 1e-10

@@ -181,7 +181,7 @@ def model_of(name: str, inside: bool) -> tuple[nn.Module, tuple[int, ...]]:
 def test_every_method_is_sound_or_refuses(name, inside):
     model, shape = model_of(name, inside)
     graph = None
-    for turn, setting in enumerate(SETTINGS):
+    for turn, setting in enumerate(SETTINGS if inside else SETTINGS[:2]):
         x = torch.rand(setting.batch, *shape, dtype=F64, generator=torch.Generator().manual_seed(turn))
         graph = graph or BoundedModule(model, x)
         perturbation = setting.perturbation()

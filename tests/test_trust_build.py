@@ -446,7 +446,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("method", ["bcp", "IBP", "bcp-crown"])
+@pytest.mark.parametrize("method", ["bcp", "IBP"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_changed_since_the_build_is_in_the_bounds(name, method):
     torch.manual_seed(1)
@@ -706,7 +706,7 @@ def test_outputs_that_are_not_one_tensor_of_a_batch(output):
 # --- threads -----------------------------------------------------------------------------------------------------
 
 
-def in_threads(*tasks, rounds=8):
+def in_threads(*tasks, rounds=4):
     """Run the tasks at the same time, again and again; what they raised."""
     errors, start = [], threading.Barrier(len(tasks))
 

@@ -42,7 +42,7 @@ def check(numbers: list[int]) -> None:
             assert not wrong or wrong.startswith("error"), f"{family} {name} [{row}]: {wrong}"
 
 
-@pytest.mark.parametrize("first", range(4))
+@pytest.mark.parametrize("first", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3))])
 def test_listed_bounds_hold(first):
     """A share of the suite; all of it is `make_list.py`, and the next test."""
     check(list(range(first * 17, len(CASES), 68)))
