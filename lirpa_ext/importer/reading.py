@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import heapq
 import io
 import math
 import zlib
@@ -17,6 +18,7 @@ from onnx import external_data_helper, inliner, numpy_helper
 from ..errors import DataError, OnnxError
 
 OLDEST_OPSET = 7
+MOST_NODES = 5000  # after inlining; the largest of 170 networks of the field has 1,500
 _STANDARD = ("", "ai.onnx")
 
 
@@ -47,8 +49,7 @@ def read_onnx(source: str | Path | bytes, max_bytes: int) -> onnx.ModelProto:
     model = _parse(unpack(source, max_bytes, where), where)
     _load_external(model, folder, max_bytes, where)
     _check_opset(model, where)
-    if model.functions:
-        model = inliner.inline_local_functions(model)
+    model = _inline(model, where)
     _sort(model.graph, where)
     _name_splits(model.graph)
     for node in model.graph.node:
@@ -112,6 +113,9 @@ def _load_external(model: onnx.ModelProto, folder: Path | None, max_bytes: int, 
     if folder is None:
         raise DataError(f"{where} keeps weights in other files, which bytes cannot name: pass the path of the file")
     names = {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
+    outside = sorted(name for name in names if not (folder / name).resolve().is_relative_to(folder.resolve()))
+    if outside:
+        raise DataError(f"{where} names {', '.join(outside)} for its weights, which do not lie beside it")
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         raise DataError(f"{where} keeps weights in {', '.join(missing)}, which must lie beside it")
@@ -133,6 +137,35 @@ def _check_opset(model: onnx.ModelProto, where: str) -> None:
         raise OnnxError(f"{where} is of opset {opset}, the installed onnx knows {newest}: update onnx", opset=opset)
 
 
+def _inline(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
+    """The model without local functions; counted first, as those that call each other twice grow exponentially."""
+    bodies = {(function.domain, function.name): function.node for function in model.functions}
+    sizes: dict[tuple[str, str], int] = {}
+    waiting = list(bodies)
+    open_: set[tuple[str, str]] = set()
+    while waiting:
+        name = waiting[-1]
+        calls = [(node.domain, node.op_type) for node in bodies[name]]
+        unknown = {call for call in calls if call in bodies and call not in sizes}
+        if name in sizes or not unknown:
+            sizes[name] = sum(sizes.get(call, 1) for call in calls)
+            waiting.pop()
+        elif name in open_ or unknown & open_:
+            raise DataError(f"{where} is corrupt: its function {name[1]!r} calls itself")
+        else:
+            open_.add(name)
+            waiting += unknown
+    total = sum(sizes.get((node.domain, node.op_type), 1) for node in model.graph.node)
+    if total > MOST_NODES:
+        raise OnnxError(f"{where} has {total} nodes, over {MOST_NODES}")
+    if not bodies:
+        return model
+    try:
+        return inliner.inline_local_functions(model)
+    except Exception as error:  # onnx raises whatever comes
+        raise DataError(f"{where} is corrupt: its functions cannot be inlined: {error}") from error
+
+
 def _sort(graph: onnx.GraphProto, where: str) -> None:
     """Put the nodes in topological order, or say what is missing or circular."""
     known = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer} | {""}
@@ -142,20 +175,26 @@ def _sort(graph: onnx.GraphProto, where: str) -> None:
             if name in made or name in known:
                 raise DataError(f"{where} is corrupt: {name!r} is computed twice")
             made[name] = node
-    waiting, ordered = list(graph.node), []
-    while waiting:
-        later = []
-        for node in waiting:
-            if all(name in known for name in node.input):
-                ordered.append(node)
-                known.update(node.output)
-            else:
-                later.append(node)
-        if len(later) == len(waiting):
-            unknown = [name for node in later for name in node.input if name not in known and name not in made]
-            cause = f"nothing computes {unknown[0]!r}" if unknown else f"a cycle through {describe(later[0])}"
-            raise DataError(f"{where} is corrupt: {cause}")
-        waiting = later
+    lacks = {index: {name for name in node.input if name not in known} for index, node in enumerate(graph.node)}
+    readers: dict[str, list[int]] = {}
+    for index, names in lacks.items():
+        for name in names:
+            readers.setdefault(name, []).append(index)
+    ready, ordered = [index for index, names in lacks.items() if not names], []
+    while ready:
+        node = graph.node[heapq.heappop(ready)]  # as they stand in the file, where that is an order
+        ordered.append(node)
+        for name in filter(None, node.output):
+            known.add(name)
+            for reader in readers.get(name, []):
+                lacks[reader].discard(name)
+                if not lacks[reader]:
+                    heapq.heappush(ready, reader)
+    if len(ordered) < len(graph.node):
+        index, names = next((index, names) for index, names in lacks.items() if names)
+        unknown = sorted(name for names in lacks.values() for name in names if name not in made)
+        cause = f"nothing computes {unknown[0]!r}" if unknown else f"a cycle through {describe(graph.node[index])}"
+        raise DataError(f"{where} is corrupt: {cause}")
     unknown = [value.name for value in graph.output if value.name not in known]
     if unknown:
         raise DataError(f"{where} is corrupt: nothing computes its output {unknown[0]!r}")
