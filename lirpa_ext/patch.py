@@ -17,11 +17,13 @@ from .methods.substitutes import request
 from .norms import NormCache, PowerIteration
 from .perturbation import PerturbationLpNorm
 from .precision import full_precision
-from .tracing import as_tuple, check_inputs, plain, with_our_perturbation
+from .tracing import as_tuple, check_entries, check_inputs, plain, with_our_perturbation
 from .trust.samples import check_batch_apart
 from .trust.threads import one_at_a_time
 
 _original: Any = None
+_original_init: Any = None
+_differs: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # graphs that are not their model, and how
 _apart: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # the batch size that was looked at last
 _norms: WeakKeyDictionary[nn.Module, tuple[NormCache, dict[str, PowerIteration]]] = WeakKeyDictionary()
 
@@ -33,12 +35,13 @@ def register() -> None:
     For code that already builds one: ``compute_bounds(x=(bounded_x,), C=C, method="bcp")`` then works, with the
     methods' options as further keyword arguments. Idempotent; undone by `unregister`. The engine's own methods
     stay the engine's, on lp balls where its list covers them (`lirpa_ext.trust.engine_list`), and raise
-    UnsupportedNodeError elsewhere: only `lirpa_ext.BoundedModule` repairs them.
+    UnsupportedNodeError elsewhere: only `lirpa_ext.BoundedModule` repairs them. A graph that is built from now on is
+    compared with its model; of an older one the shape of its outputs alone is known.
     """
-    global _original
+    global _original, _original_init
     if _original is not None:
         return
-    _original = engine.EngineBoundedModule.compute_bounds
+    _original, _original_init = engine.EngineBoundedModule.compute_bounds, engine.EngineBoundedModule.__init__
 
     @functools.wraps(_original)
     def compute_bounds(
@@ -54,16 +57,53 @@ def register() -> None:
         kwargs.pop("method", None)
         return _compute_bounds(self, x, C, method, **kwargs)
 
+    @functools.wraps(_original_init)
+    def init(self: nn.Module, model: Any, global_input: Any, *args: Any, **kwargs: Any) -> None:
+        _original_init(self, model, global_input, *args, **kwargs)
+        if not _package(self) and not _package(model):
+            _compare(self, model, as_tuple(global_input))
+
     engine.EngineBoundedModule.compute_bounds = compute_bounds
+    engine.EngineBoundedModule.__init__ = init
 
 
 @one_at_a_time
 def unregister() -> None:
     """Undo `register`."""
-    global _original
+    global _original, _original_init
     if _original is not None:
-        engine.EngineBoundedModule.compute_bounds = _original
-        _original = None
+        engine.EngineBoundedModule.compute_bounds, engine.EngineBoundedModule.__init__ = _original, _original_init
+        _original = _original_init = None
+
+
+def _package(module: Any) -> bool:
+    """Whether it is a graph of this package, which looks after itself."""
+    return type(module).__module__.partition(".")[0] == "lirpa_ext"
+
+
+@one_at_a_time
+def _compare(graph: Any, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Keep in mind that a graph of the engine's own class computes something else than its model."""
+    if model.training or not all(isinstance(x, Tensor) for x in inputs):
+        return
+    source = torch.Generator().manual_seed(0)
+    with engine.untouched(model), full_precision(), torch.no_grad():
+        for size in (0.0, 0.1, 1.0):
+            points = [plain(x) for x in inputs]
+            if size:
+                points = [
+                    x + size * torch.randn(x.shape, generator=source).to(x) if x.is_floating_point() else x
+                    for x in points
+                ]
+            expected, found = model(*points), graph(*points)
+            if not isinstance(expected, Tensor) or expected.shape != found.shape:
+                break  # the shape is looked at in any case
+            scale = expected[expected.isfinite()].abs().amax() if expected.isfinite().any() else torch.ones(())
+            off = (found - expected).abs() > torch.finfo(expected.dtype).eps ** 0.5 * scale
+            off |= found.isfinite() != expected.isfinite()
+            if off.any():
+                _differs[graph] = f"it gives {float(found[off][0]):.6g} in place of {float(expected[off][0]):.6g}"
+    engine.free_graphs(graph)
 
 
 def _engine_bounds(module: Any, method: Any, x: Any, aux: Any, C: Any, args: Any, kwargs: Any) -> Any:
@@ -84,16 +124,19 @@ def _engine_bounds(module: Any, method: Any, x: Any, aux: Any, C: Any, args: Any
 
 @one_at_a_time
 def _check_graph(module: Any, inputs: tuple[Tensor, ...]) -> None:
-    """Refuse a graph whose samples read each other, or whose outputs have another shape than the model's.
-
-    Of the model that it was traced from no more than that shape is known.
-    """
+    """Refuse a graph whose samples read each other, or that computes something else than its model."""
+    if module in _differs:
+        raise TraceError(
+            f"the engine's graph computes something else than the model ({_differs[module]}): a layer lost one of its "
+            "options. lirpa_ext.BoundedModule says which"
+        )
     if _apart.get(module) == len(inputs[0]):
         return
     with engine.untouched(module), full_precision(), torch.no_grad():
         values = tuple(plain(x) for x in inputs)
         check_batch_apart(module, values)
         found, expected = module(*values).shape[1:], module.final_shape[1:]
+        check_entries(module._modules.values())
         engine.free_graphs(module)
         if found != expected:
             raise TraceError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -184,6 +185,17 @@ def check_inputs(model: nn.Module, inputs: Inputs) -> None:
             perturbation.check(plain(x))
         elif not torch.isfinite(x).all():
             raise InvalidInputError("the input has NaN or infinite entries")
+
+
+def check_entries(nodes: Iterable[Any]) -> None:
+    """Raise TraceError for a node without any entry, such as ``x[:, 1:]`` of one number: no rule has it."""
+    for node in nodes:
+        shape = getattr(node, "output_shape", None)
+        if shape is not None and 0 in shape[1:]:
+            raise TraceError(
+                f"node {node.name!r} ({type(node).__name__}) has no entries: its values are of shape {tuple(shape)}. "
+                "Leave the operation out for inputs of this size"
+            )
 
 
 def check_mode(model: nn.Module) -> None:

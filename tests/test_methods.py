@@ -585,6 +585,25 @@ def test_inputs_of_one_number_a_sample(norm):
                 assert (bounds[0] <= value + 1e-9).all() and (bounds[1] >= value - 1e-9).all(), (model, method)
 
 
+class Without(nn.Module):
+    """A part of the input that has no entries, here and there."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: x.roll(1, 1), lambda x: torch.cat([x[:, 1:].relu(), x], 1)], ids=["roll", "slice"]
+)
+def test_nodes_without_entries_are_refused(function):
+    with pytest.raises(TraceError, match="has no entries"):
+        BoundedModule(Without(function), torch.zeros(2, 1))
+
+
 @pytest.mark.parametrize("method", ["bcp", "CROWN"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_images_that_are_not_finite(model, x, method, bad):

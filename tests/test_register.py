@@ -172,3 +172,36 @@ def test_a_graph_that_lost_an_option_of_a_layer_is_refused(plain, pool, method):
         pytest.skip("this engine refuses it itself")
     with pytest.raises(TraceError, match=r"outputs of shape \(2, 4\), and the model of \(2, 9\)"):
         graph.compute_bounds(x=(ball(x),), method=method)
+
+
+POOLS = {
+    "a border that is not counted": nn.AvgPool2d(2, 1, (0, 1), count_include_pad=False),
+    "a divisor": nn.AvgPool2d(2, divisor_override=3),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+@pytest.mark.parametrize("method", ["bcp", "bcp-crown", "slope:crown"])
+def test_a_graph_that_is_not_its_model_is_refused(plain, name, method):
+    """The engine drops options of layers that leave the shape as it is, or refuses them when it builds the graph."""
+    lirpa_ext.register()
+    x = torch.rand(2, 1, 4, 4)
+    try:
+        graph = Engine(nn.Sequential(POOLS[name], nn.Flatten()).eval(), x)
+    except Exception:
+        pytest.skip("this engine refuses it itself")
+    found, model = None, nn.Sequential(POOLS[name], nn.Flatten()).eval()
+    try:
+        found = graph.compute_bounds(x=(ball(x),), method=method)
+    except TraceError as error:
+        assert "computes something else than the model" in str(error)
+    if found is not None:
+        assert_sound(model, x, PerturbationLpNorm(0.3, 2), found)
+
+
+def test_a_graph_built_while_registered_is_the_engines(plain, model, x):
+    lirpa_ext.register()
+    graph = Engine(model, x)
+    lirpa_ext.unregister()
+    assert "__init__" in vars(Engine) and Engine.__init__.__qualname__ == "BoundedModule.__init__"
+    torch.testing.assert_close(graph(x), model(x))
