@@ -280,7 +280,8 @@ def free_graphs(module: nn.Module, keep_bounds: bool = False) -> None:
 def _detach_attributes(holder: Any) -> None:
     """Cut the graphs of whatever else was left: slopes, intercepts, the last IBP bounds, ..."""
     for name, value in list(holder.__dict__.items()):
-        if isinstance(value, Tensor) and value.grad_fn is not None:
+        # Of a view that torch.no_grad made, and whose base has changed since, torch refuses to give the grad_fn.
+        if isinstance(value, Tensor) and (value._is_view() or value.grad_fn is not None):
             object.__setattr__(holder, name, value.detach())
 
 

@@ -489,3 +489,19 @@ def test_bounds_in_inference_mode(norm, inside):
         lower, upper = graph.compute_bounds(x=(ball,), method="bcp")  # with a gradient, outside
         (upper - lower).sum().backward()
         assert model[0].weight.grad.isfinite().all()
+
+
+@pytest.mark.skipif(engine.IS_LEGACY, reason="auto_LiRPA 0.3 does not build maxima of two")
+@pytest.mark.parametrize("width", [0.0, 1e-12, 1e-9, 1e-3])
+def test_the_larger_of_two_that_are_equal(width):
+    """Where both are the same number, or nearly, the engine's lines of a maximum hold nothing."""
+    x = torch.tensor([[0.5], [1.0], [-3.0], [0.0]], dtype=torch.float64)
+    for function in (lambda x: torch.maximum(x.cumsum(1), x), lambda x: torch.minimum(2 * x, x + x)):
+        model = Apply(function)
+        ball = BoundedTensor(x, PerturbationLpNorm(norm=INF, x_L=x - width, x_U=x + width))
+        graph = BoundedModule(model, x)
+        for method in ("bcp", "bcp-crown", "slope:crown", "CROWN", "alpha-CROWN"):
+            lower, upper = graph.compute_bounds(x=(ball,), method=method)
+            for point in (x - width, x, x + width):
+                assert (lower <= model(point) + 1e-14).all() and (upper >= model(point) - 1e-14).all(), method
+            assert (upper - lower <= 8 * width + 1e-12).all(), method

@@ -289,6 +289,14 @@ CASES: dict[str, Case] = {
     "layer-norm": Case(lambda: nn.LayerNorm(6), V, ball=False, slack=1e-6),
     "attention": Case(_op(lambda x, w: (x @ w @ x.transpose(1, 2)).sigmoid() @ x, (4, 4)), M),
 }
+if not LEGACY:
+    CASES |= {
+        "maximum-of-two": Case(_op(lambda x, w: torch.maximum(2 * x, x.flip(1) * w), (6,)), V),
+        "minimum-of-two": Case(_op(lambda x, w: torch.minimum(x - w, x.flip(1)), (6,)), V),
+        "maximum-of-constant": Case(_op(lambda x, w: torch.maximum(w, x), (6,)), V),
+        "minimum-of-rows": Case(_op(lambda x: torch.minimum(x[:, :1], x[:, 1:])), M),
+        "maximum-of-ties": Case(_op(lambda x: torch.maximum(x, x.cumsum(1))), V),
+    }
 if LEGACY:
     for _name, _symbol in (("add-scalar", "Add"), ("sub-scalar", "Sub"), ("mul-scalar", "Mul"), ("div-scalar", "Div")):
         CASES[f"{_name}-engine"] = Case(

@@ -785,3 +785,26 @@ def test_a_graph_that_two_threads_use():
 def test_refusals_are_the_packages_own():
     assert all(issubclass(kind, LirpaExtError) for kind in (TraceError, TrainModeError, InvalidInputError))
     assert traceable_copy(nn.Linear(2, 2)).training is False
+
+
+class Picked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.layer(torch.gather(x, 1, torch.zeros_like(x, dtype=torch.long)))
+
+
+@pytest.mark.parametrize("method", ["cap", "bcp", "IBP", "CROWN"])
+def test_weights_that_change_after_a_refusal(method):
+    """A call that fails half way leaves views on the nodes, and a change in place of their bases does no harm."""
+    model, x = Picked().eval(), torch.zeros(1, 1, 1, 1)
+    graph = BoundedModule(model, x)
+    for _ in range(2):
+        with contextlib.suppress(LirpaExtError):
+            bounds = graph.compute_bounds(x=(ball(x),), method=method)
+            assert_sound(model, x, PerturbationLpNorm(0.1, 2), bounds)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(-1.5)

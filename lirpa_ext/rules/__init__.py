@@ -1,10 +1,10 @@
 """The rules of the ball-box domain: a table from the class name of an engine's node to its rule.
 
-`linear`, `products`, `bilinear`, `elementwise`, `structure` and `maxima` fill the table; a node that has no rule, or
-whose rule declines, takes the engine's interval arithmetic and the ball around its box. Add one with `register_rule`.
+`linear`, `products`, `bilinear`, `elementwise`, `structure`, `maxima` and `pairs` fill the table; a node without one,
+or whose rule declines, takes the engine's interval arithmetic and the ball around its box. `register_rule` adds one.
 """
 
-from . import bilinear, elementwise, linear, maxima, products, structure  # noqa: F401  (they fill the table)
+from . import bilinear, elementwise, linear, maxima, pairs, products, structure  # noqa: F401  (they fill the table)
 from .base import (
     RULES,
     Context,

@@ -12,6 +12,7 @@ from ..lengths import flat
 from ..sets import BallBox
 from .base import Context, State, register_rule
 from .linear import Scaling, sum_to
+from .structure import copies
 
 
 class Multiplication(Scaling):
@@ -56,7 +57,7 @@ def product_set(x: BallBox, y: BallBox, center: Tensor, same: bool) -> BallBox:
     """
     lower, upper = square_box(x.box()) if same else product_box(x.box(), y.box())
     largest = torch.maximum(*(end.abs() for end in x.box()))
-    by_ball = _reach(largest, y.radius * _copies(y, center)) + _reach(y.center.abs(), x.radius * _copies(x, center))
+    by_ball = _reach(largest, y.radius * copies(y, center)) + _reach(y.center.abs(), x.radius * copies(x, center))
     box = BallBox.from_box(center, torch.minimum(lower, center), torch.maximum(upper, center))
     return BallBox(center, torch.fmin(by_ball, box.radius), box.lower, box.upper)
 
@@ -91,10 +92,6 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
 def _reach(size: Tensor, radius: Tensor) -> Tensor:
     largest = flat(size).amax(1)
     return torch.where(radius == 0, 0.0, largest * radius)
-
-
-def _copies(state: BallBox, center: Tensor) -> float:
-    return (center[0].numel() / max(state.center[0].numel(), 1)) ** 0.5
 
 
 register_rule("BoundMul", Multiplication())

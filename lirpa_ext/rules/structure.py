@@ -130,7 +130,7 @@ class Sum(Rule):
             low_b, high_b = -high_b, -low_b
         if any(state.center.dim() < center.dim() or len(state.center) != len(center) for state in sets):
             return BallBox.from_box(center, low_a + low_b, high_a + high_b)  # broadcasting moved the first axis
-        radius = sum(state.radius * _copies(state, center) for state in sets)
+        radius = sum(state.radius * copies(state, center) for state in sets)
         assert isinstance(radius, Tensor)
         if all(state.lower is None for state in sets):
             return BallBox(center, radius)
@@ -193,7 +193,7 @@ def _upper(state: BallBox) -> Tensor:
     return state.box()[1]
 
 
-def _copies(state: BallBox, center: Tensor) -> float:
+def copies(state: BallBox, center: Tensor) -> float:
     """Root of how often broadcasting repeats each element: the norm of the copying map."""
     return math.sqrt(center[0].numel() / state.center[0].numel())
 
@@ -203,7 +203,7 @@ def _one(node: Any, state: BallBox, center: Tensor) -> float:
 
 
 def _expand(node: Any, state: BallBox, center: Tensor) -> float | None:
-    return _copies(state, center) if center.dim() == state.center.dim() else None  # else it may move the batch
+    return copies(state, center) if center.dim() == state.center.dim() else None  # else it may move the batch
 
 
 def _transpose(node: Any, state: BallBox, center: Tensor) -> float | None:

@@ -56,20 +56,45 @@ def held(bounds: Bounds, clean: Tensor, C: Tensor | None, method: str, module: n
 def rounding(module: Any, clean: Tensor) -> Tensor:
     """How far the outputs move when every value on the way is changed in its last place, at random: (B, ...).
 
-    A network that cancels large numbers has small outputs and large rounding errors; this measures them.
+    A network that cancels large numbers has small outputs and large rounding errors; this measures them: at the clean
+    point, and at corners of the set, since a bound adds up values of the size that the network has there.
     """
+    if getattr(module, "_inputs", None):
+        engine.set_input(module, *module._inputs)  # the engine's forward pass has left the sets behind
     generator = torch.Generator().manual_seed(0)
+    order = engine.ancestors_in_order(module.final_node())
     moved = torch.zeros_like(clean)
-    for _ in range(2):
-        values: dict[str, Any] = {}
-        for node in engine.ancestors_in_order(module.final_node()):
-            value = node.forward(*[values[parent.name] for parent in node.inputs])
-            if isinstance(value, Tensor) and value.is_floating_point():
-                signs = torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
-                value = value.as_subclass(Tensor) * (1 + torch.finfo(value.dtype).eps * signs)
-            values[node.name] = value
-        moved = torch.maximum(moved, (value.view_as(clean) - clean).abs().nan_to_num(torch.inf))
+    for place in (None, None, 0.0, 1.0, generator):
+        inputs = {node.name: _place(node, place) for node in order if isinstance(node, engine.BoundInput)}
+        exact = clean if place is None else _outputs(order, inputs, None).view_as(clean)
+        change = (_outputs(order, inputs, generator).view_as(clean) - exact).abs()
+        moved = torch.maximum(moved, change.nan_to_num(torch.inf if place is None else 0.0))
     return moved
+
+
+def _outputs(order: list[Any], inputs: dict[str, Any], generator: torch.Generator | None) -> Tensor:
+    """Outputs for those inputs; with a generator, every value is changed in its last place."""
+    values: dict[str, Any] = {}
+    for node in order:
+        value = inputs.get(node.name)
+        value = node.forward(*[values[parent.name] for parent in node.inputs]) if value is None else value
+        if generator is not None and isinstance(value, Tensor) and value.is_floating_point():
+            signs = torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
+            value = value.as_subclass(Tensor) * (1 + torch.finfo(value.dtype).eps * signs)
+        values[node.name] = value
+    return value  # type: ignore[return-value]
+
+
+def _place(node: Any, place: float | torch.Generator | None) -> Tensor | None:
+    """A point of the box of a perturbed input: that share of its width in every entry, or a corner at random."""
+    perturbation = getattr(node, "perturbation", None)
+    if place is None or perturbation is None or not hasattr(perturbation, "box"):
+        return None
+    lower, upper = perturbation.box(node.value.as_subclass(Tensor))
+    if isinstance(place, torch.Generator):
+        side = torch.randint(0, 2, lower.shape, generator=place).to(device=lower.device, dtype=torch.bool)
+        return torch.where(side, lower, upper)
+    return upper if place else lower
 
 
 def _rows(clean: Tensor, C: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ class Observation(NamedTuple):
 
 def sets(x: Tensor) -> list[PerturbationLpNorm]:
     """Perturbation sets of every norm, small and large, with an eps for each sample, cut to a range."""
-    each = torch.linspace(0.05, 0.6, len(x), dtype=x.dtype)
+    each = torch.linspace(0.0, 0.6, len(x), dtype=x.dtype)
     low, high = float(x.min()), float(x.max())
     return [
         PerturbationLpNorm(0.1, math.inf),
