@@ -788,6 +788,19 @@ def test_rows_lie_in_memory_in_any_order(name, leak):
         torch.testing.assert_close(upper, model(x) + reach, rtol=0, atol=1e-9, msg=method)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_rows_that_end_before_they_reach_a_relu(fused):
+    """There is no gradient in the slopes: the bounds are those of any slopes."""
+    x, y = torch.full((2, 3, 1), 0.2, dtype=torch.float64), torch.tensor([1, 0])
+    model = After(nn.ReLU(), lambda v: (v @ v.transpose(1, 2)).flatten(1))
+    graph = BoundedModule(model, x)
+    given = options("sparse-slope", y, loss_fusion=fused, steps=2)
+    bounds = graph.compute_bounds(x=(ball(x),), method="sparse-slope", bound_lower=not fused, **given)
+    if not fused:
+        assert_sound(model, x, PerturbationLpNorm(0.1), bounds)
+    assert torch.isfinite(bounds[1]).all()
+
+
 @pytest.mark.parametrize(
     ("method", "given", "error", "match"),
     [

@@ -270,7 +270,8 @@ class _Work:
                 loss = (-part.lower(some)).logsumexp(1).sum()
                 nodes = part.activations
                 leaves = [part.slopes[node.name] for node in nodes]  # type: ignore[index]
-                gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
+                read = leaves and loss.requires_grad  # not where every row ends before it reaches a ReLU
+                gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if read else [None] * len(leaves)
                 for node, leaf, gradient in zip(nodes, leaves, gradients, strict=True):
                     sign = torch.zeros_like(leaf) if gradient is None else gradient.sign().nan_to_num_(0.0)
                     signs[node.name].append(sign)
