@@ -340,3 +340,31 @@ def test_margin_rows_and_margins():
             check_labels(y, 3)
     with pytest.raises(InvalidInputError, match="2 classes"):
         check_labels(torch.tensor([0]), 1)
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x.flatten(1), x
+
+
+class Detached(nn.Module):
+    def forward(self, x):
+        return x.flatten(1).detach()
+
+
+@pytest.mark.parametrize(
+    ("model", "samples", "labels", "message"),
+    [
+        (nn.Flatten(), 4, 3, r"labels are one number a sample, \(4,\), got \(3,\)"),
+        (nn.Flatten(), 0, 0, "no sample to attack"),
+        (Pair(), 4, 4, "returns a tuple"),
+        (nn.Flatten(0, 1), 4, 4, r"returns \(12,\) for 4 samples"),
+        (Detached(), 4, 4, "no gradient in its inputs"),
+    ],
+    ids=["labels", "empty", "tuple", "merged", "detached"],
+)
+@pytest.mark.parametrize("attack", [PGD(2), PGD(2, restarts=2)], ids=["once", "restarts"])
+def test_what_cannot_be_attacked_is_said(model, samples, labels, message, attack):
+    x, y = torch.rand(samples, 3), torch.zeros(labels, dtype=torch.long)
+    with pytest.raises(InvalidInputError, match=message):
+        attack(model, x, y, PerturbationLpNorm(0.1, 2))

@@ -79,6 +79,12 @@ def test_wilson_is_scipys(successes, trials, confidence):
     assert (found.lower, found.upper) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
+def test_wilson_contains_its_own_value():
+    for trials in range(1, 400):
+        for found in (wilson(0, trials), wilson(trials, trials), wilson(trials / 3, trials)):
+            assert 0 <= found.lower <= found.value <= found.upper <= 1
+
+
 def test_wilson_refuses_what_is_no_share():
     for arguments in ((1, 0), (3, 2), (-1, 2), (1, 2, 1.0)):
         with pytest.raises(InvalidInputError):

@@ -97,6 +97,11 @@ class Target:
         points = points.detach().requires_grad_()
         with torch.enable_grad():
             logits = self.network()(points)
+            if not logits.requires_grad:
+                raise InvalidInputError(
+                    "the model's outputs have no gradient in its inputs: it detaches them, or is all steps. Attack it "
+                    "without gradients, or judge it by bounds alone (attack_steps=0)"
+                )
             (gradient,) = torch.autograd.grad(self.loss(loss, logits).sum(), points)
         if self.keep == "best":
             self.remember(points.detach(), logits.detach())
@@ -157,8 +162,16 @@ class Target:
 
     def _check(self, logits: Tensor) -> None:
         """Raise InvalidInputError unless the model is a classifier, and labels and targets are classes of it."""
-        if logits.dim() != 2:
-            raise InvalidInputError(f"a classifier returns (B, classes); this one returns {tuple(logits.shape)}")
+        if not isinstance(logits, Tensor):
+            raise InvalidInputError(
+                f"a classifier returns a tensor (B, classes); this one returns a {type(logits).__name__}"
+            )
+        if logits.dim() != 2 or len(logits) != len(self.x):
+            raise InvalidInputError(
+                f"a classifier returns (B, classes); this one returns {tuple(logits.shape)} for {len(self.x)} samples"
+            )
+        if self.y.shape != (len(self.x),):
+            raise InvalidInputError(f"labels are one number a sample, ({len(self.x)},), got {tuple(self.y.shape)}")
         check_labels(self.y, logits.shape[1])
         if self.targets is None:
             return
@@ -200,13 +213,16 @@ class Attack(ABC):
             of the draw that scored it: evaluate it on others (`lirpa_ext.randomized.evaluate`).
 
         Raises:
-            InvalidInputError: norm 1, `x` outside of the data range or not finite, labels or targets that are no class.
+            InvalidInputError: norm 1, `x` outside of the data range or not finite, labels or targets that are no
+                class or of another number, no sample at all, a model that returns no tensor or has no gradient.
         """
         if perturbation.norm == 1:
             raise InvalidInputError(
                 f"{type(self).__name__} attacks lp balls with p > 1 only, got p = 1; use norm=2 or norm=inf, "
                 "or leave the attack out (attack_steps=0)"
             )
+        if not len(x):
+            raise InvalidInputError(f"there is no sample to attack: x is of shape {tuple(x.shape)}")
         perturbation.check(x)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         target = self.target(model, x.detach(), y, perturbation, generator, targets)

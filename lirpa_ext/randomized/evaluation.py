@@ -211,4 +211,5 @@ def wilson(successes: float, trials: int, confidence: float = 0.95) -> Accuracy:
     share = successes / trials
     center = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z * math.sqrt(max(share * (1 - share), 0) / trials + (z / (2 * trials)) ** 2) / (1 + z * z / trials)
-    return Accuracy(share, max(center - half, 0.0), min(center + half, 1.0))
+    # The share lies inside, also where rounding has an end of 0 or 1 a digit off.
+    return Accuracy(share, min(max(center - half, 0.0), share), max(min(center + half, 1.0), share))
