@@ -274,3 +274,21 @@ def test_wrong_options_are_refused(batch):
         gradients(network(), *batch, 3, generator())
     with pytest.raises(InvalidInputError, match="at least one network"):
         gradients(make_rse(network()), *batch, 0, generator())
+
+
+@pytest.mark.parametrize("gap", [30.0, 60.0, 86.0, 95.0, 103.0, 200.0])
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_gradients_are_finite_where_the_loss_is(name, gap):
+    """Of a sample that is classified with certainty the gradients are as small as 1e-44, or 0."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    with torch.no_grad():
+        net[1].weight.mul_(0.1)
+        net[1].bias.copy_(torch.tensor([gap, 0.0, 0.0]))
+    bnn = make_adv_bnn(net, prior_std=0.05)
+    found = gradients(bnn, torch.rand(2, 1, 2, 2), torch.tensor([0, 0]), 3, torch.Generator().manual_seed(0))
+    value = REGULARIZERS[name](found).mean()
+    value.backward()
+    assert torch.isfinite(value)
+    for parameter in bnn.parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all()

@@ -222,7 +222,11 @@ def _pairs(gradient: Tensor) -> Tensor:
 
 
 def _directions(gradient: Tensor) -> Tensor:
-    """Unit vectors (n, B, d), 0 where the gradient is; scaled first, so that small gradients do not underflow."""
+    """Unit vectors (n, B, d), 0 where the gradient is; scaled first, so that small gradients do not underflow.
+
+    Those below 1e-32 in float32, of a sample that is classified with certainty, count as 0: the derivative of their
+    direction would overflow.
+    """
     if gradient.dim() < 3 or gradient.shape[0] < 2:
         raise InvalidInputError(
             f"diversity is of 2 or more gradients, given as (n, B, ...); got shape {tuple(gradient.shape)}"
@@ -233,6 +237,7 @@ def _directions(gradient: Tensor) -> Tensor:
     if not torch.isfinite(flat.detach()).all():
         raise InvalidInputError("some gradients are not finite: the network overflows at these inputs")
     peak = flat.detach().abs().amax(-1, keepdim=True)
-    scaled = flat / torch.where(peak > 0, peak, torch.ones_like(peak))
+    known = peak > torch.finfo(peak.dtype).tiny ** 0.85
+    scaled = torch.where(known, flat, 0.0) / torch.where(known, peak, 1.0)
     squared = scaled.square().sum(-1, keepdim=True)
     return scaled / torch.where(squared > 0, squared, torch.ones_like(squared)).sqrt()
