@@ -9,6 +9,7 @@ import signal
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,7 +122,8 @@ def _of_error(error: Exception, call: Call | None) -> Outcome:
         return Outcome("caught", call, message)
     if isinstance(error, LirpaExtError):
         return Outcome("refused", call, message)
-    ours = any("/lirpa_ext/" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/lirpa_ext/" in frame.filename]
+    ours = any((Path(frame.filename).name, frame.name) != ("patch.py", "init") for frame in frames)  # it only calls on
     return Outcome("raw" if ours else "outside", call, message)
 
 
