@@ -16,7 +16,7 @@ from ..lengths import length
 from ..rounding import gamma
 from ..sets import BallBox
 from .base import Context, Rule, State, register_rule
-from .structure import copies
+from .structure import box_of, copies
 
 
 class Larger(Rule):
@@ -33,7 +33,7 @@ class Larger(Rule):
         if len(inputs) != 2:
             return None
         sets = [state for state in inputs if isinstance(state, BallBox)]
-        (low_x, high_x), (low_y, high_y) = (_box(state) for state in inputs)
+        (low_x, high_x), (low_y, high_y) = (box_of(state) for state in inputs)
         choose = torch.maximum if self.sign > 0 else torch.minimum
         if any(state.center.dim() < center.dim() or len(state.center) != len(center) for state in sets):
             return BallBox.from_box(center, choose(low_x, low_y), choose(high_x, high_y))
@@ -46,7 +46,7 @@ class Larger(Rule):
         sets = [state for state in inputs if isinstance(state, BallBox)]
         if len(inputs) != 2 or any(state.center.shape != rows.shape[1:] for state in sets):
             return None
-        boxes = [_box(state) for state in inputs]
+        boxes = [box_of(state) for state in inputs]
         if self.sign < 0:
             boxes, rows = [(-high, -low) for low, high in boxes], -rows
         (low_x, high_x), (low_y, high_y) = boxes
@@ -72,10 +72,6 @@ class Larger(Rule):
 def flat_sum(rows: Tensor) -> Tensor:
     """Sums of rows (S, B, ...), (S, B)."""
     return rows.reshape(*rows.shape[:2], -1).sum(2)
-
-
-def _box(state: State) -> tuple[Tensor, Tensor]:
-    return state.box() if isinstance(state, BallBox) else (state, state)
 
 
 register_rule("BoundMax", Larger())

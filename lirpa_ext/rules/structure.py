@@ -123,9 +123,7 @@ class Sum(Rule):
 
     def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox:
         sets = [state for state in inputs if isinstance(state, BallBox)]
-        (low_a, high_a), (low_b, high_b) = (
-            state.box() if isinstance(state, BallBox) else (state, state) for state in inputs
-        )
+        (low_a, high_a), (low_b, high_b) = (box_of(state) for state in inputs)
         if self.sign < 0:
             low_b, high_b = -high_b, -low_b
         if any(state.center.dim() < center.dim() or len(state.center) != len(center) for state in sets):
@@ -191,6 +189,11 @@ def _lower(state: BallBox) -> Tensor:
 
 def _upper(state: BallBox) -> Tensor:
     return state.box()[1]
+
+
+def box_of(state: State) -> tuple[Tensor, Tensor]:
+    """Box of a set; a constant is both of its ends."""
+    return state.box() if isinstance(state, BallBox) else (state, state)
 
 
 def copies(state: BallBox, center: Tensor) -> float:
