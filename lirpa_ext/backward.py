@@ -102,7 +102,9 @@ class BackwardPass:
         self.final = module.final_node() if final is None else final  # type: ignore[operator]
         self.order = engine.ancestors_in_order(self.final)
         self._parts: dict[str, Part] = {}
-        self._handed = False  # whether the engine's nodes have the bounds of this pass
+        self._handed: dict[Any, Any] | None = (
+            None  # values of constants, while the engine's nodes have this pass's sets
+        )
         self.perturbations = perturbations or {
             node.name: PerturbationLpNorm.of(node.perturbation)
             for node in self.order
@@ -153,14 +155,21 @@ class BackwardPass:
         Returns:
             (B, S), differentiable in whatever `relax` depends on.
         """
-        self._handed = False
         output = self.states[self.final.name]
         assert isinstance(output, BallBox)
         check_is_batch(self.final, output.center, self.batch)
         batch = len(C)
         start = C.transpose(0, 1).reshape(C.shape[1], C.shape[0], *output.center.shape[1:])
         rows: dict[str, Tensor] = {self.final.name: start}
-        total = C.new_zeros(C.shape[1], C.shape[0])
+        try:
+            return self._pass(rows, batch, relax).t()
+        finally:
+            self._take_back_from_engine()
+
+    def _pass(self, rows: dict[str, Tensor], batch: int, relax: Relax | None) -> Tensor:
+        """Carry rows (S, B, ...) of the output to the inputs: their bound, (S, B)."""
+        start = rows[self.final.name]
+        total = start.new_zeros(len(start), batch)
         for node in reversed(self.order):
             a = rows.pop(node.name, None)
             if a is None:
@@ -180,7 +189,7 @@ class BackwardPass:
                     if coefficients is not None:
                         known = rows.get(parent.name)
                         rows[parent.name] = coefficients if known is None else known + coefficients
-        return total.t()
+        return total
 
     def _step(self, node: Any, a: Tensor, relax: Relax | None) -> tuple[list[Tensor | None], Tensor]:
         """Rows of the node's inputs, and the bound on what they leave out."""
@@ -202,7 +211,7 @@ class BackwardPass:
         own = is_ours(node, "bound_backward")
         if not own and not is_listed(node, "relaxation"):
             return self._end(node, a, "no linear relaxation of it is known to hold")
-        if not self._handed:
+        if self._handed is None:
             self._hand_bounds_to_engine()
         try:
             pairs, offset, _ = engine.bound_backward(node, a, self.final)
@@ -260,14 +269,20 @@ class BackwardPass:
         return [part.scatter(rows, lam).transpose(0, 1).view_as(a)], bias.t()
 
     def _hand_bounds_to_engine(self) -> None:
-        """The engine's relaxations read the bounds off the nodes."""
+        """The engine's relaxations read the bounds, and values of constants for these samples, off the nodes."""
+        self._handed = {}
         for node in self.order:
             state = self.states[node.name]
             lower, upper = state.box() if isinstance(state, BallBox) else (state, state)
             engine.set_bounds(node, lower, upper)
             if not isinstance(state, BallBox) and not node.inputs:
+                self._handed[node] = getattr(node, "value", None)
                 object.__setattr__(node, "value", state)
-        self._handed = True
+
+    def _take_back_from_engine(self) -> None:
+        for node, value in (self._handed or {}).items():
+            object.__setattr__(node, "value", value)
+        self._handed = None
 
 
 def _fits(rows: Tensor | None, state: State, a: Tensor) -> bool:

@@ -33,7 +33,7 @@ from .norms import NormCache, PowerIteration, key_of
 from .operators import CUSTOM_OPS, BoundBallBoxRelu, BoundPowerIteration
 from .precision import full_precision
 from .rules.linear import power_iterable
-from .tracing import as_tuple, check_entries, check_inputs, check_mode, plain, traceable_copy, with_our_perturbation
+from .tracing import as_tuple, check_inputs, check_mode, check_nodes, plain, traceable_copy, with_our_perturbation
 from .trust import faithful
 from .trust.agreement import Agreement
 from .trust.clean_value import held
@@ -131,7 +131,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
                     f"{type(model).__name__}: {type(error).__name__}: {error}{unknown}. The forward must be traceable "
                     "by torch.jit.trace, return one tensor and use ops that the engine knows."
                 ) from error
-            check_entries(self._modules.values())
+            check_nodes(self._modules.values())
             slopes = [engine.slope_below_zero(node) for node in self._modules.values()]
             if not all(0 <= slope <= 1 for slope in slopes):
                 raise TraceError("a LeakyReLU has a slope outside of [0, 1], for which the engine's bounds do not hold")

@@ -17,7 +17,7 @@ from .methods.substitutes import request
 from .norms import NormCache, PowerIteration
 from .perturbation import PerturbationLpNorm
 from .precision import full_precision
-from .tracing import as_tuple, check_entries, check_inputs, plain, with_our_perturbation
+from .tracing import as_tuple, check_inputs, check_nodes, plain, with_our_perturbation
 from .trust.samples import check_batch_apart
 from .trust.threads import one_at_a_time
 
@@ -136,7 +136,7 @@ def _check_graph(module: Any, inputs: tuple[Tensor, ...]) -> None:
         values = tuple(plain(x) for x in inputs)
         check_batch_apart(module, values)
         found, expected = module(*values).shape[1:], module.final_shape[1:]
-        check_entries(module._modules.values())
+        check_nodes(module._modules.values())
         engine.free_graphs(module)
         if found != expected:
             raise TraceError(

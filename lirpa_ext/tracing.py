@@ -187,14 +187,25 @@ def check_inputs(model: nn.Module, inputs: Inputs) -> None:
             raise InvalidInputError("the input has NaN or infinite entries")
 
 
-def check_entries(nodes: Iterable[Any]) -> None:
-    """Raise TraceError for a node without any entry, such as ``x[:, 1:]`` of one number: no rule has it."""
+_NORMALIZING = ("BoundSoftmax", "BoundLogSoftmax", "BoundStableSoftmax", "BoundStableLogSoftmax")
+
+
+def check_nodes(nodes: Iterable[Any]) -> None:
+    """Raise TraceError for a node that no rule has: one without any entry, or a softmax over the batch.
+
+    The first is such as ``x[:, 1:]`` of one number. The second shows in no output where the values are constant.
+    """
     for node in nodes:
         shape = getattr(node, "output_shape", None)
         if shape is not None and 0 in shape[1:]:
             raise TraceError(
                 f"node {node.name!r} ({type(node).__name__}) has no entries: its values are of shape {tuple(shape)}. "
                 "Leave the operation out for inputs of this size"
+            )
+        if shape and node.from_input and type(node).__name__ in _NORMALIZING and node.axis % len(shape) == 0:
+            raise TraceError(
+                f"node {node.name!r} ({type(node).__name__}) normalizes over axis 0, the batch's, so that samples read "
+                "each other. Take another axis"
             )
 
 

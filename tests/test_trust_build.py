@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine, register, unregister
-from lirpa_ext.errors import InvalidInputError, LirpaExtError, TraceError, TrainModeError
+from lirpa_ext.errors import InvalidInputError, LirpaExtError, TraceError, TrainModeError, UnsupportedNodeError
 from lirpa_ext.tracing import traceable_copy
 from lirpa_ext.trust.changes import Snapshot
 from lirpa_ext.trust.samples import check_samples_apart
@@ -96,6 +96,14 @@ def test_samples_that_read_each_other_are_refused(name, batch):
     """Whatever the number of samples in the example, and before any trace."""
     with pytest.raises(TraceError, match=r"samples of a batch read each other|axis is not the batch's|place in the"):
         BoundedModule(Then(MIXING[name]), torch.randn(batch, 4))
+
+
+@pytest.mark.parametrize("norm", [torch.softmax, torch.log_softmax], ids=["softmax", "log_softmax"])
+def test_a_softmax_over_the_batch_is_refused_where_no_output_shows_it(norm):
+    x = torch.randn(4, 4)
+    with pytest.raises((TraceError, UnsupportedNodeError), match=r"axis 0, the batch's|moves the batch"):
+        module = BoundedModule(Then(lambda y: norm(nn.functional.pad(y, (-4, 4)), 0)), x)
+        module.compute_bounds(x=(BoundedTensor(x, PerturbationLpNorm(0.1)),), method="IBP")  # 0.3 transposes
 
 
 SEQUENCES = {

@@ -11,7 +11,17 @@ import torch
 from soundness import box_of, length, radii
 from torch import nn
 
-from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, errors, guard, load_vnnlib, verifier, verify
+from lirpa_ext import (
+    BoundedModule,
+    BoundedTensor,
+    PerturbationLpNorm,
+    engine,
+    errors,
+    guard,
+    load_vnnlib,
+    verifier,
+    verify,
+)
 from lirpa_ext.attacks import Attack
 from lirpa_ext.certifier import Certifier
 from lirpa_ext.certify import certify
@@ -137,6 +147,64 @@ def test_noise_is_rounding_and_no_more():
     for broken in (lambda x: plain(x) * math.nan, lambda x: 1 / 0):  # half of the digits where nothing can be measured
         slack = guard.slack(guard.noise(plain, broken, x), 1.0, torch.zeros(4, dtype=torch.float64))
         torch.testing.assert_close(slack, (1 + size) * 2.0**-26)
+
+
+class Saturated(nn.Module):
+    """Values of a million in the set, of which the last activation shows nothing."""
+
+    def forward(self, x):
+        return nn.functional.elu(1.5 - 0.35 * nn.functional.elu(-3425.7 * x), 0.5)
+
+
+@pytest.mark.parametrize("method", ["IBP", "CROWN-IBP", "bcp"])
+def test_rounding_of_large_values_inside_is_no_defect(method):
+    x = torch.tensor([[0.2085, 0.1688, 0.4394, 0.4283]])
+    module = BoundedModule(Saturated(), x)
+    bounds = module.compute_bounds(x=(BoundedTensor(x, PerturbationLpNorm(1000.0, math.inf)),), method=method)
+    assert all(bound.isfinite().all() for bound in bounds)
+
+
+class Reshaped(nn.Module):
+    def forward(self, x):
+        y = x.view(x.size(0), -1)
+        return y.reshape(x.shape[0], x.size(1), -1).flatten(1).tanh() + torch.zeros_like(y)
+
+
+def test_rounding_is_measured_through_shapes():
+    x = torch.rand(3, 2, 4)
+    module = BoundedModule(Reshaped(), x)
+    module.compute_bounds(x=(BoundedTensor(x, PerturbationLpNorm(0.1)),), method="bcp")
+    clean = Reshaped()(x)
+    moved = rounding(module, clean)
+    assert (moved > 0).any() and (moved < 1e-5).all()
+
+
+class OfTheBatch(nn.Module):
+    """On 0.3 the constant has the batch of the example; the relaxation of tanh is the engine's or ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.out = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.linear(x).relu()
+        return self.out((y - torch.full_like(y, 0.3)).abs())
+
+
+@pytest.mark.parametrize("first", ["bcp-alpha-crown", "alpha-CROWN", "slope:crown"])
+def test_a_method_leaves_the_constants_of_the_graph_alone(first):
+    torch.manual_seed(0)
+    model, x = OfTheBatch().double().eval(), torch.randn(2, 3, dtype=torch.float64)
+    ball = (BoundedTensor(x, PerturbationLpNorm(3.0, math.inf)),)
+    used, fresh = BoundedModule(model, x), BoundedModule(model, x)
+    before = {
+        node: node.value.clone() for node in used._modules.values() if isinstance(node, engine.bound_ops.BoundConstant)
+    }
+    used.compute_bounds(x=ball, method=first)
+    assert all(torch.equal(node.value, value) for node, value in before.items())
+    for method in ("slope:crown", "cap", "bcp-crown", "CROWN"):
+        for bound, expected in zip(*(m.compute_bounds(x=ball, method=method) for m in (used, fresh)), strict=True):
+            torch.testing.assert_close(bound, expected, rtol=1e-12, atol=1e-12)
 
 
 # --- certify: wrong bounds -----------------------------------------------------------------------------------

@@ -57,32 +57,49 @@ def rounding(module: Any, clean: Tensor) -> Tensor:
     """How far the outputs move when every value on the way is changed in its last place, at random: (B, ...).
 
     A network that cancels large numbers has small outputs and large rounding errors; this measures them: at the clean
-    point, and at corners of the set, since a bound adds up values of the size that the network has there.
+    point, and at corners of the set. The last place is that of the largest value that the node has at any of them, for
+    a bound adds up values of that size, also where what follows makes them small.
     """
     if getattr(module, "_inputs", None):
         engine.set_input(module, *module._inputs)  # the engine's forward pass has left the sets behind
     generator = torch.Generator().manual_seed(0)
     order = engine.ancestors_in_order(module.final_node())
-    moved = torch.zeros_like(clean)
-    for place in (None, None, 0.0, 1.0, generator):
+    runs = []
+    for place in (None, 0.0, 1.0, generator):
         inputs = {node.name: _place(node, place) for node in order if isinstance(node, engine.BoundInput)}
-        exact = clean if place is None else _outputs(order, inputs, None).view_as(clean)
-        change = (_outputs(order, inputs, generator).view_as(clean) - exact).abs()
-        moved = torch.maximum(moved, change.nan_to_num(torch.inf if place is None else 0.0))
+        runs.append((inputs, _values(order, inputs, clean.device)))
+    sizes = {
+        name: torch.stack([values[name].abs().nan_to_num(0.0, 0.0, 0.0) for _, values in runs]).amax(0)
+        for name, value in runs[0][1].items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    moved = torch.zeros_like(clean)
+    for k, (inputs, values) in enumerate([runs[0], *runs]):
+        exact = clean if k < 2 else values[order[-1].name].view_as(clean)
+        change = (_values(order, inputs, clean.device, sizes, generator)[order[-1].name].view_as(clean) - exact).abs()
+        moved = torch.maximum(moved, change.nan_to_num(torch.inf if k < 2 else 0.0))
     return moved
 
 
-def _outputs(order: list[Any], inputs: dict[str, Any], generator: torch.Generator | None) -> Tensor:
-    """Outputs for those inputs; with a generator, every value is changed in its last place."""
+def _values(
+    order: list[Any],
+    inputs: dict[str, Any],
+    device: torch.device,
+    sizes: dict[str, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Any]:
+    """Value of every node for those inputs; with sizes, each is changed at random in the last place of its size."""
     values: dict[str, Any] = {}
     for node in order:
         value = inputs.get(node.name)
         value = node.forward(*[values[parent.name] for parent in node.inputs]) if value is None else value
-        if generator is not None and isinstance(value, Tensor) and value.is_floating_point():
+        if isinstance(value, tuple):  # a shape, which the engine too hands on as a tensor
+            value = torch.tensor(value, device=device)
+        if sizes is not None and node.name in sizes:
             signs = torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
-            value = value.as_subclass(Tensor) * (1 + torch.finfo(value.dtype).eps * signs)
+            value = value.as_subclass(Tensor) + torch.finfo(value.dtype).eps * signs * sizes[node.name]
         values[node.name] = value
-    return value  # type: ignore[return-value]
+    return values
 
 
 def _place(node: Any, place: float | torch.Generator | None) -> Tensor | None:
