@@ -31,7 +31,7 @@ from .module import BoundedModule
 from .outcomes import Problem, Watched, distrust, finite, judge, margins_to, note, refuted, say, see
 from .perturbation import PerturbationLpNorm
 from .radii import add_radii
-from .report import Record
+from .results_file import Record
 from .specifications import margin_rows
 from .tracing import check_mode
 

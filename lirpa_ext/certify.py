@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,9 +17,11 @@ from .attacks import PGD
 from .certifier import Certifier
 from .data import gather
 from .errors import EstimateError, InvalidInputError
+from .identity import hash_tensors, model_hash, outputs
 from .methods import check_options, find_method
 from .perturbation import check_eps
-from .report import PathLike, Report, ResultsFile
+from .report import Report
+from .results_file import PathLike, ResultsFile
 from .specifications import check_labels
 
 
@@ -70,7 +71,8 @@ def certify(
         radius: Search the certified radius, the largest eps that the method certifies, default True.
         radius_tolerance: Width at which its bisection stops, in units of eps (times the largest eps if that
             is below 1), default 1e-3.
-        results: File to keep results in as they come, and to resume from.
+        results: File to keep results in as they come, and to resume from. It knows its model by the traced graph with
+            all tensors in it and by outputs, and is locked while this runs.
         resume: Go on with that file, default. False puts it aside and starts anew.
         progress: Show a progress bar, default True.
         device: Where to compute, default where the model is.
@@ -84,7 +86,7 @@ def certify(
         InvalidInputError: eps, range, images or labels are not what they should be, before any work.
         DataError: The data set is empty or unreadable.
         TraceError, TrainModeError, UnsupportedNodeError: The model cannot be bounded.
-        ResultsError: The results file is corrupt or of another run.
+        ResultsError: The results file is corrupt, of another run, or in use by another process.
     """
     options = dict(options or {})
     _check_method(method, options)
@@ -116,8 +118,9 @@ def certify(
         "x_U": _plain(x_U),
         "dtype": str(dtype).removeprefix("torch."),
         "model": type(model).__name__,
-        "model_hash": model_hash(model),
-        "data_hash": _hash({"x": x, "y": y}),
+        "model_hash": model_hash(certifier.model, certifier.place(x[:1])),
+        "outputs": outputs(certifier.model, x, certifier.place),
+        "data_hash": hash_tensors([("x", x), ("y", y)]),
         "samples": len(x),
         "classes": classes,
         "attack": None if attack is None else {"name": "PGD", **vars(attack)},
@@ -128,33 +131,26 @@ def certify(
         "device": str(certifier.device),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    file = ResultsFile(results, meta, resume)
-    done = len(file.records)
-    with tqdm(total=len(x), initial=done, unit="sample", desc=f"certify {method}", disable=not progress) as bar:
-        for start in range(0, len(x), batch_size):
-            batch = range(start, min(start + batch_size, len(x)))
-            missing = [index for index in batch if index not in file.records]
-            if not missing:
-                continue
-            # A batch that is partly on file is computed whole, to have the same random starts and rounding.
-            inputs, labels = (
-                certifier.place(x[start : batch.stop]),
-                y[start : batch.stop].long().to(certifier.device),
-            )
-            generator_seed = (seed * 2**32 + start) % 2**64
-            tolerance = radius_tolerance if radius else None
-            records = certifier.certify(batch, inputs, labels, levels, attack, generator_seed, tolerance)
-            file.meta.setdefault("fallbacks", certifier.fallbacks)
-            file.append([record for record in records if record["index"] in missing])
-            bar.update(len(missing))
-    return file.report()
-
-
-def model_hash(model: nn.Module) -> str:
-    """SHA-256 of a model's structure (as printed; of a graph module also its code) and of its state dict."""
-    structure = f"{type(model).__qualname__}\n{model}\n{getattr(model, 'code', '')}"
-    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return _hash(tensors, structure)
+    with ResultsFile(results, meta, resume) as file:
+        done = len(file.records)
+        with tqdm(total=len(x), initial=done, unit="sample", desc=f"certify {method}", disable=not progress) as bar:
+            for start in range(0, len(x), batch_size):
+                batch = range(start, min(start + batch_size, len(x)))
+                missing = [index for index in batch if index not in file.records]
+                if not missing:
+                    continue
+                # A batch that is partly on file is computed whole, to have the same random starts and rounding.
+                inputs, labels = (
+                    certifier.place(x[start : batch.stop]),
+                    y[start : batch.stop].long().to(certifier.device),
+                )
+                generator_seed = (seed * 2**32 + start) % 2**64
+                tolerance = radius_tolerance if radius else None
+                records = certifier.certify(batch, inputs, labels, levels, attack, generator_seed, tolerance)
+                file.meta.setdefault("fallbacks", certifier.fallbacks)
+                file.append([record for record in records if record["index"] in missing])
+                bar.update(len(missing))
+        return Report(file.meta, file.ordered())
 
 
 def _check_method(method: str, options: dict[str, Any]) -> None:
@@ -203,15 +199,9 @@ def _check_images(x: Tensor, dtype: torch.dtype, x_L: float | Tensor | None, x_U
 def _plain(value: Any) -> Any:
     """A value as JSON can hold it."""
     if isinstance(value, Tensor):
-        return value.item() if value.numel() == 1 else value.tolist() if value.numel() <= 16 else _hash({"": value})
+        if value.numel() == 1:
+            return value.item()
+        return value.tolist() if value.numel() <= 16 else hash_tensors([("", value)])
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
-
-
-def _hash(tensors: dict[str, Tensor], text: str = "") -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -64,6 +64,7 @@ def _import_engine() -> Any:
         ) from error
 
 
+_limit = sys.getrecursionlimit()
 auto_LiRPA = _import_engine()
 bound_general = importlib.import_module("auto_LiRPA.bound_general")
 bound_ops = importlib.import_module("auto_LiRPA.bound_ops")
@@ -71,6 +72,9 @@ _perturbations = importlib.import_module("auto_LiRPA.perturbations")
 _linear_bound = importlib.import_module("auto_LiRPA.linear_bound")
 _patches = importlib.import_module("auto_LiRPA.patches")
 _utils = importlib.import_module("auto_LiRPA.utils")
+
+if sys.getrecursionlimit() >= 1_000_000:  # the engine's; a file that is nested so deeply would crash the interpreter
+    sys.setrecursionlimit(max(_limit if _limit < 1_000_000 else 0, 20_000))  # enough for the deepest networks it takes
 
 EngineBoundedModule: Any = auto_LiRPA.BoundedModule
 BoundedTensor: Any = auto_LiRPA.BoundedTensor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import guard
-from .report import Record
+from .results_file import Record
 
 NOT_FINITE = "the model's output is NaN or infinite at a point of the set"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .outcomes import NOT_FINITE, Problem, distrust, distrusted, refuted, say
-from .report import Record
+from .results_file import Record
 
 if TYPE_CHECKING:
     from .certifier import Certifier

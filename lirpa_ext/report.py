@@ -1,35 +1,31 @@
-"""What a certification found, one record a sample: summary, files, plot; and the file that a run resumes.
-
-A record is a dict: `index`, `label`, `prediction`, `clean_margin`, `radius` (largest certified eps, None if
-unknown), `message`, and `levels`, one dict an eps: `eps`, `status` (certified, attacked, unknown, error),
-`attack_margin` (smallest margin found), `verified_margin` (lower bound on the margin), `message`. What is not
-finite is None.
-"""
+"""What a certification found, one record a sample (`lirpa_ext.results_file`): summary, files and plot."""
 
 from __future__ import annotations
 
 import csv
-import itertools
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ResultsError
+from .results_file import (
+    STATUSES,
+    Meta,
+    PathLike,
+    Record,
+    check_meta,
+    check_record,
+    loads,
+    read_bytes,
+    read_results,
+    unwritable,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STATUSES = ("certified", "attacked", "unknown", "error")
-Record = dict[str, Any]
-Meta = dict[str, Any]
-PathLike = str | os.PathLike[str]
-
-_FORMAT = "lirpa-ext certification 1"
-_HEADER = f'{{"format": "{_FORMAT}"'.encode()
-# What may differ between a run and its resumption without making the results those of something else.
-_FREE = frozenset({"date", "device", "batch_size", "fallbacks"})
 _COLORS = {
     "clean": "#000000",
     "pgd": "#D55E00",
@@ -43,7 +39,7 @@ class Report:
 
     Attributes:
         meta: Method, options, dtype, eps, norm, data range, versions, hashes of model and data, attack, date.
-        records: One dict a sample, in order of the data (see the module's docstring).
+        records: One dict a sample, in order of the data (`lirpa_ext.results_file`).
     """
 
     meta: Meta
@@ -88,7 +84,7 @@ class Report:
     def to_json(self, path: PathLike) -> None:
         """Write meta, summary and records."""
         content = {"meta": self.meta, "summary": self.summary(), "records": self.records}
-        _write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def to_csv(self, path: PathLike) -> None:
         """Write one row for each sample and eps, below comment lines ``# key: value`` with the meta data."""
@@ -103,7 +99,7 @@ class Report:
                     for level in record["levels"]:
                         writer.writerow([record[name] for name in shared] + [level[name] for name in columns])
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
 
     def figure(self) -> Figure:
         """Accuracies over eps: clean, PGD, verified, and the curve of the certified radii; with an alt text."""
@@ -152,7 +148,7 @@ class Report:
         try:
             self.figure().savefig(path, dpi=150, metadata={field: json.dumps(self.meta)} if field else None)
         except (OSError, ValueError) as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
 
     @classmethod
     def load(cls, path: PathLike) -> Report:
@@ -161,149 +157,13 @@ class Report:
         Raises:
             ResultsError: The file is neither, or corrupt.
         """
-        text = _read(path)
+        text = read_bytes(path)
         if text.startswith(b"{\n"):  # a results file has its first object on one line
             try:
-                content = json.loads(text)
-                return cls(content["meta"], content["records"])
+                content = loads(text)
+                meta, lines = check_meta(content["meta"]), content["records"]
+                return cls(meta, [check_record(line, meta) for line in lines])
             except (ValueError, KeyError, TypeError) as error:
                 raise ResultsError(f"{path} is no report of lirpa-ext, or a corrupt one: {error!r}") from error
         meta, records, _ = read_results(path)
         return cls(meta, [records[index] for index in sorted(records)])
-
-
-class ResultsFile:
-    """Results on disk as they come, JSON Lines: the meta data, then one record a line.
-
-    Args:
-        path: The file; None keeps the records in memory only.
-        meta: Meta data of the run.
-        resume: Go on with an existing file. False puts it aside as ``NAME.1`` (or .2, ...), losing nothing.
-
-    Attributes:
-        meta: Meta data, of the existing file where there is one.
-        records: index -> record.
-
-    Raises:
-        ResultsError: The file is corrupt, cannot be written, or is of another model, data set or setting.
-    """
-
-    def __init__(self, path: PathLike | None, meta: Meta, resume: bool = True) -> None:
-        self.path = None if path is None else Path(path)
-        self.meta: Meta = json.loads(json.dumps({"format": _FORMAT} | meta, allow_nan=False))
-        self.records: dict[int, Record] = {}
-        if self.path is None:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self.path.exists():
-                return
-            if resume:
-                self._resume(self.path)
-            else:
-                aside = (self.path.with_name(f"{self.path.name}.{number}") for number in itertools.count(1))
-                self.path.rename(next(path for path in aside if not path.exists()))
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
-
-    def append(self, records: list[Record]) -> None:
-        """Keep records, on disk before this returns."""
-        lines = records if self.records else [self.meta, *records]
-        self.records |= {record["index"]: record for record in records}
-        if self.path is None:
-            return
-        try:
-            with self.path.open("a", encoding="utf-8", newline="\n") as file:
-                file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
-
-    def report(self) -> Report:
-        """The records so far, in order."""
-        return Report(self.meta, [self.records[index] for index in sorted(self.records)])
-
-    def _resume(self, path: Path) -> None:
-        meta, records, size = read_results(path)
-        names = sorted((meta.keys() | self.meta.keys()) - _FREE) if meta else []
-        different = [name for name in names if meta.get(name) != self.meta.get(name)]
-        if different:
-            details = "; ".join(
-                f"{name} is {meta.get(name)!r} there, {self.meta.get(name)!r} here" for name in different
-            )
-            raise ResultsError(
-                f"{path} holds results of another run: {details}. Give another path, or resume=False "
-                "(--no-resume) to put that file aside and start anew."
-            )
-        if records:
-            self.meta, self.records = meta, records
-        os.truncate(path, size if records else 0)
-
-
-def read_results(path: PathLike) -> tuple[Meta, dict[int, Record], int]:
-    """Read a results file, dropping a last line that was cut off while it was being written.
-
-    Returns:
-        Meta data (empty if cut off too), records by index, and the size in bytes of what is whole.
-
-    Raises:
-        ResultsError: A line is corrupt, or the file is something else.
-    """
-    text = _read(path)
-    whole = text[: text.rfind(b"\n") + 1]
-    first, *lines = whole.splitlines() or [text]
-    meta: Meta = {}
-    records: dict[int, Record] = {}
-    if whole or not _HEADER.startswith(text[: len(_HEADER)]):
-        meta = _parse_header(path, first)
-    for number, line in enumerate(lines, 2):
-        try:
-            record = _parse_record(line, meta)
-            if record["index"] in records:
-                raise ValueError(f"sample {record['index']} is there twice")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ResultsError(
-                f"line {number} of {path} is corrupt ({error!r}). Remove it to have its sample computed "
-                "again, or give another path."
-            ) from error
-        records[record["index"]] = record
-    return meta, records, len(whole)
-
-
-def _parse_header(path: PathLike, line: bytes) -> Meta:
-    try:
-        if not line.startswith(_HEADER):
-            raise ValueError("the first line is not that of one")
-        return dict(json.loads(line))
-    except ValueError as error:
-        raise ResultsError(f"{path} is no results file of lirpa-ext: {error}; give another path") from error
-
-
-def _parse_record(line: bytes, meta: Meta) -> Record:
-    record = json.loads(line)
-    if not 0 <= record["index"] < meta["samples"]:
-        raise ValueError(f"sample {record['index']} is none of {meta['samples']}")
-    if [level["eps"] for level in record["levels"]] != meta["eps"]:
-        raise ValueError("its eps are not those of the first line")
-    if any(level["status"] not in STATUSES for level in record["levels"]):
-        raise ValueError("unknown status")
-    return dict(record)
-
-
-def _read(path: PathLike) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ResultsError(f"{path} cannot be read: {error}") from error
-
-
-def _write(path: PathLike, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: PathLike, error: Exception) -> ResultsError:
-    return ResultsError(f"{path} cannot be written: {error}. Give another path; results files can be resumed.")
