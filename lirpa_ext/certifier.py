@@ -145,14 +145,15 @@ class Certifier:
 
         def attacked(x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
             watched = Watched(self.model, y)
-            attack(watched, x, y, self._set(eps), torch.Generator().manual_seed(seed))  # type: ignore[misc]
-            return watched.least
+            found = attack(watched, x, y, self._set(eps), torch.Generator().manual_seed(seed))  # type: ignore[misc]
+            return torch.cat([watched.least, found.masked.unsqueeze(1).to(watched.least)], 1)
 
         most = self.most
         values, problems = self.by_sample(clean, x, y)
         prediction, margin = values[:, 0], values[:, 1:].amin(1)
         seen = values[:, 1:].repeat(len(levels), 1, 1)  # least value of each row at points of the set
         lower = torch.full_like(seen, math.nan)
+        masked = torch.zeros(len(levels), len(x), dtype=torch.bool, device=x.device)
         messages = [list(problems) for _ in levels]
         defined, correct = (chosen.nonzero().flatten() for chosen in (margin.isfinite(), margin > 0))
         noise = torch.full_like(margin, math.nan, dtype=torch.float64)  # against which no bound is right
@@ -169,7 +170,8 @@ class Certifier:
                 note(messages[k], defined, failed)
             if attack is not None and len(correct):
                 found, failed = self.by_sample(attacked, x[correct], y[correct], eps[correct])
-                see(seen[k], messages[k], correct, found, failed)
+                see(seen[k], messages[k], correct, found[:, :-1], failed)
+                masked[k, correct] = found[:, -1] == 1
             # What would be certified is also held against corners.
             promising = (lower[k].amin(1) > 0) & torch.tensor([not why for why in messages[k]], device=x.device)
             hopeful = promising.nonzero().flatten()
@@ -188,7 +190,9 @@ class Certifier:
                 "clean_margin": finite(margin[i]),
                 "radius": None,
                 "message": "",
-                "levels": judge(levels, seen[:, i].amin(1).tolist(), lower[:, i].amin(1).tolist(), why),
+                "levels": judge(
+                    levels, seen[:, i].amin(1).tolist(), lower[:, i].amin(1).tolist(), why, masked[:, i].tolist()
+                ),
             }
             records.append(record)
             defect = next((problem for problem in why if problem and problem.defect), None)

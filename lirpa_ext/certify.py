@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from . import engine, engine_methods
 from ._version import __version__
-from .attacks import PGD
+from .attacks import APGD
 from .certifier import Certifier
 from .data import gather
 from .errors import EstimateError, InvalidInputError
@@ -38,8 +38,8 @@ def certify(
     x_U: float | Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     batch_size: int = 64,
-    attack_steps: int = 40,
-    attack_restarts: int = 1,
+    attack_steps: int = 20,
+    attack_restarts: int = 2,
     radius: bool = True,
     radius_tolerance: float = 1e-3,
     results: PathLike | None = None,
@@ -66,8 +66,8 @@ def certify(
         x_U: Upper end.
         dtype: Of the whole computation, default float64.
         batch_size: Samples at a time, default 64. One that the model names (`ImportedModel.batch_size`) rules.
-        attack_steps: Steps of PGD, default 40; 0 for no attack.
-        attack_restarts: Runs of PGD, default 1.
+        attack_steps: Steps of a run of Auto-PGD (`lirpa_ext.attacks.APGD`), default 20; 0 for no attack.
+        attack_restarts: Its runs, default 2: one on cross-entropy, one on the margin.
         radius: Search the certified radius, the largest eps that the method certifies, default True.
         radius_tolerance: Width at which its bisection stops, in units of eps (times the largest eps if that
             is below 1), default 1e-3.
@@ -94,10 +94,10 @@ def certify(
     if batch_size < 1 or attack_steps < 0 or not 0 < radius_tolerance < math.inf:
         raise InvalidInputError("batch_size and radius_tolerance must be positive, attack_steps not negative")
     if attack_steps and norm == 1:
-        raise InvalidInputError("PGD attacks lp balls with p > 1 only; pass attack_steps=0 with norm=1")
+        raise InvalidInputError("attacks take lp balls with p > 1 only; pass attack_steps=0 with norm=1")
     if not isinstance(seed, int):
         raise InvalidInputError(f"seed must be a whole number, got {seed!r}")
-    attack = PGD(attack_steps, attack_restarts) if attack_steps else None
+    attack = APGD(attack_steps, attack_restarts) if attack_steps else None
     batch_size = getattr(model, "batch_size", None) or batch_size
     certifier = Certifier(model, method, options, norm, (x_L, x_U), dtype, device)
     x, y = gather(data)
@@ -123,7 +123,7 @@ def certify(
         "data_hash": hash_tensors([("x", x), ("y", y)]),
         "samples": len(x),
         "classes": classes,
-        "attack": None if attack is None else {"name": "PGD", **vars(attack)},
+        "attack": None if attack is None else {"name": type(attack).__name__, **vars(attack)},
         "radius": radius,
         "radius_tolerance": radius_tolerance,
         "seed": seed,

@@ -45,8 +45,8 @@ def add_certify(parser: argparse.ArgumentParser) -> None:
         help="certified radius of each sample",
     )
     task.add_argument("--radius-tolerance", type=float, default=1e-3)
-    task.add_argument("--attack-steps", type=int, default=40, help="of PGD; 0 for no attack")
-    task.add_argument("--attack-restarts", type=int, default=1)
+    task.add_argument("--attack-steps", type=int, default=20, help="of a run of Auto-PGD; 0 for none")
+    task.add_argument("--attack-restarts", type=int, default=2, help="its runs, on cross-entropy and margin in turn")
     task.add_argument("--dtype", choices=_DTYPES, default="float64")
     task.add_argument("--batch-size", type=int, default=64)
     task.add_argument("--device", help="default cpu")

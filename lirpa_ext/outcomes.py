@@ -73,12 +73,16 @@ def refuted(lower: Tensor, seen: Tensor, noise: Tensor) -> Tensor:
 
 
 def judge(
-    levels: list[float], found: list[float], lower: list[float], problems: list[Problem | None]
+    levels: list[float],
+    found: list[float],
+    lower: list[float],
+    problems: list[Problem | None],
+    masked: list[bool],
 ) -> list[dict[str, Any]]:
     """Outcome of one sample at each eps, from the largest down: a certificate holds at smaller eps too."""
     outcomes = []
     held = -math.inf
-    for eps, attack, own, problem in reversed(list(zip(levels, found, lower, problems, strict=True))):
+    for eps, attack, own, problem, hidden in reversed(list(zip(levels, found, lower, problems, masked, strict=True))):
         message = problem.text if problem else "" if math.isfinite(attack) else NOT_FINITE
         bound = own if message else max(own, held)
         if not message:
@@ -90,6 +94,7 @@ def judge(
                 "eps": eps,
                 "status": status,
                 "attack_margin": finite(attack),
+                "masked": hidden,
                 "verified_margin": finite(bound),
                 "message": message,
             }

@@ -49,7 +49,8 @@ class Report:
         """One row for each eps: accuracies as fractions of all samples, and counts of the four statuses.
 
         `clean` counts correct predictions, `pgd` samples that are certified or unknown (None if nothing was
-        attacked), `verified` the certified ones. An error counts as neither robust nor attacked.
+        attacked), `verified` the certified ones. An error counts as neither robust nor attacked. `masked` counts
+        unknown samples of which the attack never had a gradient: that they were not attacked is no evidence.
         """
         total = max(len(self.records), 1)
         clean = sum((record["clean_margin"] or 0) > 0 for record in self.records) / total
@@ -57,8 +58,13 @@ class Report:
         for position, eps in enumerate(self.meta["eps"]):
             found = [record["levels"][position]["status"] for record in self.records]
             counts = {status: found.count(status) for status in STATUSES}
+            levels = [record["levels"][position] for record in self.records]
+            masked = sum(level["status"] == "unknown" and level.get("masked", False) for level in levels)
             pgd = (counts["certified"] + counts["unknown"]) / total if self.meta["attack"] else None
-            rows.append({"eps": eps, "clean": clean, "pgd": pgd, "verified": counts["certified"] / total} | counts)
+            rows.append(
+                {"eps": eps, "clean": clean, "pgd": pgd, "verified": counts["certified"] / total, "masked": masked}
+                | counts
+            )
         return rows
 
     def curve(self) -> list[tuple[float, float]]:
@@ -77,6 +83,12 @@ class Report:
                 f"{row['eps']:>10.6g} {100 * row['clean']:>8.2f} {pgd:>8} {100 * row['verified']:>10.2f} "
                 f"{row['unknown']:>8d} {row['error']:>7d}"
             )
+        for row in self.summary():
+            if row["masked"]:
+                lines.append(
+                    f"{row['masked']} unknown samples at eps {row['eps']:.6g} gave the attack no gradient: their PGD "
+                    "accuracy is no evidence"
+                )
         return "\n".join(lines)
 
     # --- files ---
@@ -88,7 +100,7 @@ class Report:
 
     def to_csv(self, path: PathLike) -> None:
         """Write one row for each sample and eps, below comment lines ``# key: value`` with the meta data."""
-        columns = ["eps", "status", "attack_margin", "verified_margin", "message"]
+        columns = ["eps", "status", "attack_margin", "masked", "verified_margin", "message"]
         shared = ["index", "label", "prediction", "clean_margin", "radius"]
         try:
             with Path(path).open("w", newline="", encoding="utf-8") as file:
@@ -97,7 +109,9 @@ class Report:
                 writer.writerow(shared + columns)
                 for record in self.records:
                     for level in record["levels"]:
-                        writer.writerow([record[name] for name in shared] + [level[name] for name in columns])
+                        writer.writerow(
+                            [record[name] for name in shared] + [level.get(name, False) for name in columns]
+                        )
         except OSError as error:
             raise unwritable(path, error) from error
 

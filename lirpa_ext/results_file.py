@@ -2,8 +2,8 @@
 
 A record is a dict: `index`, `label`, `prediction`, `clean_margin`, `radius` (largest certified eps, None if
 unknown), `message`, and `levels`, one dict an eps: `eps`, `status` (certified, attacked, unknown, error),
-`attack_margin` (smallest margin found), `verified_margin` (lower bound on the margin), `message`. What is not
-finite is None.
+`attack_margin` (smallest margin found), `masked` (whether the attack never had a gradient, so that what it did not find
+is no evidence), `verified_margin` (lower bound on the margin), `message`. What is not finite is None.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ _RECORD_FIELDS = {
     "message": "text", "levels": "list",
 }  # fmt: skip
 _LEVEL_FIELDS = {
-    "eps": "number", "status": "text", "attack_margin": "number?", "verified_margin": "number?", "message": "text",
+    "eps": "number", "status": "text", "attack_margin": "number?", "masked": "flag", "verified_margin": "number?",
+    "message": "text",
 }  # fmt: skip
 
 
@@ -228,7 +229,7 @@ def check_record(record: Any, meta: Meta) -> Record:
     if not 0 <= record["index"] < meta["samples"]:
         raise ValueError(f"sample {record['index']} is none of {meta['samples']}")
     for level in record["levels"]:
-        _check_fields(level, _LEVEL_FIELDS)
+        _check_fields({"masked": False} | level if isinstance(level, dict) else level, _LEVEL_FIELDS)  # an older file
         if level["status"] not in STATUSES:
             raise ValueError(f"status {level['status']!r} is unknown")
     if [level["eps"] for level in record["levels"]] != meta["eps"]:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 from torch import nn
 
-from lirpa_ext import PerturbationLpNorm
-from lirpa_ext.attacks import EOT, FGM, FGSM, LOSSES, PGD, TARGETED_LOSSES, Attack, AutoAttack, Target
+from lirpa_ext import PerturbationLpNorm, certify
+from lirpa_ext.attacks import (
+    APGD,
+    EOT,
+    FGM,
+    FGSM,
+    LOSSES,
+    PGD,
+    TARGETED_LOSSES,
+    Attack,
+    AutoAttack,
+    RandomSearch,
+    Target,
+)
 from lirpa_ext.errors import ConfigError, InvalidInputError
 from lirpa_ext.specifications import check_labels, margin_rows, margins
 
@@ -347,11 +360,6 @@ class Pair(nn.Module):
         return x.flatten(1), x
 
 
-class Detached(nn.Module):
-    def forward(self, x):
-        return x.flatten(1).detach()
-
-
 @pytest.mark.parametrize(
     ("model", "samples", "labels", "message"),
     [
@@ -359,12 +367,106 @@ class Detached(nn.Module):
         (nn.Flatten(), 0, 0, "no sample to attack"),
         (Pair(), 4, 4, "returns a tuple"),
         (nn.Flatten(0, 1), 4, 4, r"returns \(12,\) for 4 samples"),
-        (Detached(), 4, 4, "no gradient in its inputs"),
+        (nn.Linear(5, 2), 4, 4, "the model fails on inputs of shape"),
+        (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3)).train(), 1, 1, "eval mode"),
     ],
-    ids=["labels", "empty", "tuple", "merged", "detached"],
+    ids=["labels", "empty", "tuple", "merged", "shape", "train mode"],
 )
 @pytest.mark.parametrize("attack", [PGD(2), PGD(2, restarts=2)], ids=["once", "restarts"])
 def test_what_cannot_be_attacked_is_said(model, samples, labels, message, attack):
     x, y = torch.rand(samples, 3), torch.zeros(labels, dtype=torch.long)
     with pytest.raises(InvalidInputError, match=message):
         attack(model, x, y, PerturbationLpNorm(0.1, 2))
+
+
+# --- models that hide their gradients ---
+
+
+class Hidden(nn.Module):
+    """The decisions of a network, with gradients that say nothing."""
+
+    def __init__(self, net, how):
+        super().__init__()
+        self.net, self.how = net, how
+
+    def forward(self, x):
+        return self.how(self.net(x))
+
+
+HIDDEN = {
+    "detached": lambda z: z.detach(),
+    "saturated": lambda z: torch.softmax(1e5 * z, 1),
+    "NaN": lambda z: z + 0.0 * (z - z).sqrt(),
+    "steps": lambda z: z.round(decimals=1) + 0.0 * z.detach(),
+    "one hot": lambda z: nn.functional.one_hot(z.argmax(1), z.shape[1]).float(),
+}
+
+
+@pytest.mark.parametrize("norm", [2, math.inf])
+@pytest.mark.parametrize("attack", [PGD(10), APGD(10), FGSM()], ids=["PGD", "APGD", "FGSM"])
+@pytest.mark.parametrize("how", HIDDEN)
+def test_a_hidden_gradient_is_said_and_searched_without(how, attack, norm, caplog):
+    torch.manual_seed(0)
+    net = nn.Linear(6, 3)
+    x = torch.rand(40, 6)
+    y = net(x).argmax(1)
+    hidden = Hidden(net, HIDDEN[how])
+    ball = PerturbationLpNorm({2: 1.0, math.inf: 0.5}[norm], norm, 0.0, 1.0)
+    found = attack(hidden, x, y, ball)
+    assert found.masked.float().mean() > 0.8
+    assert "gradient masking" in caplog.text
+    open_ = APGD(20)(net, x, y, ball)
+    assert not open_.masked.any()
+    assert (found.margins <= 0).sum() >= 0.8 * (open_.margins <= 0).sum() > 0
+    with torch.no_grad():
+        assert torch.equal(margins(hidden(found.inputs), y) <= 0, found.margins <= 0)
+
+
+def test_reports_count_samples_without_a_gradient(caplog):
+    torch.manual_seed(0)
+    net = nn.Linear(6, 3)
+    x = torch.rand(40, 6)
+    y = net(x).argmax(1)
+    options = {"eps": [0.05], "method": "bcp", "radius": False, "progress": False, "x_L": 0.0, "x_U": 1.0}
+    plain = certify(net, (x, y), **options)
+    assert plain.summary()[0]["masked"] == 0 and "no evidence" not in plain.table()
+    steep = certify(nn.Sequential(net, Scaled(1e6), nn.Softmax(1)), (x, y), **options | {"method": "IBP"})
+    row = steep.summary()[0]
+    assert row["masked"] == row["unknown"] > 0
+    assert f"{row['masked']} unknown samples at eps 0.05 gave the attack no gradient" in steep.table()
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x
+
+
+# --- points lie in their sets to the last bit ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("eps", [1e-4, 0.1, 3e-7, 2.0])
+@pytest.mark.parametrize("norm", [1.5, 2, 3, math.inf])
+@pytest.mark.parametrize("attack", [PGD(5), APGD(5), FGSM(), RandomSearch(20)], ids=lambda a: type(a).__name__)
+def test_points_lie_in_their_sets_to_the_last_bit(attack, norm, eps, dtype):
+    """In exact arithmetic, against the radius as it was given."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(50, 3).to(dtype), (0.1 + 0.8 * torch.rand(20, 50)).to(dtype)
+    y = net(x).argmax(1)
+    ends = (0.05, 0.95) if eps > 1 else (None, None)
+    found = attack(net, x, y, PerturbationLpNorm(eps, norm, *ends))
+    if eps > 1:
+        assert (found.inputs >= 0.05).all() and (found.inputs <= 0.95).all()
+    for point, center in zip(found.inputs.tolist(), x.tolist(), strict=True):
+        shifts = [abs(Fraction(a) - Fraction(b)) for a, b in zip(point, center, strict=True)]
+        if norm == math.inf:
+            assert max(shifts) <= Fraction(eps)
+        elif norm in (2, 3):
+            assert sum(shift**norm for shift in shifts) <= Fraction(eps) ** norm
+        else:
+            assert sum(float(shift) ** norm for shift in shifts) <= eps**norm * (1 + 1e-13)
+    assert (found.inputs != x).any()

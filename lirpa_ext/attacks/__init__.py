@@ -6,13 +6,16 @@ model (`lirpa_ext.randomized`) each evaluation draws a network, and `EOT` around
 
 from __future__ import annotations
 
+from .apgd import APGD
 from .autoattack import AutoAttack
 from .base import Attack, Attacked, Target
 from .eot import EOT, mean_output
 from .gradient import FGM, FGSM, PGD
 from .losses import LOSSES, TARGETED_LOSSES
+from .search import RandomSearch
 
 __all__ = [
+    "APGD",
     "EOT",
     "FGM",
     "FGSM",
@@ -22,6 +25,7 @@ __all__ = [
     "Attack",
     "Attacked",
     "AutoAttack",
+    "RandomSearch",
     "Target",
     "mean_output",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,12 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidInputError
+from ..errors import InvalidInputError, LirpaExtError
 from ..lengths import flat
+from ..limits import is_out_of_memory
 from ..perturbation import PerturbationLpNorm
 from ..randomized.sampling import is_randomized, sample
 from ..specifications import check_labels, margins
 from .losses import LOSSES, TARGETED_LOSSES
+
+_logger = logging.getLogger(__name__)
+
+_INSIDE = 1 - 1e-12  # for the sums of a length in float64
 
 
 class Attacked(NamedTuple):
@@ -25,10 +31,13 @@ class Attacked(NamedTuple):
         inputs: The point of smallest margin of each sample, inside of its set, (B, ...).
         margins: Their margins, (B,); the attack succeeded where that is not positive. Of a targeted attack: how far the
             target stays below the largest logit, the target's own lead taken as negative.
+        masked: Where the attack never had a gradient: all were 0 or not finite (gradient masking), (B,). What it did
+            not find there is no evidence.
     """
 
     inputs: Tensor
     margins: Tensor
+    masked: Tensor
 
 
 class Target:
@@ -65,14 +74,44 @@ class Target:
         self.keep = keep or ("final" if self.randomized else "best")
         self.norm = perturbation.norm
         self.eps = perturbation.eps_of(x).view(-1, *[1] * (x.dim() - 1))
-        self._lower, self._upper = perturbation.box(x)
-        with torch.no_grad():
-            logits = self.logits(x)
+        self._radius = self._exact_radius()
+        self._lower, self._upper = self._inner_box()
+        try:
+            with torch.no_grad():
+                logits = self.logits(x)
+        except Exception as error:  # whatever a user's model raises
+            if is_out_of_memory(error) or isinstance(error, LirpaExtError):
+                raise
+            raise InvalidInputError(
+                f"the model fails on inputs of shape {tuple(x.shape)} in {x.dtype}: {type(error).__name__}: {error}. "
+                "Check their shape and dtype, and that the model is in eval mode"
+            ) from error
         self._check(logits)
         self.y, self.targets = y.long(), None if targets is None else targets.long()
         self.classes = logits.shape[1]
         clean = self.margins(logits)
-        self.best = Attacked(x, clean if self.keep == "best" else torch.full_like(clean, math.inf))
+        self._asked, self._answered = False, torch.zeros_like(clean, dtype=torch.bool)
+        self.best = Attacked(x, clean if self.keep == "best" else torch.full_like(clean, math.inf), self.masked)
+
+    def _exact_radius(self) -> Tensor:
+        """Radii as they were given, in float64, which the radius in the dtype of `x` may exceed."""
+        exact = self.perturbation.eps_of(self.x.double()).view_as(self.eps)
+        return torch.minimum(exact, self.eps.double())
+
+    def _inner_box(self) -> tuple[Tensor, Tensor]:
+        """The box's ends, rounded inward to the dtype of `x`, which lies between them."""
+        x, ends = self.x.double(), []
+        for end, sign in zip(self.perturbation.box(x), (1, -1), strict=True):
+            outside = torch.zeros_like(end, dtype=torch.bool)
+            if self.perturbation.radius is not None:
+                ball = x - sign * self._radius
+                lost = (x - (ball + (x - ball))) + ((x - ball) - sign * self._radius)  # what that is short of, exactly
+                end = torch.maximum(sign * end, sign * ball) * sign
+                outside = (end == ball) & (sign * lost > 0)
+            own = end.to(self.x)
+            outside = (outside & (own.double() == end)) | (sign * (end - own.double()) > 0)
+            ends.append(torch.where(outside, torch.nextafter(own, self.x), own))
+        return torch.minimum(ends[0], self.x), torch.maximum(ends[1], self.x)
 
     def network(self) -> nn.Module:
         """The network of one evaluation: a fresh draw of a randomized model, the model itself otherwise."""
@@ -94,53 +133,88 @@ class Target:
 
     def gradient(self, points: Tensor, loss: str) -> Tensor:
         """Gradient of each sample's loss at `points`, which are scored on the way if all points count."""
+        return self.value_and_gradient(points, loss)[1]
+
+    def value_and_gradient(self, points: Tensor, loss: str) -> tuple[Tensor, Tensor]:
+        """Each sample's loss, (B,), and its gradient; the points are scored on the way if all points count."""
         points = points.detach().requires_grad_()
         with torch.enable_grad():
             logits = self.network()(points)
-            if not logits.requires_grad:
-                raise InvalidInputError(
-                    "the model's outputs have no gradient in its inputs: it detaches them, or is all steps. Attack it "
-                    "without gradients, or judge it by bounds alone (attack_steps=0)"
-                )
-            (gradient,) = torch.autograd.grad(self.loss(loss, logits).sum(), points)
+            value = self.loss(loss, logits)
+            gradient = self.differentiate(value, points)
         if self.keep == "best":
             self.remember(points.detach(), logits.detach())
-        return gradient
+        self.note(gradient)
+        return value.detach(), gradient
 
-    def score(self, points: Tensor) -> None:
-        """Remember those of the points that have the smallest margin so far."""
+    @staticmethod
+    def differentiate(value: Tensor, points: Tensor) -> Tensor:
+        """Gradient of the sum of the losses at the points; 0 where they do not depend on them."""
+        if not value.requires_grad:
+            return torch.zeros_like(points)
+        (gradient,) = torch.autograd.grad(value.sum(), points, allow_unused=True)
+        return torch.zeros_like(points) if gradient is None else gradient
+
+    def note(self, gradient: Tensor) -> None:
+        """Note for which samples this gradient has a direction: an entry that is finite and not 0."""
+        self._asked = True
+        self._answered |= (flat(gradient).nan_to_num(0.0, 0.0, 0.0) != 0).any(1)
+
+    @property
+    def masked(self) -> Tensor:
+        """Samples of which gradients were asked, and none had a direction, (B,)."""
+        return ~self._answered if self._asked else torch.zeros_like(self._answered)
+
+    def score(self, points: Tensor) -> Tensor:
+        """Remember those of the points that have the smallest margin so far; the margins of all, (B,)."""
         with torch.no_grad():
-            self.remember(points, self.logits(points))
+            return self.remember(points, self.logits(points))
 
-    def remember(self, points: Tensor, logits: Tensor) -> None:
+    def remember(self, points: Tensor, logits: Tensor) -> Tensor:
         """The same of points whose logits are known."""
         found = self.margins(logits)
         better = found < self.best.margins  # False for NaN
         self.best = Attacked(
             torch.where(better.view_as(self.eps), points, self.best.inputs),
             torch.where(better, found, self.best.margins),
+            self.best.masked,
         )
+        return found
 
     def project(self, points: Tensor) -> Tensor:
         """The points, cut to the box (inside of the data range) and then drawn towards `x` into the ball.
 
-        `x` lies in both and both are convex, so the second step stays inside of the first one's box.
+        `x` lies in both and both are convex, so the second step stays inside of the first one's box. A point lies in
+        its set to the last bit: distances are taken in float64, and what is rounded is rounded towards `x`.
         """
         points = torch.minimum(torch.maximum(points, self._lower), self._upper)
         if self.norm == math.inf:
             return points
-        shift = points - self.x
+        center = self.x.double()
+        shift = points.double() - center
         length = self.length(shift)
-        scale = torch.where(length > self.eps, self.eps / length, torch.ones_like(length))
-        points = self.x + scale * shift
-        return torch.minimum(torch.maximum(points, self._lower), self._upper)  # against rounding
+        radius = self._radius * _INSIDE
+        scale = torch.where(length > radius, radius / length, torch.ones_like(length))
+        wanted = center + scale * shift
+        points = wanted.to(self.x)
+        beyond = (points.double() - center).abs() > (scale * shift).abs()
+        inner = torch.where(beyond, torch.nextafter(points, self.x), points)
+        inner = torch.where((length > 0) & points.isfinite(), inner, points)
+        return torch.minimum(torch.maximum(inner, self._lower), self._upper)
+
+    def border(self, direction: Tensor) -> Tensor:
+        """The farthest points in a direction, (B, ...), as far as the data range allows: of a cube its corners."""
+        if self.norm == math.inf:
+            return self.project(self.x + self.eps * direction.sign())
+        length = self.length(direction).clamp(min=torch.finfo(direction.dtype).tiny)
+        return self.project(self.x + self.eps * direction / length)
 
     def random_points(self) -> Tensor:
         """Points drawn at random from the ball (uniformly for p = 2 and inf), and projected."""
         if self.norm == math.inf:
-            return self.project(self.x + self.eps * (2 * self._draw(torch.rand) - 1))
-        depth = flat(self._draw(torch.rand))[:, 0].view_as(self.eps) ** (1 / self.x[0].numel())
-        direction = self._draw(torch.randn)
+            return self.project(self.x + self.eps * (2 * self.draw(torch.rand) - 1))
+        depth = flat(self.draw(torch.rand))[:, 0].view_as(self.eps) ** (1 / self.x[0].numel())
+        direction = self.draw(torch.randn)
         return self.project(self.x + self.eps * depth * direction / self.length(direction))
 
     def steepest(self, gradient: Tensor) -> Tensor:
@@ -156,7 +230,8 @@ class Target:
         """Length of each sample in the ball's norm, shaped to broadcast with `x`."""
         return torch.linalg.vector_norm(flat(shift), ord=self.norm, dim=1).view_as(self.eps)
 
-    def _draw(self, draw: Callable[..., Tensor]) -> Tensor:
+    def draw(self, draw: Callable[..., Tensor]) -> Tensor:
+        """Random numbers of the shape of `x`, from the generator: ``draw`` is torch.rand or torch.randn."""
         device = self.generator.device
         return draw(self.x.shape, generator=self.generator, dtype=self.x.dtype, device=device).to(self.x.device)
 
@@ -210,11 +285,12 @@ class Attack(ABC):
         Returns:
             The best point of each sample, inside of its set, and its margin. The clean input is a candidate. Of a
             randomized model the ends of the attack's runs are the only ones (`EOT`, ``keep``), and the margin is that
-            of the draw that scored it: evaluate it on others (`lirpa_ext.randomized.evaluate`).
+            of the draw that scored it: evaluate it on others (`lirpa_ext.randomized.evaluate`). Samples of which no
+            gradient had a direction (``masked``) are also searched at random (`RandomSearch`), and a warning is logged.
 
         Raises:
             InvalidInputError: norm 1, `x` outside of the data range or not finite, labels or targets that are no
-                class or of another number, no sample at all, a model that returns no tensor or has no gradient.
+                class or of another number, no sample at all, a model that returns no tensor.
         """
         if perturbation.norm == 1:
             raise InvalidInputError(
@@ -225,9 +301,26 @@ class Attack(ABC):
             raise InvalidInputError(f"there is no sample to attack: x is of shape {tuple(x.shape)}")
         perturbation.check(x)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        target = self.target(model, x.detach(), y, perturbation, generator, targets)
+        x = x.detach()
+        target = self.target(model, x, y, perturbation, generator, targets)
         self.run(target)
-        return target.best
+        found = target.best._replace(masked=target.masked)
+        stuck = found.masked & (found.margins > 0)
+        if not bool(stuck.any()):
+            return found
+        _logger.warning(
+            "%s had no gradient at %d of %d samples: all were 0 or not finite (gradient masking). They are searched at "
+            "random, and what is not found there is no evidence of robustness",
+            type(self).__name__, int(stuck.sum()), len(x),
+        )  # fmt: skip
+        rest = self.target(model, x, y, perturbation, generator, targets)  # of all: a model may know its batch
+        _fallback().run(rest)
+        better = stuck & (rest.best.margins < found.margins)
+        return Attacked(
+            torch.where(better.view_as(target.eps), rest.best.inputs, found.inputs),
+            torch.where(better, rest.best.margins, found.margins),
+            found.masked,
+        )
 
     def target(
         self,
@@ -243,3 +336,9 @@ class Attack(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+
+def _fallback() -> Attack:
+    from .search import RandomSearch  # an attack itself
+
+    return RandomSearch()

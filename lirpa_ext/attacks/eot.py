@@ -112,28 +112,26 @@ class ExpectedTarget(Target):
         """Logarithm of the mean class probabilities over fresh draws, (B, classes)."""
         return mean_output(torch.cat(list(self.outputs(points))))
 
-    def gradient(self, points: Tensor, loss: str) -> Tensor:
-        """Average gradient over fresh draws."""
+    def value_and_gradient(self, points: Tensor, loss: str) -> tuple[Tensor, Tensor]:
+        """Average loss and gradient over fresh draws."""
         points = points.detach().requires_grad_()
-        gradient, outputs = torch.zeros_like(points), []
+        value, gradient, outputs = torch.zeros_like(self.best.margins), torch.zeros_like(points), []
         with torch.enable_grad():
             for logits in self.outputs(points):
                 if self.eot.average == "gradients":
-                    gradient += self._gradient(logits, loss, points) / self.draws
+                    losses = torch.stack([self.loss(loss, some) for some in logits]).sum(0)
+                    gradient += self.differentiate(losses, points) / self.draws
+                    value += losses.detach() / self.draws
                     logits = logits.detach()  # frees the graph
                 outputs.append(logits)
             mean = mean_output(torch.cat(outputs))
             if self.eot.average == "outputs":
-                gradient = self._gradient(mean.unsqueeze(0), loss, points)
+                losses = self.loss(loss, mean)
+                value, gradient = losses.detach(), self.differentiate(losses, points)
         if self.keep == "best":
             self.remember(points.detach(), mean.detach())
-        return gradient
-
-    def _gradient(self, logits: Tensor, loss: str, points: Tensor) -> Tensor:
-        """Sum over draws of the gradients of each one's loss."""
-        losses = torch.stack([self.loss(loss, some) for some in logits])
-        (gradient,) = torch.autograd.grad(losses.sum(), points)
-        return gradient
+        self.note(gradient)
+        return value, gradient
 
 
 def mean_output(logits: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.functional import normalize
 from ..errors import InvalidInputError
 from ..lengths import flat
 from .base import Attack, Target
-from .losses import LOSSES
+from .losses import in_turn
 
 
 class PGD(Attack):
@@ -25,7 +26,7 @@ class PGD(Attack):
         steps: Steps of a run, default 40.
         restarts: Runs, default 1; each sample keeps its best point over all of them.
         step_size: Length of a step as a fraction of eps, default 2.5 / steps.
-        loss: "margin" (default: the smallest of z_y - z_j), "cross-entropy" or "dlr".
+        loss: "cross-entropy", "margin" (the smallest of z_y - z_j) or "dlr"; default the first two in turn.
         random_start: Start at a random point, default; else at the clean input.
         momentum: Factor of the sum of the gradients before, 0 or more; default 0, each step has its own gradient.
 
@@ -38,7 +39,7 @@ class PGD(Attack):
         steps: int = 40,
         restarts: int = 1,
         step_size: float | None = None,
-        loss: str = "margin",
+        loss: str | None = None,
         random_start: bool = True,
         momentum: float = 0.0,
     ) -> None:
@@ -48,19 +49,18 @@ class PGD(Attack):
             raise InvalidInputError(f"step_size is a positive fraction of eps, got {step_size}")
         if not 0 <= momentum < math.inf:
             raise InvalidInputError(f"momentum must be 0 or more, got {momentum}")
-        if loss not in LOSSES:
-            raise InvalidInputError(f"unknown loss {loss!r}; known are {', '.join(LOSSES)}")
+        in_turn(loss)
         self.steps, self.restarts, self.loss, self.random_start = steps, restarts, loss, random_start
         self.momentum = momentum
         self.step_size = 2.5 / steps if step_size is None else step_size
 
     def run(self, target: Target) -> None:
         """Climb the loss from each start."""
-        for _ in range(self.restarts):
+        for _, loss in zip(range(self.restarts), itertools.cycle(in_turn(self.loss)), strict=False):
             points = target.random_points() if self.random_start else target.x
             total = torch.zeros_like(target.x)
             for _ in range(self.steps):
-                gradient = target.gradient(points, self.loss)
+                gradient = target.gradient(points, loss)
                 if self.momentum:
                     shares = normalize(flat(gradient), p=1.0, eps=torch.finfo(gradient.dtype).tiny)
                     gradient = total = self.momentum * total + shares.view_as(gradient)

@@ -53,3 +53,14 @@ TARGETED_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "cross-entropy": lambda logits, y, targets: -functional.cross_entropy(logits, targets, reduction="none"),
     "dlr": _targeted_dlr,
 }
+
+
+def in_turn(loss: str | None) -> tuple[str, ...]:
+    """The losses that the runs of an attack climb in turn: the one that is named, or cross-entropy and margin.
+
+    Raises:
+        InvalidInputError: An unknown loss.
+    """
+    if loss is not None and loss not in LOSSES:
+        raise InvalidInputError(f"unknown loss {loss!r}; known are {', '.join(LOSSES)}")
+    return ("cross-entropy", "margin") if loss is None else (loss,)

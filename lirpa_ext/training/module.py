@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from ..attacks import PGD
+from ..attacks import APGD
 from ..certifier import Certifier
 from ..errors import ConfigError
 from ..module import BoundedModule
@@ -64,8 +64,8 @@ class Evaluation:
         eps: Radius, default that of training.
         method: Bound that verifies, default the loss's own with sound norms.
         options: Options of that method.
-        attack_steps: Steps of PGD after each epoch of training, default 10; 0 for none.
-        final_attack_steps: Steps of PGD of the commands, default 100, as in the source.
+        attack_steps: Steps of Auto-PGD after each epoch of training, default 10; 0 for none.
+        final_attack_steps: Steps of Auto-PGD of the commands, default 100, as in the source.
         draws: Networks of the ensemble that a randomized network predicts by, default 20.
         attack_draws: Networks of which EOT-PGD averages the gradients after each epoch, default 5.
         final_attack_draws: The same in the commands, default 20.
@@ -309,7 +309,7 @@ class CertifiedClassifier(LightningModule):
             self._counts += torch.tensor([1.0, row["clean"], row["pgd"], 0.0]) * len(x)
             return
         assert self._certifier is not None
-        attack = PGD(self.evaluation.attack_steps) if self._attacks else None
+        attack = APGD(self.evaluation.attack_steps) if self._attacks else None
         with torch.inference_mode(False), torch.enable_grad():
             x = self._certifier.place(x.clone())
             records = self._certifier.certify(range(len(x)), x, y.clone(), [self.evaluation_eps], attack, batch_idx)
