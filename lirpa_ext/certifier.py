@@ -33,7 +33,7 @@ from .perturbation import PerturbationLpNorm
 from .radii import add_radii
 from .results_file import Record
 from .specifications import margin_rows
-from .tracing import check_mode
+from .tracing import check_deterministic, check_mode
 
 _logger = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class Certifier:
             raise InvalidInputError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         PerturbationLpNorm(0.0, norm, *data_range)  # checks norm and range
         check_mode(model)
+        check_deterministic(model)
         first = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
         try:
             duplicate = copy.deepcopy(model)

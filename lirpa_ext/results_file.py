@@ -102,6 +102,7 @@ class ResultsFile:
     def close(self) -> None:
         """Let others have the file."""
         if self._lock is not None:
+            Path(self._lock.lock_file).unlink(missing_ok=True)  # while it is held; `_locked` looks for that
             self._lock.release()
             self._lock = None
 
@@ -181,9 +182,13 @@ def _same_outputs(before: Meta, now: Meta) -> bool:
 
 def _locked(path: Path) -> FileLock | None:
     """A lock that is held; None where the file system has none."""
-    lock = FileLock(path.with_name(f"{path.name}.lock"), timeout=0)
+    file = path.with_name(f"{path.name}.lock")
+    lock = FileLock(file, timeout=0)
     try:
         lock.acquire()
+        while not file.exists():  # another run took it away as it ended
+            lock.release()
+            lock.acquire()
     except Timeout as error:
         raise ResultsError(f"{path} is in use by another run; wait for its end, or give another path") from error
     except NotImplementedError:

@@ -17,6 +17,7 @@ from .linear_maps import Dense
 from .operators import flat_rows
 from .perturbation import PerturbationLpNorm
 from .rules import RULES, State, rows_times_constant
+from .rules.base import only_perturbed
 from .rules.linear import Affine
 from .sets import BallBox
 
@@ -308,7 +309,8 @@ class SlopePass(BackwardPass):
         users = [other for other in self.order if parent in other.inputs]
         if len(users) != 1 or type(parent).__name__ not in ("BoundFlatten", "BoundReshape"):
             return None
-        layer = rule.linear_map(node, [self.states[other.name] for other in node.inputs], 0)
+        inputs = [self.states[other.name] for other in node.inputs]
+        layer = rule.linear_map(node, inputs, 0) if only_perturbed(inputs) == 0 else None
         image = self.states[parent.inputs[0].name]
         if not isinstance(layer, Dense) or not isinstance(image, BallBox) or image.center.dim() != 4:
             return None

@@ -29,11 +29,7 @@ def traceable_copy(model: nn.Module) -> nn.Module:
     Raises:
         TraceError: The model cannot be copied, or is randomized.
     """
-    if draws_in_eval_mode(model):
-        raise TraceError(
-            f"{type(model).__name__} is a randomized network: it draws another function at every call, and no bound "
-            "of one holds for the next. Judge it under attack, by lirpa_ext.randomized.evaluate"
-        )
+    check_deterministic(model)
     tensors = [*model.parameters(), *model.buffers()]
     with torch.no_grad(), engine.parametrizations_at_rest(model):
         values = {
@@ -60,6 +56,15 @@ def traceable_copy(model: nn.Module) -> nn.Module:
                 setattr(module, name, nn.Identity())
     shadow.register_forward_pre_hook(_mark_inputs)
     return shadow.eval()
+
+
+def check_deterministic(model: nn.Module) -> None:
+    """Raise TraceError for a randomized network."""
+    if draws_in_eval_mode(model):
+        raise TraceError(
+            f"{type(model).__name__} is a randomized network: it draws another function at every call, and no bound "
+            "of one holds for the next. Judge it under attack, by lirpa_ext.randomized.evaluate"
+        )
 
 
 def in_mode_of(model: nn.Module) -> nn.Module | None:

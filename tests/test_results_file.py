@@ -114,6 +114,7 @@ def test_two_runs_do_not_write_to_one_file(tmp_path):
         other.kill()  # a lock ends with its process, however that ends
     assert len(run(Net(), path).records) == 12
     assert len(run(Net(), path).records) == 12  # and with the run
+    assert [file.name for file in tmp_path.iterdir()] == ["r.jsonl"]
 
 
 WRONG = [

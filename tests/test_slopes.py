@@ -859,3 +859,29 @@ def test_given_slopes_that_are_none(change, match, x):
 def test_a_fused_bound_of_a_method_without_one_is_refused(x):
     with pytest.raises(LirpaExtError, match=r"labels|loss_fusion"):
         fused_cross_entropy(BoundedModule(network("conv"), x), x, Y, 0.1, "bcp")
+
+
+class OfTwo(nn.Module):
+    """A map that is flattened, joined with another one that depends on the input."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.conv, self.dense, self.join = nn.Conv2d(1, 2, 2), nn.Linear(9, 8), join
+
+    def forward(self, x):
+        return self.join(self.conv(x).relu().flatten(1), nn.functional.softplus(self.dense(x.flatten(1))) + 0.5)
+
+
+JOINS = {"product": torch.mul, "quotient": torch.div, "other quotient": lambda a, b: b / (a + 1), "sum": torch.add}
+
+
+@pytest.mark.parametrize("method", ["slope:ibp", "slope:crown", "slope:cap", "cap", "CROWN-IBP"])
+@pytest.mark.parametrize("join", JOINS)
+def test_a_flattened_map_meets_another_branch(join, method):
+    torch.manual_seed(0)
+    model, x = OfTwo(JOINS[join]).double().eval(), torch.randn(2, 1, 3, 3, dtype=torch.float64)
+    ball = PerturbationLpNorm(0.3, math.inf)
+    lower, upper = BoundedModule(model, x).compute_bounds(x=(BoundedTensor(x, ball),), method=method)
+    for _ in range(50):
+        y = model(x + 0.3 * (2 * torch.rand_like(x) - 1).sign())
+        assert (lower <= y).all() and (y <= upper).all()
