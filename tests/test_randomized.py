@@ -663,3 +663,21 @@ def test_configurations_that_cannot_be_run(arguments, told, tmp_path, capsys):
     assert run(tmp_path, *arguments) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "last.ckpt").exists()
+
+
+class Tied(nn.Module):
+    def __init__(self, once):
+        super().__init__()
+        self.a = nn.Linear(6, 6, bias=False)
+        self.b = self.a if once else nn.Linear(6, 6, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def test_a_weight_has_one_posterior():
+    with pytest.raises(InvalidInputError, match=r"'a.weight' and 'b.weight' are one weight"):
+        make_adv_bnn(Tied(once=False))
+    one, twice = (kl_divergence(make_adv_bnn(net)) for net in (Tied(True).a, Tied(True)))
+    assert one.shape == twice.shape == () and twice < 1.5 * one

@@ -96,12 +96,13 @@ def make_adv_bnn(model: nn.Module, prior_std: float = 0.1, init_std: float | Non
 
     Raises:
         InvalidInputError: A standard deviation is not positive, the network has no such layer, or one that is
-            parametrized (spectral or weight norm), whose weights are no parameters.
+            parametrized (spectral or weight norm), whose weights are no parameters, or shares a weight with another.
     """
     init_std = prior_std if init_std is None else init_std
     for name, value in (("prior_std", prior_std), ("init_std", init_std)):
         if not 0 < value < math.inf:
             raise InvalidInputError(f"{name} is a standard deviation, above 0, got {value}")
+    _check_untied(model)
     made = nn.Sequential(copy.deepcopy(model))  # so that a single layer has a place too
     layers: dict[nn.Module, BayesianLayer] = {}
     for parent in list(made.modules()):
@@ -114,6 +115,20 @@ def make_adv_bnn(model: nn.Module, prior_std: float = 0.1, init_std: float | Non
     if not layers:
         raise InvalidInputError(f"this {type(model).__name__} has no dense or convolutional layer to make Bayesian")
     return made[0]
+
+
+def _check_untied(model: nn.Module) -> None:
+    """Raise InvalidInputError where two layers share a weight: it would be given two posteriors, and two draws."""
+    owners: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+            here = f"{path}.{name}" if path else name
+            first = owners.setdefault(id(weight), here)
+            if first != here:
+                raise InvalidInputError(
+                    f"{first!r} and {here!r} are one weight, which has one posterior. Use one layer in both places, or "
+                    "give each a weight of its own"
+                )
 
 
 def kl_divergence(model: nn.Module) -> Tensor:
