@@ -56,9 +56,9 @@ class Report:
         clean = sum((record["clean_margin"] or 0) > 0 for record in self.records) / total
         rows = []
         for position, eps in enumerate(self.meta["eps"]):
-            found = [record["levels"][position]["status"] for record in self.records]
-            counts = {status: found.count(status) for status in STATUSES}
             levels = [record["levels"][position] for record in self.records]
+            found = [level["status"] for level in levels]
+            counts = {status: found.count(status) for status in STATUSES}
             masked = sum(level["status"] == "unknown" and level.get("masked", False) for level in levels)
             pgd = (counts["certified"] + counts["unknown"]) / total if self.meta["attack"] else None
             rows.append(

@@ -33,9 +33,11 @@ _FORMAT = "lirpa-ext certification 1"
 _HEADER = f'{{"format": "{_FORMAT}"'.encode()
 # What may differ between a run and its resumption without making the results those of something else.
 _FREE = frozenset({"date", "device", "batch_size", "fallbacks"})
-_KIND = {"text": (str,), "whole": (int,), "number": (int, float), "number?": (int, float, type(None))}
-_KIND |= {"whole?": (int, type(None)), "list": (list,), "map": (dict,), "flag": (bool,), "map?": (dict, type(None))}
-_KIND |= {"norm": (int, float, str)}
+_KIND = {
+    "text": (str,), "flag": (bool,), "list": (list,), "map": (dict,), "map?": (dict, type(None)),
+    "whole": (int,), "whole?": (int, type(None)), "number": (int, float), "number?": (int, float, type(None)),
+    "norm": (int, float, str),
+}  # fmt: skip
 # What is read of a file, and of what kind it must be.
 _META_FIELDS = {
     "method": "text", "options": "map", "norm": "norm", "eps": "list", "dtype": "text", "model": "text",

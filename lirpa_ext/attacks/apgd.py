@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 
 from ..errors import InvalidInputError
@@ -32,12 +30,12 @@ class APGD(Attack):
     def __init__(self, steps: int = 40, restarts: int = 1, loss: str | None = None) -> None:
         if steps < 1 or restarts < 1:
             raise InvalidInputError(f"APGD needs at least one step and one restart, got {steps} and {restarts}")
-        in_turn(loss)
+        in_turn(loss, restarts)
         self.steps, self.restarts, self.loss = steps, restarts, loss
 
     def run(self, target: Target) -> None:
         """Climb the losses in turn."""
-        for _, loss in zip(range(self.restarts), itertools.cycle(in_turn(self.loss)), strict=False):
+        for loss in in_turn(self.loss, self.restarts):
             self._climb(target, loss)
 
     def _climb(self, target: Target, loss: str) -> None:

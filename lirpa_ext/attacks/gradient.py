@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
@@ -49,14 +48,14 @@ class PGD(Attack):
             raise InvalidInputError(f"step_size is a positive fraction of eps, got {step_size}")
         if not 0 <= momentum < math.inf:
             raise InvalidInputError(f"momentum must be 0 or more, got {momentum}")
-        in_turn(loss)
+        in_turn(loss, restarts)
         self.steps, self.restarts, self.loss, self.random_start = steps, restarts, loss, random_start
         self.momentum = momentum
         self.step_size = 2.5 / steps if step_size is None else step_size
 
     def run(self, target: Target) -> None:
         """Climb the loss from each start."""
-        for _, loss in zip(range(self.restarts), itertools.cycle(in_turn(self.loss)), strict=False):
+        for loss in in_turn(self.loss, self.restarts):
             points = target.random_points() if self.random_start else target.x
             total = torch.zeros_like(target.x)
             for _ in range(self.steps):

@@ -55,12 +55,12 @@ TARGETED_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def in_turn(loss: str | None) -> tuple[str, ...]:
-    """The losses that the runs of an attack climb in turn: the one that is named, or cross-entropy and margin.
+def in_turn(loss: str | None, runs: int) -> list[str]:
+    """The loss that each run of an attack climbs: the one that is named, or cross-entropy and margin in turn.
 
     Raises:
         InvalidInputError: An unknown loss.
     """
     if loss is not None and loss not in LOSSES:
         raise InvalidInputError(f"unknown loss {loss!r}; known are {', '.join(LOSSES)}")
-    return ("cross-entropy", "margin") if loss is None else (loss,)
+    return [loss or ("cross-entropy", "margin")[run % 2] for run in range(runs)]

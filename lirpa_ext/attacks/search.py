@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..errors import InvalidInputError
 from .base import Attack, Target
 
@@ -29,19 +27,4 @@ class RandomSearch(Attack):
 
     def run(self, target: Target) -> None:
         """Search from a random point of the border."""
-        points = target.border(target.draw(torch.randn))
-        margins = target.score(points)
-        for step in range(self.steps - 1):
-            moved = target.draw(torch.rand) < _share(step / self.steps)
-            others = target.border(target.draw(torch.randn))
-            trial = target.project(torch.where(moved, others, points))
-            found = target.score(trial)
-            kept = found <= margins  # False for NaN
-            points = torch.where(kept.view_as(target.eps), trial, points)
-            margins = torch.where(kept, found, margins)
-
-
-def _share(progress: float) -> float:
-    """Share of the entries that move, after that share of the steps: halved at the points that Square has."""
-    times = [0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8]
-    return 0.8 / 2 ** sum(progress > time for time in times)
+        target.search(self.steps)
