@@ -85,7 +85,8 @@ def verified_curves(
     norm: float = 2,
     x_L: float | Tensor | None = None,
     x_U: float | Tensor | None = None,
-    attack_steps: int = 40,
+    attack_steps: int = 20,
+    attack_restarts: int = 2,
     batch_size: int = 64,
     seed: int = 0,
 ) -> Curves:
@@ -101,7 +102,8 @@ def verified_curves(
         norm: p of the lp ball, default 2.
         x_L: Lower end of the data range, default none.
         x_U: Upper end, default none.
-        attack_steps: Steps of PGD, default 40; 0 for no attack.
+        attack_steps: Steps of a run of the attack (`certify`), default 20; 0 for no attack.
+        attack_restarts: Its runs, default 2.
         batch_size: Samples at a time.
         seed: Of the attack.
 
@@ -120,7 +122,7 @@ def verified_curves(
         for method in methods:
             report = certify(
                 model, pair, list(eps), norm, method, options=chosen[method], x_L=x_L, x_U=x_U,
-                attack_steps=attack_steps, radius=False, batch_size=batch_size, progress=False, seed=seed,
+                attack_steps=attack_steps, attack_restarts=attack_restarts, radius=False, batch_size=batch_size, progress=False, seed=seed,
             )  # fmt: skip
             levels += [
                 {"model": name, "method": method, "errors": row["error"]}
