@@ -122,7 +122,8 @@ def verified_curves(
         for method in methods:
             report = certify(
                 model, pair, list(eps), norm, method, options=chosen[method], x_L=x_L, x_U=x_U,
-                attack_steps=attack_steps, attack_restarts=attack_restarts, radius=False, batch_size=batch_size, progress=False, seed=seed,
+                attack_steps=attack_steps, attack_restarts=attack_restarts,
+                radius=False, batch_size=batch_size, progress=False, seed=seed,
             )  # fmt: skip
             levels += [
                 {"model": name, "method": method, "errors": row["error"]}
