@@ -47,14 +47,12 @@ Finding = dict[str, Any]
 
 
 def train(group: str, folder: Path, mnist: str | None = None) -> dict[str, Path]:
-    """Fit each network of a group, or take it from its folder; folders by loss."""
+    """Fit each network of a group, or go on with what is in its folder; folders by loss."""
     name, changes, losses = GROUPS[group]
     source = ("--data.source", str(mnist)) if group.startswith("MNIST") else ()
     runs = {loss: folder / f"{group.replace(' ', '_')}_{loss}" for loss in losses}
     for loss, run in runs.items():
-        if (run / "model.pt").is_file():
-            continue
-        print(f"training {run.name} ...", flush=True)
+        print(f"training {run.name}, unless it is done ...", flush=True)
         fit(parse([
             "--config", str(ROOT / "configs" / f"{name}.yaml"), "--model.loss.name", loss, "--run", str(run),
             *source, *changes, "--model.evaluation.attack_steps", "0", "--trainer.callbacks", CALLBACKS,

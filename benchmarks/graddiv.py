@@ -22,6 +22,7 @@ import torch
 from lirpa_ext.attacks import EOT, PGD
 from lirpa_ext.data import load_data
 from lirpa_ext.randomized import evaluate, gradients, von_mises_fisher
+from lirpa_ext.training.checkpoints import read_checkpoint
 from lirpa_ext.training.runs import fit, parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,11 +40,14 @@ def run(kind: str, seed: int, data: str, samples: int, folder: Path, more: Seque
     """Train, or go on, and evaluate; or what a finished run wrote."""
     place = folder / f"{'graddiv' if KINDS[kind] else 'plain'}_{seed}"
     result = place / "result.json"
-    if result.is_file():
-        return json.loads(result.read_text(encoding="utf-8"))
     given = ["--config", str(CONFIG), "--data.source", data, "--run", str(place), "--seed", str(seed), *KINDS[kind]]
     quiet = ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--progress", "false"]
-    module = fit(parse([*given, *quiet, *more]))
+    module = fit(parse([*given, *quiet, *more]))  # refuses the folder of another configuration
+    asked = {"samples": samples, "steps": read_checkpoint(place / "last.ckpt")["global_step"], "draws": DRAWS}
+    if result.is_file():
+        row = json.loads(result.read_text(encoding="utf-8"))
+        if row.get("asked") == asked:
+            return row
     model = module.model.eval().requires_grad_(False)
     x, y = load_data(data, "test", samples)
     generator = torch.Generator().manual_seed(seed)
@@ -63,6 +67,7 @@ def run(kind: str, seed: int, data: str, samples: int, folder: Path, more: Seque
         **{f"one draw, eps {level.eps:g}": level.single.value for level in accuracy.levels},
         **{f"random start, eps {level.eps:g}": level.ensemble.value for level in harder.levels},
         "attacks": [accuracy.attack, harder.attack],
+        "asked": asked,
     }
     result.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     return row

@@ -47,8 +47,7 @@ def trace(source: str, loss: str, seed: int, folder: Path) -> SmoothnessTrace:
         "--trainer.callbacks", json.dumps([callback]), "--trainer.accelerator", "cpu", "--trainer.logger", "false",
         "--progress", "false", "--model.evaluation.attack_steps", "0",
     ])  # fmt: skip
-    if not (run / "model.onnx").is_file():
-        fit(config)
+    fit(config)  # which does nothing where it is finished, and refuses the folder of another configuration
     return SmoothnessTrace.load(run / "smoothness.json")
 
 

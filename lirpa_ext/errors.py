@@ -85,7 +85,7 @@ class OnnxError(DataError):
 
 
 class ResultsError(LirpaExtError, ValueError):
-    """A results file is corrupt, or belongs to another model, data set or configuration."""
+    """A results file is corrupt, in use, cannot be written, or is of another model, data set or configuration."""
 
 
 class OutOfMemoryError(LirpaExtError, MemoryError):

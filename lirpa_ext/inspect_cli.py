@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .errors import DataError
+from .files import write_whole
 from .inspection import METHODS, Inspection, Trial, inspect_onnx
 
 
@@ -32,10 +32,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     print(_text(found, arguments.nodes))
     if arguments.json:
-        try:
-            arguments.json.write_text(json.dumps({"file": arguments.model, **found.to_dict()}, indent=1) + "\n")
-        except OSError as error:
-            raise DataError(f"{arguments.json} cannot be written: {error}") from error
+        write_whole(arguments.json, json.dumps({"file": arguments.model, **found.to_dict()}, indent=1) + "\n")
     return 0 if found.model is not None else 1
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DataError
+from .files import write_tensors
 
 TRUSTED = ("lirpa_ext.training.architectures:named_network",)
 """What a checkpoint may name by itself: callables that build networks of a fixed list from plain numbers."""
@@ -34,7 +35,7 @@ def save_model(model: nn.Module, path: str | Path, architecture: str, **kwargs: 
     """
     state = model.state_dict()
     _fill(_build(architecture, kwargs), state, architecture)
-    torch.save({"architecture": architecture, "kwargs": kwargs, "state_dict": state}, path)
+    write_tensors(path, {"architecture": architecture, "kwargs": kwargs, "state_dict": state})
 
 
 def load_model(path: str | Path, architecture: str | None = None, trust: bool = False) -> nn.Module:

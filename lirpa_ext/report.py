@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ResultsError
+from .files import unwritable, write_whole
 from .results_file import (
     STATUSES,
     Meta,
@@ -19,8 +21,6 @@ from .results_file import (
     loads,
     read_bytes,
     read_results,
-    unwritable,
-    write_text,
 )
 
 if TYPE_CHECKING:
@@ -96,24 +96,20 @@ class Report:
     def to_json(self, path: PathLike) -> None:
         """Write meta, summary and records."""
         content = {"meta": self.meta, "summary": self.summary(), "records": self.records}
-        write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def to_csv(self, path: PathLike) -> None:
         """Write one row for each sample and eps, below comment lines ``# key: value`` with the meta data."""
         columns = ["eps", "status", "attack_margin", "masked", "verified_margin", "message"]
         shared = ["index", "label", "prediction", "clean_margin", "radius"]
-        try:
-            with Path(path).open("w", newline="", encoding="utf-8") as file:
-                file.writelines(f"# {key}: {json.dumps(value)}\n" for key, value in self.meta.items())
-                writer = csv.writer(file)
-                writer.writerow(shared + columns)
-                for record in self.records:
-                    for level in record["levels"]:
-                        writer.writerow(
-                            [record[name] for name in shared] + [level.get(name, False) for name in columns]
-                        )
-        except OSError as error:
-            raise unwritable(path, error) from error
+        file = io.StringIO(newline="")
+        file.writelines(f"# {key}: {json.dumps(value)}\n" for key, value in self.meta.items())
+        writer = csv.writer(file)
+        writer.writerow(shared + columns)
+        for record in self.records:
+            for level in record["levels"]:
+                writer.writerow([record[name] for name in shared] + [level.get(name, False) for name in columns])
+        write_whole(path, file.getvalue())
 
     def figure(self) -> Figure:
         """Accuracies over eps: clean, PGD, verified, and the curve of the certified radii; with an alt text."""

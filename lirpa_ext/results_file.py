@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import math
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from .errors import ResultsError
+from .files import acquire, release, unwritable
 from .identity import agree
-
-_logger = logging.getLogger(__name__)
 
 STATUSES = ("certified", "attacked", "unknown", "error")
 Record = dict[str, Any]
@@ -80,7 +78,7 @@ class ResultsFile:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.path)
+            self._lock = acquire(self.path)
             if not self.path.exists():
                 return
             if resume:
@@ -103,10 +101,8 @@ class ResultsFile:
 
     def close(self) -> None:
         """Let others have the file."""
-        if self._lock is not None:
-            Path(self._lock.lock_file).unlink(missing_ok=True)  # while it is held; `_locked` looks for that
-            self._lock.release()
-            self._lock = None
+        release(self._lock)
+        self._lock = None
 
     def append(self, records: list[Record]) -> None:
         """Keep records, on disk before this returns."""
@@ -182,23 +178,6 @@ def _same_outputs(before: Meta, now: Meta) -> bool:
     return agree(before.get("outputs"), now["outputs"], getattr(torch, now["dtype"]))
 
 
-def _locked(path: Path) -> FileLock | None:
-    """A lock that is held; None where the file system has none."""
-    file = path.with_name(f"{path.name}.lock")
-    lock = FileLock(file, timeout=0)
-    try:
-        lock.acquire()
-        while not file.exists():  # another run took it away as it ended
-            lock.release()
-            lock.acquire()
-    except Timeout as error:
-        raise ResultsError(f"{path} is in use by another run; wait for its end, or give another path") from error
-    except NotImplementedError:
-        _logger.warning("%s is on a file system without locks: let no other run write to it", path)
-        return None
-    return lock
-
-
 # --- What is read is checked, field by field. ---
 
 
@@ -271,14 +250,3 @@ def read_bytes(path: PathLike) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise ResultsError(f"{path} cannot be read: {error}") from error
-
-
-def write_text(path: PathLike, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise unwritable(path, error) from error
-
-
-def unwritable(path: PathLike, error: Exception) -> ResultsError:
-    return ResultsError(f"{path} cannot be written: {error}. Give another path; results files can be resumed.")

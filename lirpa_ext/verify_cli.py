@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import DataError
+from .files import write_whole
 from .importer import load_onnx
 from .verify import METHODS, Verdict, verify
 from .vnnlib import load_vnnlib
@@ -45,10 +45,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     print(_text(verdict))
     if arguments.json:
         report = {"model": arguments.model, "property": arguments.property, **verdict.to_dict()}
-        try:
-            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-        except OSError as error:
-            raise DataError(f"{arguments.json} cannot be written: {error}") from error
+        write_whole(arguments.json, json.dumps(report, indent=1) + "\n")
     return STATUS[verdict.status]
 
 

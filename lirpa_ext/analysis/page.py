@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from .._version import __version__
 from ..errors import InvalidInputError, ResultsError
+from ..files import write_whole
 from .plots import alt_text, image_size, read_alt, svg
 from .results import Row
 
@@ -134,10 +135,7 @@ class Page:
         Raises:
             ResultsError: The file cannot be written.
         """
-        try:
-            Path(path).write_text(self.html(), encoding="utf-8")
-        except OSError as error:
-            raise ResultsError(f"{path} cannot be written: {error}. Give another path by --out") from error
+        write_whole(path, self.html())
 
 
 def table(caption: str, rows: Sequence[Row], most: int = 0) -> Table:

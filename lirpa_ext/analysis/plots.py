@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError, ResultsError
+from ..files import make_folder, write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,11 +104,10 @@ def save(drawn: Figure, path: str | os.PathLike[str]) -> None:
     fields = {".png": "Description", ".svg": "Description", ".pdf": "Subject"}
     if kind not in fields:
         raise ResultsError(f"{path} must end in {', '.join(fields)}")
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        drawn.savefig(path, dpi=150, metadata={fields[kind]: alt_text(drawn)})
-    except OSError as error:
-        raise ResultsError(f"{path} cannot be written: {error}. Give another path") from error
+    written = io.BytesIO()
+    drawn.savefig(written, format=kind[1:], dpi=150, metadata={fields[kind]: alt_text(drawn)})
+    make_folder(Path(path).parent)
+    write_whole(path, written.getbuffer())
 
 
 def svg(drawn: Figure) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import numbers
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ResultsError
+from ..files import make_folder, write_csv, write_whole
 
 __all__ = ["FORMAT", "Result", "Row", "read_result", "text_table"]
 
@@ -68,15 +68,11 @@ class Result(ABC):
             [{k: _plain(v) for k, v in row.items()} for row in made] for made in (self.rows(), self.details())
         )
         content = {"format": FORMAT, "analysis": type(self).__name__, "summary": self.summary(), "rows": rows}
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-            Path(path).with_suffix(".json").write_text(text, encoding="utf-8")
-            _write_csv(Path(path).with_suffix(".csv"), rows)
-            if details:
-                _write_csv(Path(path).with_name(f"{Path(path).with_suffix('').name}_details.csv"), details)
-        except OSError as error:
-            raise ResultsError(f"{path} cannot be written: {error}. Give another path") from error
+        make_folder(Path(path).parent)
+        write_whole(Path(path).with_suffix(".json"), json.dumps(content, indent=1, allow_nan=False) + "\n")
+        _write_csv(Path(path).with_suffix(".csv"), rows)
+        if details:
+            _write_csv(Path(path).with_name(f"{Path(path).with_suffix('').name}_details.csv"), details)
 
 
 def read_result(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -115,10 +111,7 @@ def text_table(rows: Sequence[Row]) -> str:
 
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [], restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, list(rows[0]) if rows else [], rows)
 
 
 def _shown(value: Any) -> str:

@@ -6,15 +6,20 @@ that came next, and processes that share a batch augment it differently. Images 
 
 from __future__ import annotations
 
+import logging
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import ConfigError
 from .augmentation import augment
 
+_logger = logging.getLogger(__name__)
 _EPOCHS = 1_000_003  # seed of (seed, epoch, step), far from each other
 
 
@@ -88,6 +93,90 @@ class Batches:
 
     def _generator(self, step: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * _EPOCHS + self.epoch) * _EPOCHS + step + 1)
+
+
+class Resumable:
+    """A DataLoader of the user's, in an order that depends on seed and epoch, which can go on within an epoch.
+
+    Its samplers' generators are seeded at the start of an epoch, and torch's, numpy's and Python's before each batch:
+    a data set that draws (augments) in this process draws the same again. After a restart the batches that are done
+    are loaded and left out.
+
+    Args:
+        loader: Of a data set with a length.
+        seed: Of what is drawn.
+    """
+
+    def __init__(self, loader: DataLoader[Any], seed: int) -> None:
+        self.loader, self.seed = loader, seed
+        self.epoch = self.step = 0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    @property
+    def sampler(self) -> Resumable:
+        """Itself: Lightning looks for `set_epoch` here."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of another epoch; within the same one, stay."""
+        if epoch != self.epoch:
+            self.epoch, self.step = epoch, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch is."""
+        return {"epoch": self.epoch, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go where `state_dict` was taken."""
+        self.epoch, self.step = int(state["epoch"]), int(state["step"])
+
+    def __iter__(self) -> Iterator[Any]:
+        """The rest of the epoch."""
+        self._seed_all(0)
+        parts = (self.loader, self.loader.sampler, self.loader.batch_sampler)
+        inner = (getattr(part, "sampler", None) for part in parts)
+        for part in {id(part): part for part in (*parts, *inner)}.values():
+            if isinstance(generator := getattr(part, "generator", None), torch.Generator):
+                generator.manual_seed(self._value(0))
+            if callable(start := getattr(part, "set_epoch", None)):
+                start(self.epoch)
+        batches = iter(self.loader)
+        for number in range(len(self.loader)):
+            self._seed_all(number + 1)
+            batch = next(batches)
+            if number == self.step:
+                self.step += 1
+                yield batch
+
+    def _value(self, number: int) -> int:
+        return ((self.seed * _EPOCHS + self.epoch) * _EPOCHS + number) % 2**63
+
+    def _seed_all(self, number: int) -> None:
+        value = self._value(number)
+        torch.manual_seed(value)
+        random.seed(value)
+        np.random.seed(value % 2**32)
+
+
+def resumable(loader: Any, seed: int) -> Any:
+    """A loader that goes on where it was: a `DataLoader` as `Resumable`, one that has a state as it is.
+
+    What cannot go on is told to the log.
+    """
+    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        return loader
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        _logger.warning(
+            "the training data come from a %s, which has no state_dict and load_state_dict: a run that is killed goes "
+            "on from the end of an epoch, with whatever order the data then have",
+            type(loader).__name__,
+        )
+        return loader
+    if loader.persistent_workers:
+        _logger.warning("what persistent workers draw at random is not the same after a restart; the order is")
+    return Resumable(loader, seed)
 
 
 class Parts:

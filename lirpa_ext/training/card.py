@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from ..files import write_whole
+
 __all__ = ["write_card"]
 
 
@@ -77,7 +79,7 @@ def write_card(folder: Path) -> None:
             f"{_percent(best['val_clean'])} | {_percent(best['val_pgd'])} | {_percent(best['val_verified'])} | |"
         )
     lines += ["", *(_RANDOMIZED if randomized else _CERTIFIED)]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(folder / "README.md", "\n".join(lines) + "\n")
 
 
 def best_row(folder: Path) -> dict[str, str] | None:

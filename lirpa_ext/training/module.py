@@ -7,53 +7,24 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from ..attacks import APGD
 from ..certifier import Certifier
-from ..errors import ConfigError
+from ..errors import ConfigError, LirpaExtError
 from ..module import BoundedModule
 from ..perturbation import PerturbationLpNorm
 from .architectures import Network, build
 from .batchnorm import differs_in_training, fixed_statistics, population_statistics, recorded_statistics
 from .objectives import Loss, Step, step_loss
+from .optimizer import Optimizer, change_rate
 from .randomized import check_randomized, ensemble_report, randomized_loss
-from .schedules import Decay, Schedule, Values, number
+from .schedules import Schedule, Values, number
 
 __all__ = ["CertifiedClassifier", "Evaluation", "Optimizer"]
 
-
-@dataclass
-class Optimizer:
-    """How weights move.
-
-    Args:
-        name: "adam" or "sgd".
-        lr: Learning rate to begin with.
-        momentum: Of "sgd", default 0.
-        weight_decay: Default 0.
-        decay: When the learning rate falls, default never.
-        std_factor: Times lr is the learning rate of the log standard deviations of Adv-BNN, default 1: in a short
-            training they hardly leave where they began.
-    """
-
-    name: str = "adam"
-    lr: float = 1e-3
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    decay: Decay = field(default_factory=Decay)
-    std_factor: float = 1.0
-
-    def check(self) -> None:
-        """Raise ConfigError for an unknown name or numbers out of range."""
-        if self.name not in ("adam", "sgd"):
-            raise ConfigError(f"unknown optimizer {self.name!r}: known are adam and sgd")
-        if not 0 < self.lr < math.inf or self.weight_decay < 0 or not 0 <= self.momentum < 1:
-            raise ConfigError("optimizer.lr must be positive, weight_decay 0 or more, momentum in [0, 1)")
-        if not 0 < self.std_factor < math.inf:
-            raise ConfigError(f"optimizer.std_factor must be positive, got {self.std_factor}")
-        self.decay.check()
+_LOOK_EVERY = 50  # steps, on a GPU
 
 
 @dataclass
@@ -102,6 +73,8 @@ class CertifiedClassifier(LightningModule):
     Attributes:
         model: The network itself, a plain torch module.
         bounded: Its graph, None before the first step.
+        resume_lr: Learning rate to go on with in place of the optimizer's, default None: its own.
+        rates: [step, learning rate] of each such change.
 
     Raises:
         ConfigError: Anything of it cannot be.
@@ -150,6 +123,9 @@ class CertifiedClassifier(LightningModule):
         self._counts = torch.zeros(4)
         self._batch_size = 0  # of this process, the largest so far: the last of a user's epoch may be smaller
         self._certifier: Certifier | None = None
+        self._never_finite = _not_finite(self.model)  # such as a mask of a user's
+        self.resume_lr: float | None = None
+        self.rates: list[list[float]] = []
 
     bounded: BoundedModule | None
 
@@ -175,16 +151,30 @@ class CertifiedClassifier(LightningModule):
         return self.schedule.done(self.global_step, self.steps_per_epoch)
 
     def on_fit_start(self) -> None:
-        """Check the schedule against the length of the training, and the network against what bounds can take.
+        """Check the schedule against the length of the training, and the trainer against what bounds can take."""
+        self.check_trainer(self.trainer)
+        self.schedule.check(self.eps, self.trainer.max_epochs if self.trainer.max_epochs != -1 else None)
 
-        Raises:
-            ConfigError: No epoch is left after the ramp, or batch norms are synchronized between processes.
-        """
-        if any(isinstance(layer, nn.SyncBatchNorm) for layer in self.model.modules()):
+    def check_trainer(self, trainer: Trainer, synchronize: bool = False) -> None:
+        """Raise ConfigError for synchronized batch norms, and for numbers of less than 32 bits."""
+        kind = nn.modules.batchnorm._BatchNorm if synchronize else nn.SyncBatchNorm
+        if any(isinstance(layer, kind) for layer in self.model.modules()):
             raise ConfigError(
                 "trainer.sync_batchnorm takes statistics of all processes, the bounds those of one: set it to false"
             )
-        self.schedule.check(self.eps, self.trainer.max_epochs if self.trainer.max_epochs != -1 else None)
+        if trainer.precision not in ("32-true", "64-true"):
+            raise ConfigError(
+                f"trainer.precision {trainer.precision} rounds the bounds to fewer digits than they are compared with, "
+                "and a loss of such bounds turns to NaN: set it to 32 or 64"
+            )
+
+    def on_train_start(self) -> None:
+        """Take another learning rate, where `resume_lr` says so."""
+        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+        if self.resume_lr is not None and change_rate(optimizer, scheduler, self.resume_lr):
+            self.rates.append([self.global_step, self.resume_lr])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make what the step draws a function of seed, step and process: a resumed run draws the same."""
@@ -193,10 +183,38 @@ class CertifiedClassifier(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch."""
+        if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(p, Tensor) for p in batch)):
+            raise ConfigError(f"a batch is (images, labels), two tensors; the training data gave a {_told(batch)}")
         x, y = batch
-        loss = self.batch_loss(x, y, self.values())
+        try:
+            loss = self.batch_loss(x, y, self.values())
+        except ValueError as error:
+            if len(x) > 1 or isinstance(error, LirpaExtError):
+                raise
+            raise ConfigError(
+                f"this batch has one sample, of which batch norm takes no variance ({error}): leave a last batch of "
+                "one out, by drop_last=True of the DataLoader"
+            ) from error
         self._losses = [self._losses[0] + loss.detach() * len(x), self._losses[1] + len(x)]
+        # Reading a number of a GPU waits for all that was queued there. The sum keeps a NaN until it is read. Processes
+        # end together, at the end of an epoch, or as one of them saves the weights that they share.
+        if self.trainer.world_size == 1 and (self.device.type == "cpu" or self.global_step % _LOOK_EVERY == 0):
+            self._check_loss(float(self._losses[0]))
         return loss
+
+    def _check_loss(self, total: float) -> None:
+        if not math.isfinite(total):
+            raise self._diverged(f"the loss is {total}")
+
+    def _diverged(self, found: str) -> ConfigError:
+        rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        return ConfigError(
+            f"{found} at step {self.global_step}, in epoch {self.current_epoch}, and training ends here. last.ckpt "
+            "keeps the last state that was saved before (there is none in the first epoch, unless --checkpoint_every "
+            f"is set): go on from there with a lower learning rate, such as --resume_lr {rate / 10:.1g}. Or start anew "
+            "(--resume false), with a longer schedule.ramp or with trainer.gradient_clip_val. (A bound that a sample "
+            "refutes is NaN, too: see docs/trust.md.)"
+        )
 
     def batch_loss(self, x: Tensor, y: Tensor, values: Values) -> Tensor:
         """The loss of a batch at given eps, kappa and beta.
@@ -249,11 +267,7 @@ class CertifiedClassifier(LightningModule):
         """Report the epoch: mean loss of all processes, and the values of its last step."""
         total, count = (float(part) for part in self._reduced(torch.tensor([float(part) for part in self._losses])))
         self._losses = [0.0, 0]
-        if not math.isfinite(total):
-            raise ConfigError(
-                f"the loss is {total} in epoch {self.current_epoch}: lower optimizer.lr, lengthen schedule.ramp, or "
-                "set trainer.gradient_clip_val"
-            )
+        self._check_loss(total)
         values = self.schedule.at(self.global_step - 1, self.steps_per_epoch, self.eps)
         self.log_dict(
             {"loss": total / max(count, 1), "eps": values.eps, "kappa": values.kappa, "beta": values.beta}
@@ -264,18 +278,8 @@ class CertifiedClassifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer and, by epoch, learning rate."""
-        config = self.optimizer_config
-        options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-        named = dict(self.model.named_parameters())
-        apart = [name for name in named if config.std_factor != 1 and "log_std." in name]
-        groups: list[dict[str, Any]] = [{"params": [named[name] for name in named if name not in apart]}]
-        if apart:
-            groups.append({"params": [named[name] for name in apart], "lr": config.std_factor * config.lr})
-        if config.name == "adam":
-            optimizer: torch.optim.Optimizer = torch.optim.Adam(groups, **options)
-        else:
-            optimizer = torch.optim.SGD(groups, momentum=config.momentum, **options)
-        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, config.decay.factor)]
+        optimizer, scheduler = self.optimizer_config.make(self.model)
+        return [optimizer], [scheduler]
 
     # --- validation ---
 
@@ -344,11 +348,20 @@ class CertifiedClassifier(LightningModule):
     # --- checkpoints ---
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the vectors of the power iterations, the running loss, and which network this is."""
+        """Add the vectors of the power iterations, the running loss, and which network this is.
+
+        Raises:
+            ConfigError: A weight is not finite.
+        """
+        bad = [name for name in _not_finite(self.model) if name not in self._never_finite]
+        if bad:
+            raise self._diverged(f"{bad[0]} is not finite")
         checkpoint["lirpa_ext"] = {
             "network": asdict(self.network),
             "power_iterations": self._iterations(),
             "losses": [float(part) for part in self._losses],
+            "batch_size": self._batch_size,
+            "rates": self.rates,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -357,6 +370,16 @@ class CertifiedClassifier(LightningModule):
         Raises:
             ConfigError: The checkpoint is of another network, or of another program.
         """
+        self.check_checkpoint(checkpoint)
+        own = checkpoint["lirpa_ext"]
+        self._saved_iterations = dict(own["power_iterations"])
+        self._losses = list(own["losses"])
+        self._batch_size = own.get("batch_size", 0)
+        self.rates = list(own.get("rates", []))
+        object.__setattr__(self, "bounded", None)
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise ConfigError for a checkpoint of another network, or of another program."""
         own = checkpoint.get("lirpa_ext")
         if own is None:
             raise ConfigError("the checkpoint was not written by this trainer")
@@ -364,9 +387,20 @@ class CertifiedClassifier(LightningModule):
             different = {key: (value, asdict(self.network).get(key)) for key, value in own["network"].items()}
             told = "; ".join(f"{key} is {a} there, {b} here" for key, (a, b) in different.items() if a != b)
             raise ConfigError(f"the checkpoint is of another network: {told}. Pass its own configuration")
-        self._saved_iterations = dict(own["power_iterations"])
-        self._losses = list(own["losses"])
-        object.__setattr__(self, "bounded", None)
+
+
+def _told(batch: Any) -> str:
+    parts = f" of {', '.join(type(part).__name__ for part in batch)}" if isinstance(batch, list | tuple) else ""
+    return f"{type(batch).__name__}{parts}"
+
+
+def _not_finite(model: nn.Module) -> list[str]:
+    """Names of parameters and buffers with a NaN or an infinity."""
+    return [
+        name
+        for name, value in model.state_dict().items()
+        if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
 
 
 def _check_range(data_range: list[float] | None) -> tuple[float | None, float | None]:

@@ -20,6 +20,7 @@ from torch.nn import functional
 from ..attacks import EOT, PGD
 from ..data import Pair
 from ..errors import ConfigError
+from ..files import write_whole
 from ..perturbation import PerturbationLpNorm
 from ..randomized import REGULARIZERS, elbo_loss, gradients
 from ..randomized.evaluation import RobustAccuracy, evaluate
@@ -140,7 +141,7 @@ class EnsembleReport:
             "dtype": "float32",
         }
         content = {"meta": meta, "summary": self.summary, "accuracies": self.accuracy.rows()}
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def ensemble_report(module: CertifiedClassifier, data: Pair, final: bool, seed: int = 0) -> EnsembleReport:

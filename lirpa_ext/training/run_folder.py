@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import platform
 import time
@@ -32,12 +31,14 @@ from torch import nn
 from .. import engine
 from .._version import __version__
 from ..analysis.plots import save
+from ..files import replacing, write_csv, write_tensors, write_whole
 from ..loading import save_model
 from .card import write_card
+from .checkpoints import cut_short
 from .learning_curve import plot_metrics
 from .module import CertifiedClassifier
 
-__all__ = ["Best", "Last", "Metrics", "environment", "export_onnx", "save_network"]
+__all__ = ["Metrics", "environment", "export_onnx", "save_network", "write_environment"]
 
 COLUMNS = (
     "epoch", "step", "loss", "eps", "kappa", "beta", "graddiv", "lr", "seconds", "val_clean", "val_pgd", "val_verified",
@@ -57,99 +58,48 @@ class Metrics(Checkpoint):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rows: list[dict[str, Any]] = []
-        self._start, self._before = time.perf_counter(), 0.0
+        self._validation: dict[str, float] = {}
+        self._start, self._before, self._ended = time.perf_counter(), 0.0, False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._start = time.perf_counter()
+        self._start, self._ended = time.perf_counter(), False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what was found for the row of this epoch: there may be epochs without a validation."""
+        self._validation = {name: value for name, value in _metrics(trainer).items() if name.startswith("val_")}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the row of the epoch."""
-        metrics = {name: float(f"{float(value):.6g}") for name, value in trainer.callback_metrics.items()}
+        if cut_short(trainer):
+            return
+        metrics = {name: value for name, value in _metrics(trainer).items() if not name.startswith("val_")}
+        metrics |= self._validation
+        self._validation = {}
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step, "seconds": self._elapsed()}
-        self._before = 0.0
+        self._before, self._ended = 0.0, True
         row |= {name: metrics[name] for name in COLUMNS if name in metrics}
         row["ramp_done"] = bool(getattr(pl_module, "ramp_done", True))
         self.rows.append(row)
         if trainer.is_global_zero:
-            write_rows(self.rows, self.folder / "metrics.csv")
+            write_csv(self.folder / "metrics.csv", COLUMNS, self.rows)
             save(plot_metrics(self.rows), self.folder / "learning_curve.png")
 
     def _elapsed(self) -> float:
         return round(self._before + time.perf_counter() - self._start, 3)
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows so far, and seconds spent in an epoch that has not ended."""
-        ended = bool(self.rows) and self._before == 0.0 and self.rows[-1].get("seconds") is not None
-        return {"rows": self.rows, "before": 0.0 if ended else self._elapsed()}
+        """Rows so far, and of an epoch that has not ended what its last validation found and the seconds spent."""
+        return {"rows": self.rows, "validation": self._validation, "before": 0.0 if self._ended else self._elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them."""
         self.rows, self._before = list(state_dict["rows"]), float(state_dict["before"])
+        self._validation = dict(state_dict.get("validation", {}))
 
 
-def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """One line a row, in the order of `COLUMNS`; what a row lacks is left empty."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-class Best(Checkpoint):
-    """Keeps ``best.ckpt``: most verified validation samples among the epochs after the ramp; a tie goes to more clean.
-
-    Of a randomized network, of which nothing is verified, those that withstand EOT-PGD count.
-
-    Args:
-        folder: Of the run.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "best.ckpt"
-        self.score: tuple[float, float] | None = None
-        self.epoch: int | None = None
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep this epoch's weights if they are the best so far."""
-        metrics = trainer.callback_metrics
-        judged = next((name for name in ("val_verified", "val_pgd") if name in metrics), None)
-        if judged is None or not getattr(pl_module, "ramp_done", True):
-            return
-        score = (float(metrics[judged]), float(metrics["val_clean"]))
-        if self.score is None or score > self.score:
-            self.score, self.epoch = score, trainer.current_epoch
-            trainer.save_checkpoint(self.path, weights_only=False)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The best score and its epoch."""
-        return {"score": self.score and list(self.score), "epoch": self.epoch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with them."""
-        score = state_dict["score"]
-        self.score, self.epoch = score and (score[0], score[1]), state_dict["epoch"]
-
-
-class Last(Checkpoint):
-    """Keeps ``last.ckpt``, from which a killed run goes on to the same result.
-
-    Args:
-        folder: Of the run.
-        every: Steps between two within an epoch; 0 for the ends of epochs only.
-    """
-
-    def __init__(self, folder: Path, every: int = 0) -> None:
-        self.path, self.every = folder / "last.ckpt", every
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Save every so many steps."""
-        if self.every and trainer.global_step % self.every == 0:
-            trainer.save_checkpoint(self.path, weights_only=False)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save at the end of an epoch."""
-        trainer.save_checkpoint(self.path, weights_only=False)
+def _metrics(trainer: Trainer) -> dict[str, float]:
+    return {name: float(f"{float(value):.6g}") for name, value in trainer.callback_metrics.items()}
 
 
 def environment(trainer: Trainer, seed: int) -> dict[str, Any]:
@@ -174,7 +124,7 @@ def save_network(module: CertifiedClassifier, folder: Path) -> None:
     """Write ``model.pt`` and ``model.onnx``, and the model card."""
     model, network = module.model.cpu().eval(), module.network
     if ":" in network.name:  # whose code only the user may name: load_model(path, "package.module:callable")
-        torch.save(model.state_dict(), folder / "model.pt")
+        write_tensors(folder / "model.pt", model.state_dict())
     else:
         save_model(model, folder / "model.pt", "lirpa_ext.training.architectures:named_network", **vars(network))
     if not module.randomized:  # a trace would hold one draw for ever
@@ -182,17 +132,20 @@ def save_network(module: CertifiedClassifier, folder: Path) -> None:
     write_card(folder)
 
 
-def write_environment(trainer: Trainer, seed: int, folder: Path) -> None:
-    """Write ``environment.json``."""
-    text = json.dumps(environment(trainer, seed), indent=1) + "\n"
-    (folder / "environment.json").write_text(text, encoding="utf-8")
+def write_environment(trainer: Trainer, seed: int, rates: list[list[float]], folder: Path) -> None:
+    """Write ``environment.json``; `rates` are the changes of the learning rate while training, [step, rate]."""
+    changes = {"learning_rates": rates} if rates else {}
+    text = json.dumps(environment(trainer, seed) | changes, indent=1) + "\n"
+    write_whole(folder / "environment.json", text)
 
 
 def export_onnx(model: nn.Module, input_shape: list[int], path: Path) -> None:
     """Write a classifier as ONNX, of any batch size."""
-    with warnings.catch_warnings():
+    dtype = next((value.dtype for value in model.parameters()), None)
+    image = torch.zeros(1, *input_shape, dtype=dtype)
+    with replacing(path) as written, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces another exporter
         torch.onnx.export(
-            model, (torch.zeros(1, *input_shape),), path, dynamo=False, opset_version=17, input_names=["image"],
+            model, (image,), written, dynamo=False, opset_version=17, input_names=["image"],
             output_names=["logits"], dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
         )  # fmt: skip

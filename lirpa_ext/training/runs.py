@@ -2,83 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..certify import certify
 from ..data import gather
 from ..errors import ConfigError, LirpaExtError
+from ..files import locked, make_folder, remove_parts, unwritable
 from ..report import Report
+from .batches import resumable
 from .card import write_card
+from .checkpoints import Best, Checkpoints, Last, State, read_checkpoint
+from .configuration import differences, parse, parser, write
 from .module import CertifiedClassifier
 from .randomized import EnsembleReport, ensemble_report
-from .run_folder import Best, Last, Metrics, save_network, write_environment
+from .run_folder import Metrics, save_network, write_environment
 
-__all__ = ["evaluate", "fit", "parse", "parser"]
+__all__ = ["evaluate", "fit", "is_tested", "parse", "parser"]
 
-# What may change between the parts of one run; anything else would make it another run.
-_FREE = {"config", "run", "resume", "checkpoint", "checkpoint_every", "progress"}
-_FREE_OF_TRAINER = {
-    "accelerator", "devices", "num_nodes", "strategy", "max_epochs", "max_steps", "max_time", "logger", "callbacks",
-    "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler", "num_sanity_val_steps",
-}  # fmt: skip
-
-
-def parser(command: str = "fit") -> ArgumentParser:
-    """Parser of a configuration: YAML files by ``--config``, and every key as an argument.
-
-    Args:
-        command: "fit", "validate" or "test", for the help.
-    """
-    made = ArgumentParser(
-        prog=f"lirpa-ext {command}",
-        description="Train with a certified loss, or certify what was trained.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    made.add_argument("--config", action="config", help="a YAML file; later files and arguments override earlier ones")
-    made.add_argument("--run", type=str | None, default=None, help="folder of the run, default runs/NAME of the config")
-    made.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and random slopes")
-    made.add_argument("--resume", type=bool, default=True, help="go on with last.ckpt of the folder; false starts anew")
-    made.add_argument("--checkpoint", type=str | None, default=None, help="of validate and test, default the best one")
-    made.add_argument("--checkpoint_every", type=int, default=0, help="steps between checkpoints within an epoch")
-    made.add_argument("--progress", type=bool, default=sys.stderr.isatty(), help="show progress bars")
-    made.add_class_arguments(CertifiedClassifier, "model", skip={"seed"})
-    made.add_subclass_arguments(
-        LightningDataModule, "data", default={"class_path": "lirpa_ext.training.datamodule.ImageData"}
-    )
-    made.add_class_arguments(Trainer, "trainer", skip={"default_root_dir", "enable_checkpointing"}, instantiate=False)
-    made.set_defaults({"trainer.num_sanity_val_steps": 0, "trainer.log_every_n_steps": 1, "trainer.max_epochs": 10})
-    return made
-
-
-def parse(arguments: Sequence[str], command: str = "fit") -> Namespace:
-    """Parse and check types and keys.
-
-    Raises:
-        ConfigError: An unknown key, a value of the wrong type, a file that is not there.
-    """
-    made = parser(command)
-    try:
-        config = made.parse_args(list(arguments))
-    except ArgumentError as error:
-        raise ConfigError(f"{error}. `lirpa-ext {command} --help` lists the keys") from error
-    if config.run is None:
-        files = config.config or []
-        config.run = str(Path("runs") / (Path(str(files[-1])).stem if files else "unnamed"))
-    return config
+_FILES = ("last.ckpt", "best.ckpt", "metrics.csv", "model.pt", "model.onnx", "test.json", "validate.json", "README.md")
 
 
 def _instantiate(config: Namespace) -> Namespace:
@@ -102,32 +53,77 @@ def fit(config: Namespace) -> CertifiedClassifier:
         The module with the best weights after the ramp.
 
     Raises:
-        ConfigError: The configuration cannot be run, or the folder holds another run.
+        ConfigError: The configuration cannot be run, the folder holds another run or its checkpoint is corrupt, or a
+            step gave a loss or weights that are not finite.
         DataError: The data are missing or corrupt.
+        ResultsError: The folder cannot be written, or another process trains in it.
     """
     folder = Path(config.run)
+    if _is_child():  # another process of the same run, which has the lock
+        return _fit(config, folder)
+    make_folder(folder)
+    with locked(folder / "run"):
+        remove_parts(folder)
+        return _fit(config, folder)
+
+
+def _fit(config: Namespace, folder: Path) -> CertifiedClassifier:
     made = _instantiate(config)
     model, data = made.model, made.data
     model.schedule.check(model.eps, config.trainer.max_epochs if config.trainer.max_steps == -1 else None)
     data.prepare_data()
     data.setup("fit")
     _check_batch(model, data)
-    last = folder / "last.ckpt"
-    resumed = _prepare(folder, config, last)
+    state = _state(config, folder, model)
+    finished = state is not None and state.finished(config.trainer.max_epochs, config.trainer.max_steps)
+    model.resume_lr = config.resume_lr
     best = Best(folder)
     callbacks = [Metrics(folder), *(made.trainer.callbacks or []), best, Last(folder, config.checkpoint_every)]
     trainer = _trainer(made.trainer, folder, callbacks, config.progress)
+    model.check_trainer(trainer, config.trainer.sync_batchnorm)
     if trainer.is_global_zero:
-        write_environment(trainer, config.seed, folder)
+        _clear(folder, ["test.json", "validate.json"] if state else _FILES, keep=finished)
+        write(config, folder)
+        write_environment(trainer, config.seed, model.rates if state is None else state.rates, folder)
+    if not finished:
+        _train(trainer, model, data, config, state)
+    if trainer.is_global_zero:
+        state = State.read(folder)
+        if state is None:
+            raise ConfigError(f"{folder} has no checkpoint: not one step was trained; see trainer's limits")
+        chosen = best.path if best.path.is_file() else state.path
+        _load_weights(model.float() if trainer.precision == "64-true" else model, chosen)
+        write_environment(trainer, config.seed, state.rates, folder)
+        save_network(model, folder)
+    return model
+
+
+def _train(trainer: Trainer, model: CertifiedClassifier, data: Any, config: Namespace, state: State | None) -> None:
+    if trainer.world_size == 1 and not config.trainer.overfit_batches:
+        loader = data.train_dataloader
+        data.train_dataloader = lambda: resumable(loader(), config.seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
-        trainer.fit(model, datamodule=data, ckpt_path=last if resumed else None)
-    if trainer.is_global_zero:
-        chosen = best.path if best.path.is_file() else last
-        _load_weights(model, chosen)
-        save_network(model, folder)
-    return model
+        try:
+            trainer.fit(model, datamodule=data, ckpt_path=None if state is None else state.path, weights_only=True)
+        except OSError as error:
+            if isinstance(error, LirpaExtError):
+                raise
+            raise unwritable(trainer.default_root_dir, error) from error
+
+
+def is_tested(config: Namespace) -> bool:
+    """Whether the run of this configuration is finished, and ``test.json`` is of it.
+
+    Raises:
+        ConfigError: The folder holds another run, or one that cannot be read.
+    """
+    folder = Path(config.run)
+    if not (folder / "test.json").is_file() or differences(config, folder, length=True):
+        return False
+    state = State.read(folder)
+    return state is not None and state.finished(config.trainer.max_epochs, config.trainer.max_steps)
 
 
 def evaluate(config: Namespace, command: str) -> Report | EnsembleReport:
@@ -154,7 +150,7 @@ def evaluate(config: Namespace, command: str) -> Report | EnsembleReport:
     data.prepare_data()
     data.setup(command)
     loader = data.test_dataloader() if command == "test" else data.val_dataloader()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     report = _reported(model, loader, getattr(data, "evaluation_batch", 100), config.progress)
     report.to_json(folder / f"{command}.json")
     if all((folder / name).is_file() for name in ("config.yaml", "environment.json")):
@@ -190,54 +186,45 @@ def _check_batch(model: CertifiedClassifier, data: LightningDataModule) -> None:
         raise ConfigError(f"there is a label {top}, and model.network.classes is {model.network.classes}")
 
 
-def _prepare(folder: Path, config: Namespace, last: Path) -> bool:
-    """Whether to go on with the run in this folder; else make it ready for a new one."""
-    wanted = _plain(config)
-    written = folder / "config.yaml"
-    child = int(os.environ.get("LOCAL_RANK", 0)) or int(os.environ.get("RANK", 0))  # another process of the same run
-    resumed = last.is_file() and config.resume
-    if resumed and written.is_file():
-        before = _kept(yaml.safe_load(written.read_text(encoding="utf-8")))
-        with contextlib.suppress(ArgumentError):  # of a key that is no more, which is a difference
-            before = _kept(_plain(parser().parse_object(before)))  # what an earlier version lacks has its default
-        different = sorted(_differences(before, _kept(wanted)))
-        if different:
-            raise ConfigError(
-                f"{folder} holds a run of another configuration; they differ in {', '.join(different)}. Choose "
-                "another --run, or start anew by --resume false"
-            )
-    if not child:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not resumed:
-            for name in ("last.ckpt", "best.ckpt", "metrics.csv", "test.json", "validate.json"):
-                (folder / name).unlink(missing_ok=True)
-        written.write_text(yaml.safe_dump(wanted, sort_keys=False), encoding="utf-8")
-    return resumed
+def _is_child() -> bool:
+    return bool(int(os.environ.get("LOCAL_RANK", 0)) or int(os.environ.get("RANK", 0)))
 
 
-def _plain(config: Namespace) -> dict[str, Any]:
-    plain: dict[str, Any] = yaml.safe_load(parser().dump(config, skip_none=False))
-    return plain
+def _state(config: Namespace, folder: Path, model: CertifiedClassifier) -> State | None:
+    """What to go on from in this folder; None for a run that starts anew.
+
+    Raises:
+        ConfigError: The folder holds another run, its checkpoints are corrupt, or there is nothing to go on from.
+    """
+    state = State.read(folder) if config.resume else None
+    if state is None:
+        if config.resume_lr is not None:
+            raise ConfigError(f"{folder} has no last.ckpt to go on from with --resume_lr: set model.optimizer.lr")
+        return None
+    different = differences(config, folder)
+    if different:
+        raise ConfigError(
+            f"{folder} holds a run of another configuration; they differ in {', '.join(different)}. Choose "
+            "another --run, or start anew by --resume false"
+        )
+    model.check_checkpoint(state.content)
+    return state
 
 
-def _kept(config: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in config.items() if key not in _FREE}
-    return kept | {"trainer": {k: v for k, v in kept["trainer"].items() if k not in _FREE_OF_TRAINER}}
-
-
-def _differences(a: Any, b: Any, path: str = "") -> set[str]:
-    """Dotted names of what differs."""
-    if not isinstance(a, dict) or not isinstance(b, dict):
-        return set() if a == b else {path}
-    return {
-        name
-        for key in a.keys() | b.keys()
-        for name in _differences(a.get(key), b.get(key), f"{path}.{key}".lstrip("."))
-    }
+def _clear(folder: Path, names: Sequence[str], keep: bool) -> None:
+    """Remove what will not be true of the network that is going to be trained."""
+    try:
+        for name in () if keep else names:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def _trainer(made: Namespace, folder: Path, callbacks: list[Any], progress: bool) -> Trainer:
     options = vars(made) | {"callbacks": callbacks, "default_root_dir": folder, "enable_checkpointing": True}
+    plugins = options["plugins"] if isinstance(options["plugins"], list) else [options["plugins"]]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        options["plugins"] = [*filter(None, plugins), Checkpoints()]
     defaults = {"logger": _tensorboard(folder), "enable_progress_bar": progress, "enable_model_summary": False}
     options |= {name: value for name, value in defaults.items() if options[name] is None}
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
@@ -264,12 +251,9 @@ def _tensorboard(folder: Path) -> Any:
 
 
 def _load_weights(model: CertifiedClassifier, path: Path) -> None:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state = content["state_dict"]
-    except LirpaExtError:
-        raise
-    except Exception as error:  # zip, pickle and torch raise whatever comes
-        raise ConfigError(f"{path} is missing, truncated or no checkpoint: {type(error).__name__}: {error}") from error
+    content = read_checkpoint(path)
     model.on_load_checkpoint(content)
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(content["state_dict"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} does not fit the network: {error}") from error

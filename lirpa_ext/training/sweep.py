@@ -5,7 +5,6 @@ The plot is that of Fig. B.4 of the source: standard accuracy against the interv
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..files import write_csv
 from .objectives import OBJECTIVES
 
 __all__ = ["Grid", "plot_sweep", "sweep"]
@@ -50,7 +50,7 @@ class Grid:
 def sweep(arguments: Sequence[str], grid: Grid, folder: Path) -> list[dict[str, Any]]:
     """Fit and test every point of the grid, and write ``sweep.csv`` and ``sweep.png`` after each.
 
-    A point whose ``test.json`` is there is finished; one that was killed goes on where it was.
+    A point that is finished and tested, by this configuration, is taken as it is; one that was killed goes on.
 
     Args:
         arguments: Of `lirpa_ext.training.runs.parse`, those that all runs share.
@@ -63,7 +63,7 @@ def sweep(arguments: Sequence[str], grid: Grid, folder: Path) -> list[dict[str, 
     Raises:
         ConfigError: The configuration cannot be run; the first run's, before it starts.
     """
-    from .runs import evaluate, fit, parse
+    from .runs import evaluate, fit, is_tested, parse
 
     points = grid.points()
     common = parse(arguments, "sweep")
@@ -77,7 +77,7 @@ def sweep(arguments: Sequence[str], grid: Grid, folder: Path) -> list[dict[str, 
     rows: list[dict[str, Any]] = []
     for config in configs:
         run = Path(config.run)
-        if not (run / "test.json").is_file():
+        if not is_tested(config):
             fit(config)
             evaluate(config, "test")
         report = json.loads((run / "test.json").read_text(encoding="utf-8"))
@@ -87,10 +87,7 @@ def sweep(arguments: Sequence[str], grid: Grid, folder: Path) -> list[dict[str, 
             | {"samples": report["meta"]["samples"], "run": run.name}
             | {key: summary[key] for key in ("clean", "pgd", "verified")}
         )
-        with (folder / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(folder / "sweep.csv", COLUMNS, rows)
         plot_sweep(rows, folder / "sweep.png")
     return rows
 

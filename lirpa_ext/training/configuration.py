@@ -1,0 +1,130 @@
+"""The configuration of a run: parsed from YAML and arguments, written to its folder, and compared with another one."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning.pytorch import LightningDataModule, Trainer
+
+from ..errors import ConfigError, LirpaExtError
+from ..files import write_whole
+from .module import CertifiedClassifier
+
+__all__ = ["differences", "parse", "parser", "write"]
+
+# What changes nothing of what comes out.
+_FREE = {"config", "run", "resume", "resume_lr", "checkpoint", "checkpoint_every", "progress"}
+_FREE_OF_TRAINER = {
+    "accelerator", "devices", "num_nodes", "strategy", "max_time", "logger", "callbacks", "enable_progress_bar",
+    "enable_model_summary", "log_every_n_steps", "profiler", "num_sanity_val_steps",
+}  # fmt: skip
+
+
+def parser(command: str = "fit") -> ArgumentParser:
+    """Parser of a configuration: YAML files by ``--config``, and every key as an argument.
+
+    Args:
+        command: "fit", "validate" or "test", for the help.
+    """
+    made = ArgumentParser(
+        prog=f"lirpa-ext {command}",
+        description="Train with a certified loss, or certify what was trained.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    made.add_argument("--config", action="config", help="a YAML file; later files and arguments override earlier ones")
+    made.add_argument("--run", type=str | None, default=None, help="folder of the run, default runs/NAME of the config")
+    made.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and random slopes")
+    made.add_argument("--resume", type=bool, default=True, help="go on with last.ckpt of the folder; false starts anew")
+    made.add_argument(
+        "--resume_lr", type=float | None, default=None,
+        help="learning rate to go on with, in place of optimizer.lr: after a step that gave NaN, for one",
+    )  # fmt: skip
+    made.add_argument("--checkpoint", type=str | None, default=None, help="of validate and test, default the best one")
+    made.add_argument("--checkpoint_every", type=int, default=0, help="steps between checkpoints within an epoch")
+    made.add_argument("--progress", type=bool, default=sys.stderr.isatty(), help="show progress bars")
+    made.add_class_arguments(CertifiedClassifier, "model", skip={"seed"})
+    made.add_subclass_arguments(
+        LightningDataModule, "data", default={"class_path": "lirpa_ext.training.datamodule.ImageData"}
+    )
+    made.add_class_arguments(Trainer, "trainer", skip={"default_root_dir", "enable_checkpointing"}, instantiate=False)
+    made.set_defaults({"trainer.num_sanity_val_steps": 0, "trainer.log_every_n_steps": 1, "trainer.max_epochs": 10})
+    return made
+
+
+def parse(arguments: Sequence[str], command: str = "fit") -> Namespace:
+    """Parse and check types and keys.
+
+    Raises:
+        ConfigError: An unknown key, a value of the wrong type, a file that is not there or is no YAML.
+    """
+    made = parser(command)
+    try:
+        config = made.parse_args(list(arguments))
+    except LirpaExtError:
+        raise
+    except (ArgumentError, yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{error}. `lirpa-ext {command} --help` lists the keys") from error
+    if config.run is None:
+        files = config.config or []
+        config.run = str(Path("runs") / (Path(str(files[-1])).stem if files else "unnamed"))
+    if config.checkpoint_every < 0:
+        raise ConfigError(f"--checkpoint_every is a number of steps, 0 for none; got {config.checkpoint_every}")
+    return config
+
+
+def write(config: Namespace, folder: Path) -> None:
+    """Write ``config.yaml``, with all defaults."""
+    write_whole(folder / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
+
+
+def differences(config: Namespace, folder: Path, length: bool = False) -> list[str]:
+    """Dotted names of what would make another run of the one whose ``config.yaml`` is in a folder.
+
+    Args:
+        config: Of `parse`.
+        folder: Of a run; without ``config.yaml`` nothing differs.
+        length: Whether a longer training is another one. Where it is not, a run can be extended.
+
+    Raises:
+        ConfigError: ``config.yaml`` cannot be read.
+    """
+    written = folder / "config.yaml"
+    if not written.is_file():
+        return []
+    try:
+        before = yaml.safe_load(written.read_text(encoding="utf-8"))
+        before = _kept(before, length)
+    except (OSError, ValueError, yaml.YAMLError, TypeError, AttributeError, KeyError) as error:
+        raise ConfigError(f"{written} is no configuration of a run: {error}. Start anew by --resume false") from error
+    with contextlib.suppress(ArgumentError):  # of a key that is no more, which is a difference
+        before = _kept(_plain(parser().parse_object(before)), length)  # what an earlier version lacks has its default
+    return sorted(_differences(before, _kept(_plain(config), length)))
+
+
+def _plain(config: Namespace) -> dict[str, Any]:
+    plain: dict[str, Any] = yaml.safe_load(parser().dump(config, skip_none=False))
+    return plain
+
+
+def _kept(config: dict[str, Any], length: bool) -> dict[str, Any]:
+    free = _FREE_OF_TRAINER if length else _FREE_OF_TRAINER | {"max_epochs"}
+    kept = {key: value for key, value in config.items() if key not in _FREE}
+    return kept | {"trainer": {k: v for k, v in kept["trainer"].items() if k not in free}}
+
+
+def _differences(a: Any, b: Any, path: str = "") -> set[str]:
+    """Dotted names of what differs."""
+    if not isinstance(a, dict) or not isinstance(b, dict):
+        return set() if a == b else {path}
+    return {
+        name
+        for key in a.keys() | b.keys()
+        for name in _differences(a.get(key), b.get(key), f"{path}.{key}".lstrip("."))
+    }
