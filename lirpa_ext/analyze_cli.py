@@ -127,7 +127,9 @@ def _curves(task: Task) -> Drawn:
 
 
 def _curves_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--attack-steps", type=int, default=40, help="of PGD; 0 for no attack")
+    parser.add_argument(
+        "--attack-steps", type=int, default=20, help="of each of two runs of Auto-PGD, default 20; 0 for no attack"
+    )
 
 
 def _trade_off(task: Task) -> Drawn:

@@ -23,7 +23,8 @@ from lirpa_ext.attacks import (
     RandomSearch,
     Target,
 )
-from lirpa_ext.errors import ConfigError, InvalidInputError
+from lirpa_ext.errors import ConfigError, InvalidInputError, TrainModeError
+from lirpa_ext.randomized.evaluation import evaluate
 from lirpa_ext.specifications import check_labels, margin_rows, margins
 
 NORMS = [2.0, math.inf, 3.0]
@@ -368,15 +369,25 @@ class Pair(nn.Module):
         (Pair(), 4, 4, "returns a tuple"),
         (nn.Flatten(0, 1), 4, 4, r"returns \(12,\) for 4 samples"),
         (nn.Linear(5, 2), 4, 4, "the model fails on inputs of shape"),
-        (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3)).train(), 1, 1, "eval mode"),
     ],
-    ids=["labels", "empty", "tuple", "merged", "shape", "train mode"],
+    ids=["labels", "empty", "tuple", "merged", "shape"],
 )
 @pytest.mark.parametrize("attack", [PGD(2), PGD(2, restarts=2)], ids=["once", "restarts"])
 def test_what_cannot_be_attacked_is_said(model, samples, labels, message, attack):
     x, y = torch.rand(samples, 3), torch.zeros(labels, dtype=torch.long)
     with pytest.raises(InvalidInputError, match=message):
         attack(model, x, y, PerturbationLpNorm(0.1, 2))
+
+
+def test_a_batch_norm_in_train_mode_is_refused_and_stays_as_it_was():
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3)).train()
+    before = net[1].running_mean.clone()
+    x, y = torch.rand(4, 3), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(TrainModeError, match="batch norm '1' is in train mode"):
+        APGD(2)(net, x, y, PerturbationLpNorm(0.1, 2))
+    with pytest.raises(TrainModeError, match="batch norm '1' is in train mode"):
+        evaluate(net, (x, y), [0.0, 0.1])
+    assert torch.equal(net[1].running_mean, before)
 
 
 # --- models that hide their gradients ---
@@ -434,6 +445,10 @@ def test_reports_count_samples_without_a_gradient(caplog):
     row = steep.summary()[0]
     assert row["masked"] == row["unknown"] > 0
     assert f"{row['masked']} unknown samples at eps 0.05 gave the attack no gradient" in steep.table()
+    judged = evaluate(Hidden(net, HIDDEN["detached"]), (x, y), [0.0, 0.05])
+    assert [row["masked"] for row in judged.rows()] == [0, round(40 * judged.levels[1].ensemble.value)]
+    assert "the right ones gave the attack no gradient: no evidence" in judged.summary()
+    assert "no evidence" not in evaluate(net, (x, y), [0.0, 0.05]).summary()
 
 
 class Scaled(nn.Module):

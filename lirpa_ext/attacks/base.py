@@ -17,6 +17,7 @@ from ..limits import is_out_of_memory
 from ..perturbation import PerturbationLpNorm
 from ..randomized.sampling import is_randomized, sample
 from ..specifications import check_labels, margins
+from ..tracing import check_mode
 from .losses import LOSSES, TARGETED_LOSSES
 
 _logger = logging.getLogger(__name__)
@@ -302,6 +303,8 @@ class Attack(ABC):
         Raises:
             InvalidInputError: norm 1, `x` outside of the data range or not finite, labels or targets that are no
                 class or of another number, no sample at all, a model that returns no tensor.
+            TrainModeError: A batch norm is in train mode: samples would read each other, and the attack would move its
+                statistics.
         """
         if perturbation.norm == 1:
             raise InvalidInputError(
@@ -311,6 +314,7 @@ class Attack(ABC):
         if not len(x):
             raise InvalidInputError(f"there is no sample to attack: x is of shape {tuple(x.shape)}")
         perturbation.check(x)
+        check_mode(model)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         x = x.detach()
         target = self.target(model, x, y, perturbation, generator, targets)

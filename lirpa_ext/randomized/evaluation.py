@@ -17,6 +17,7 @@ from ..data import gather
 from ..errors import InvalidInputError
 from ..perturbation import PerturbationLpNorm, check_eps
 from ..specifications import margins
+from ..tracing import check_mode
 from .sampling import is_randomized, predict, sample
 
 __all__ = ["Accuracy", "Level", "RobustAccuracy", "correct", "drawn_networks", "evaluate", "source_attack", "wilson"]
@@ -39,12 +40,15 @@ class Level:
         single: Of one drawn network: the mean over samples and draws. Its interval is for the choice of the samples.
         spread: Standard deviation of a single network's accuracy from draw to draw, on the same samples.
         ensemble: Of the ensemble of all draws.
+        masked: Samples that the ensemble gets right and of which the attack had no gradient (gradient masking): that it
+            found nothing there is no evidence.
     """
 
     eps: float
     single: Accuracy
     spread: float
     ensemble: Accuracy
+    masked: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,14 +79,21 @@ class RobustAccuracy(Result):
             for name in ("single", "ensemble"):
                 accuracy: Accuracy = getattr(level, name)
                 row |= {name: accuracy.value, f"{name}_lower": accuracy.lower, f"{name}_upper": accuracy.upper}
-            rows.append(row | {"spread": level.spread, "samples": self.samples, "draws": self.draws})
+            rows.append(
+                row | {"spread": level.spread, "masked": level.masked, "samples": self.samples, "draws": self.draws}
+            )
         return rows
 
     def summary(self) -> str:
-        """How it was measured."""
+        """How it was measured, and what of it is no evidence."""
+        masked = "".join(
+            f"; at eps {level.eps:g} {level.masked} of the right ones gave the attack no gradient: no evidence"
+            for level in self.levels
+            if level.masked
+        )
         return (
             f"{self.attack} in l{self.norm:g} balls, {self.samples} samples, judged by {self.draws} fresh draws; "
-            f"intervals of {100 * self.confidence:g}% (Wilson)"
+            f"intervals of {100 * self.confidence:g}% (Wilson){masked}"
         )
 
 
@@ -108,7 +119,8 @@ def evaluate(
     or a NaN is not right. All eps have the same draws, so that differences between them are less noisy than each.
 
     Args:
-        model: Classifier, (B, ...) -> (B, classes), randomized or not; used in the mode that it is in.
+        model: Classifier, (B, ...) -> (B, classes), randomized or not, its batch norms in eval mode. Whatever draws in
+            the mode that it is in (dropout in train mode) is drawn.
         data: Pair (x, y), or batches of it.
         eps: Radii; 0 is the clean accuracy.
         attack: Default EOT-PGD of the source: 20 steps of eps / 4 on the cross entropy from the clean input, 20 draws.
@@ -127,6 +139,7 @@ def evaluate(
     Raises:
         InvalidInputError: Numbers out of range, inputs outside of the data range, labels that are no class.
         DataError: There are no data.
+        TrainModeError: A batch norm is in train mode.
 
     Example:
         >>> from lirpa_ext.attacks import PGD
@@ -137,6 +150,7 @@ def evaluate(
     """
     levels = [float(level) for level in torch.as_tensor(eps, dtype=torch.float64).reshape(-1)]
     check_eps(torch.tensor(levels))
+    check_mode(model)
     if not levels or draws < 1 or batch_size < 1 or not 0 < confidence < 1:
         raise InvalidInputError("give at least one eps, draws and batch_size of 1 or more, and a confidence in (0, 1)")
     attack = EOT(source_attack(), draws=20) if attack is None else attack
@@ -146,15 +160,17 @@ def evaluate(
     x, y = x.to(like), y.to(like.device, torch.long)
     found = []
     for level in levels:
-        right, ensemble = torch.zeros(draws, dtype=torch.float64), 0
+        right, ensemble, masked = torch.zeros(draws, dtype=torch.float64), 0, 0
         for start in range(0, len(x), batch_size):
             some, labels = x[start : start + batch_size], y[start : start + batch_size]
             generator = torch.Generator().manual_seed((seed * 2**32 + start) % 2**63)
+            hidden = torch.zeros_like(labels, dtype=torch.bool)
             if level > 0:
                 ball = PerturbationLpNorm(level, norm, x_L, x_U)
-                some = attack(model, some, labels, ball, generator).inputs
+                some, _, hidden = attack(model, some, labels, ball, generator)
             right += correct(drawn_networks(model, draws, generator), some, labels)
-            ensemble += int((margins(predict(model, some, draws, generator, by), labels) > 0).sum())
+            won = margins(predict(model, some, draws, generator, by), labels) > 0
+            ensemble, masked = ensemble + int(won.sum()), masked + int((won & hidden).sum())
         rates = right / len(x)
         found.append(
             Level(
@@ -162,6 +178,7 @@ def evaluate(
                 wilson(float(rates.mean()) * len(x), len(x), confidence),
                 float(rates.std()) if draws > 1 else 0.0,
                 wilson(ensemble, len(x), confidence),
+                masked,
             )
         )
     return RobustAccuracy(tuple(found), repr(attack), float(norm), len(x), draws, confidence)
