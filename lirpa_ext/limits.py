@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,12 +33,13 @@ class Deadline(TorchFunctionMode):
     cleans up behind it (`torch.no_grad` is left by a torch function) has a second to do so.
 
     Args:
-        end: Deadline on the clock `time.monotonic`, in seconds; infinite for none.
+        end: Deadline on the clock, in seconds; infinite for none.
+        clock: `time.monotonic` (default) for wall time, `time.thread_time` for the processor time of one thread.
     """
 
-    def __init__(self, end: float) -> None:
+    def __init__(self, end: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self.end = end
+        self.end, self.clock = end, clock
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -47,7 +49,7 @@ class Deadline(TorchFunctionMode):
 
     def check(self) -> None:
         """Raise `OutOfTime` if the deadline has passed."""
-        now = time.monotonic()
+        now = self.clock()
         if now > self.end:
             self.end = now + _GRACE
             raise OutOfTime

@@ -83,7 +83,7 @@ def add_batch_axis(graph: Graph) -> None:
     shapes = {name: value.shape for name, value in probe(graph, 1).items()}
     graph.input_shape = (None, *graph.input_shape)
     batched = {graph.input}
-    for node in list(graph.nodes):
+    for node in graph.each():
         if batched.isdisjoint(node.inputs):
             continue
         graph.replace(node, _with_batch(graph, node, batched, shapes))
@@ -187,7 +187,7 @@ def fold_shapes(graph: Graph) -> list[str]:
     # Values reach shapes only through Shape and Size; all else that the input feeds depends on its values.
     depends = {graph.input}
     folded = 0
-    for node in list(graph.nodes):
+    for node in graph.each():
         if node.op in ("Shape", "Size") or depends.isdisjoint(node.inputs):
             if node.op.startswith("Random") or any(name not in values for name in node.outputs if name):
                 depends.update(node.outputs)

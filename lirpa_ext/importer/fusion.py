@@ -10,9 +10,7 @@ from .graph import DOMAIN, Graph, Node
 def fuse(graph: Graph) -> list[str]:
     """GELU, SiLU and Mish, however their products are ordered, become one node each; notes of what was done."""
     count: dict[str, int] = {}
-    for node in list(graph.nodes):
-        if not any(other is node for other in graph.nodes):
-            continue
+    for node in graph.each():
         found = _match_gelu(graph, node) if node.op == "Erf" else _match_gate(graph, node) if node.op == "Mul" else None
         if found is not None:
             op, x, last = found

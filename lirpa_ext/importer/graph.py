@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from ..limits import Deadline
 from .reading import opset_of
 
 OPSET = 17  # of the normal form, the newest that onnx2torch knows in full
@@ -62,6 +63,7 @@ class Graph:
         shapes: Shape of every tensor for one sample, as far as it has been run (`reference.probe`).
         shapes_of_two: Likewise for a batch of two, where the graph takes one.
         types: Data types likewise.
+        deadline: Of the import; whatever works through the nodes looks at it.
     """
 
     def __init__(
@@ -79,6 +81,8 @@ class Graph:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.shapes_of_two: dict[str, tuple[int, ...]] = {}
         self.types: dict[str, np.dtype] = {}
+        self.deadline = Deadline()
+        self._replaced: set[Node] = set()
         self._names = {name for node in nodes for name in [*node.inputs, *node.outputs]} | set(constants)
 
     @classmethod
@@ -171,8 +175,21 @@ class Graph:
 
     def replace(self, node: Node, nodes: list[Node]) -> None:
         """Put nodes in the place of one."""
-        place = next(index for index, other in enumerate(self.nodes) if other is node)
+        place = self.nodes.index(node)
         self.nodes[place : place + 1] = nodes
+        if node not in nodes:
+            self._replaced.add(node)
+
+    def each(self) -> Iterator[Node]:
+        """The nodes as they are now, without those that are replaced before their turn.
+
+        Raises:
+            OutOfTime: The deadline has passed.
+        """
+        for node in list(self.nodes):
+            self.deadline.check()
+            if node not in self._replaced:
+                yield node
 
     def redirect(self, old: str, new: str) -> None:
         """Let whatever reads one tensor read another."""

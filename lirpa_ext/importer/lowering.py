@@ -24,9 +24,7 @@ _LARGE = 1e4  # in a + relu(b - a) a larger a costs b its last digits
 def lower(graph: Graph) -> list[str]:
     """Apply every rule once to every node, then merge neighbours; notes of what was done."""
     done: dict[str, int] = {}
-    for node in list(graph.nodes):
-        if not any(other is node for other in graph.nodes):
-            continue  # merged into an earlier one
+    for node in graph.each():
         rule = RULES.get(node.op)
         try:
             nodes = rule(graph, node) if rule else None

@@ -51,7 +51,7 @@ def downgrade(graph: Graph) -> list[str]:
     opset = graph.opset
     if opset <= OPSET:
         return []
-    for node in list(graph.nodes):
+    for node in graph.each():
         since = onnx.defs.get_schema(node.op, max_inclusive_version=opset).since_version
         if since <= OPSET:
             continue

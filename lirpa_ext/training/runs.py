@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import warnings
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..certify import certify
 from ..data import gather
-from ..errors import ConfigError, LirpaExtError
+from ..errors import ConfigError, DataError
 from ..files import locked, make_folder, remove_parts, unwritable
 from ..report import Report
 from .batches import resumable
@@ -108,9 +109,9 @@ def _train(trainer: Trainer, model: CertifiedClassifier, data: Any, config: Name
         try:
             trainer.fit(model, datamodule=data, ckpt_path=None if state is None else state.path, weights_only=True)
         except OSError as error:
-            if isinstance(error, LirpaExtError):
-                raise
-            raise unwritable(trainer.default_root_dir, error) from error
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+                raise unwritable(trainer.default_root_dir, error) from error
+            raise DataError(f"a file or folder that the training needs cannot be read: {error}") from error
 
 
 def is_tested(config: Namespace) -> bool:
