@@ -1,5 +1,8 @@
 """Worst-translated logits against margins computed otherwise, and the certified loss."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -132,3 +135,23 @@ def test_a_weight_outside_of_the_unit_interval_is_refused(weight: float) -> None
 def test_bad_arguments_are_refused(model: nn.Module, x: Tensor, y: Tensor, eps: float, options: dict) -> None:
     with pytest.raises(LirpaExtError):
         worst_case_logits(BoundedModule(model, x), x, y, eps, **options)
+
+
+@pytest.mark.parametrize("method", ["IBP", "CROWN-IBP", "slope:ibp", "slope:crown", "sparse-slope", "cap"])
+def test_a_bound_that_the_clean_value_refutes_is_no_loss(
+    model: nn.Module, x: Tensor, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training too, where nothing is asked of the device: NaN for that sample and class, nothing for the others."""
+    drawn: dict[str, Any] = {"seed": 0} if method == "sparse-slope" else {}
+    expected = worst_case_logits(BoundedModule(model, x), x, Y, 0.05, method, math.inf, **drawn)
+    assert expected.requires_grad and not expected.isnan().any()
+    original = BoundedModule.compute_bounds
+
+    def wrong(self: BoundedModule, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        lower, upper = original(self, *args, **options)
+        return lower + torch.eye(5, 3, dtype=lower.dtype) * 100, upper
+
+    monkeypatch.setattr(BoundedModule, "compute_bounds", wrong)
+    found = worst_case_logits(BoundedModule(model, x), x, Y, 0.05, method, math.inf, **drawn)
+    assert found.isnan().any(1).tolist() == [True, True, True, False, False]
+    torch.testing.assert_close(found[~found.isnan()], expected[~found.isnan()])
