@@ -79,6 +79,17 @@ def memory_limit(most: int | None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread: on small tensors others cost more than they give, and a thread has a clock."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def available_memory() -> int | None:
     """Bytes that the machine, or the container, still has; None where the system does not tell."""
     free = []

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidInputError
+from ..errors import InvalidInputError, OnnxError
+from ..limits import Deadline, OutOfTime, one_thread
 from .batching import add_batch_axis, add_output_axis, fold_shapes, free_batch, lacks_batch_axis
 from .checking import Check, check
-from .converters import convert
+from .converters import convert, import_onnx2torch
 from .fusion import fuse
 from .graph import Graph
 from .lowering import lower
 from .opsets import downgrade, upgrade
 from .reading import opset_of, read_onnx
 from .reference import Reference
-from .selection import select, single_precision
+from .selection import Selection, select, single_precision
 
 __all__ = ["Check", "ImportedModel", "load_onnx"]
 
 _ROUNDS = 8  # of rewriting; each needs the shapes that the one before it made
+_MOST_OPERATIONS = 1000  # in normal form; the engine takes 4 ms and more to build each, twice
+_LEAST_SECONDS, _SECONDS_FOR_MIB = 9.0, 0.25
 
 
 class ImportedModel(nn.Module):
@@ -82,6 +88,7 @@ def load_onnx(
     input_shape: tuple[int, ...] | None = None,
     logits: bool = False,
     max_bytes: int = 2**29,
+    timeout: float | None = None,
 ) -> ImportedModel:
     """Import a network from an ONNX file, and check that it is the same.
 
@@ -94,13 +101,16 @@ def load_onnx(
         input_shape: Shape of one sample, where the file leaves sizes beside the batch open.
         logits: Cut a Softmax or LogSoftmax at the end off: the same classes are first, and bounds are tighter.
         max_bytes: Cap on the size of the file, unpacked, default 512 MiB.
+        timeout: Seconds of processor time, default 9 and a quarter more for each MiB of the network. It is looked at
+            in every stage; one step of onnx or onnxruntime runs to its end.
 
     Returns:
         The network, in eval mode.
 
     Raises:
         DataError: There is no such file, or it is truncated, corrupt or too large.
-        OnnxError: The network cannot be imported; says which op and node, and the way out.
+        OnnxError: The network cannot be imported; says which op and node, and the way out. Or that takes
+            longer than `timeout`, or has too many operations.
 
     Example:
         >>> from lirpa_ext import BoundedModule, load_onnx
@@ -109,9 +119,32 @@ def load_onnx(
     """
     if batch_size is not None and batch_size < 1:
         raise InvalidInputError(f"batch_size must be positive, got {batch_size}")
-    original, selection = select(read_onnx(source, max_bytes), input, output, fixed, input_shape, logits)
+    if timeout is not None and not timeout > 0:
+        raise InvalidInputError(f"timeout must be positive, in seconds, got {timeout}")
+    import_onnx2torch()  # seconds the first time, which are not the network's
+    deadline = Deadline(time.thread_time() + (timeout or math.inf), time.thread_time)
+    try:
+        with one_thread(), deadline:
+            model = read_onnx(source, max_bytes)
+            if timeout is None:
+                timeout = _LEAST_SECONDS + _SECONDS_FOR_MIB * model.ByteSize() / 2**20
+                deadline.end = time.thread_time() + timeout
+            deadline.check()
+            selected = select(model, input, output, fixed, input_shape, logits)
+            return _import(*selected, batch_size, deadline)
+    except OutOfTime:
+        raise OnnxError(
+            f"importing the network takes more than {timeout:.3g} s of processor time: give it more by timeout=, or "
+            "import a smaller part of it"
+        ) from None
+
+
+def _import(
+    original: onnx.ModelProto, selection: Selection, batch_size: int | None, deadline: Deadline
+) -> ImportedModel:
     opset = opset_of(original)
     graph = Graph.of(upgrade(selection.model))
+    graph.deadline = deadline
     rewrites = [f"opset {opset} -> {graph.opset}"] if graph.opset != opset else []
     graph.input_shape = selection.input_shape
     rewrites += [*selection.notes, *single_precision(graph)]
@@ -128,6 +161,11 @@ def load_onnx(
     if len(graph.shapes.get(graph.output, ())) == 1:
         rewrites.append("output of one number a sample -> (batch, 1)")
         add_output_axis(graph)
+    if len(graph.nodes) > _MOST_OPERATIONS:
+        raise OnnxError(
+            f"the network has {len(graph.nodes)} operations, over {_MOST_OPERATIONS}: import a smaller part of it",
+            opset=opset,
+        )
     network = convert(graph)
     sizes = (1, batch_size or 3) if any_batch and batch_size != 1 else (1,)
     result = check(network, graph, reference, sizes, opset)

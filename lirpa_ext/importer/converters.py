@@ -24,7 +24,7 @@ def convert(graph: Graph) -> torch.fx.GraphModule:
     onnx2torch = import_onnx2torch()
     from onnx2torch.node_converters.registry import get_converter
 
-    for node in graph.nodes:
+    for node in graph.each():
         _fix_slice(graph, node)
         try:
             get_converter(node.op, graph.opset if not node.domain else 1, node.domain)

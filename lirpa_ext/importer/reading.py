@@ -6,20 +6,22 @@ import gzip
 import heapq
 import io
 import math
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from onnx import external_data_helper, inliner, numpy_helper
 
 from ..errors import DataError, OnnxError
 
 OLDEST_OPSET = 7
-MOST_NODES = 5000  # after inlining; the largest of 170 networks of the field has 1,500
+MOST_NODES = 2000  # after inlining; the largest of 170 networks of the field has 1,500
 _STANDARD = ("", "ai.onnx")
+_Call = tuple[str, str, str]  # domain, name and overload of an op or a function
 
 
 def read_onnx(source: str | Path | bytes, max_bytes: int) -> onnx.ModelProto:
@@ -39,8 +41,8 @@ def read_onnx(source: str | Path | bytes, max_bytes: int) -> onnx.ModelProto:
     folder = None
     if not isinstance(source, bytes):
         path = Path(source)
-        if not path.is_file():
-            raise DataError(f"there is no file {path}")
+        if not os.path.isfile(path):
+            raise DataError(f"there is no file {str(path)[:200]}")
         if path.stat().st_size > max_bytes:
             raise DataError(f"{path} has {path.stat().st_size} bytes, over max_bytes={max_bytes}")
         source, folder, where = path.read_bytes(), path.parent, str(path)
@@ -107,7 +109,7 @@ def _names(graph: onnx.GraphProto) -> Iterator[str]:
 
 
 def _load_external(model: onnx.ModelProto, folder: Path | None, max_bytes: int, where: str) -> None:
-    external = [t for t in _all_tensors(model.graph) if t.data_location == onnx.TensorProto.EXTERNAL]
+    external = [t for t in _all_tensors(model) if t.data_location == onnx.TensorProto.EXTERNAL]
     if not external:
         return
     if folder is None:
@@ -119,12 +121,22 @@ def _load_external(model: onnx.ModelProto, folder: Path | None, max_bytes: int, 
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         raise DataError(f"{where} keeps weights in {', '.join(missing)}, which must lie beside it")
-    if sum((folder / name).stat().st_size for name in names) > max_bytes:
-        raise DataError(f"the weights beside {where} have more than max_bytes={max_bytes} bytes")
     try:
-        external_data_helper.load_external_data_for_model(model, str(folder))
+        if sum(_bytes_of_external(tensor, folder) for tensor in external) > max_bytes:
+            raise DataError(f"the weights beside {where} have more than max_bytes={max_bytes} bytes")
+        for tensor in external:
+            external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+    except DataError:
+        raise
     except Exception as error:  # onnx raises whatever comes
         raise DataError(f"the external data of {where} cannot be read: {error}") from error
+
+
+def _bytes_of_external(tensor: onnx.TensorProto, folder: Path) -> int:
+    info = external_data_helper.ExternalDataInfo(tensor)
+    return info.length or (folder / info.location).stat().st_size
 
 
 def _check_opset(model: onnx.ModelProto, where: str) -> None:
@@ -139,13 +151,15 @@ def _check_opset(model: onnx.ModelProto, where: str) -> None:
 
 def _inline(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
     """The model without local functions; counted first, as those that call each other twice grow exponentially."""
-    bodies = {(function.domain, function.name): function.node for function in model.functions}
-    sizes: dict[tuple[str, str], int] = {}
+    bodies = {_called(function, function.name): _calls(function.node) for function in model.functions}
+    if len(bodies) < len(model.functions):
+        raise DataError(f"{where} is corrupt: it has two functions of one name")
+    sizes: dict[_Call, int] = {}
     waiting = list(bodies)
-    open_: set[tuple[str, str]] = set()
+    open_: set[_Call] = set()
     while waiting:
         name = waiting[-1]
-        calls = [(node.domain, node.op_type) for node in bodies[name]]
+        calls = bodies[name]
         unknown = {call for call in calls if call in bodies and call not in sizes}
         if name in sizes or not unknown:
             sizes[name] = sum(sizes.get(call, 1) for call in calls)
@@ -155,15 +169,33 @@ def _inline(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
         else:
             open_.add(name)
             waiting += unknown
-    total = sum(sizes.get((node.domain, node.op_type), 1) for node in model.graph.node)
+    total = sum(sizes.get(call, 1) for call in _calls(model.graph.node))
     if total > MOST_NODES:
-        raise OnnxError(f"{where} has {total} nodes, over {MOST_NODES}")
+        inlined = " once its functions are inlined" if bodies else ""
+        raise OnnxError(f"{where} has more than {MOST_NODES} nodes{inlined}: import a smaller part of it")
     if not bodies:
         return model
     try:
         return inliner.inline_local_functions(model)
     except Exception as error:  # onnx raises whatever comes
         raise DataError(f"{where} is corrupt: its functions cannot be inlined: {error}") from error
+
+
+def _called(node: onnx.NodeProto | onnx.FunctionProto, name: str) -> _Call:
+    return node.domain, name, getattr(node, "overload", "")  # which came with onnx 1.16
+
+
+def _calls(nodes: Iterable[onnx.NodeProto]) -> list[_Call]:
+    """What nodes call, those of branches and loops in them included."""
+    return [_called(node, node.op_type) for node in _all_nodes(nodes)]
+
+
+def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _all_nodes(graph.node)
 
 
 def _sort(graph: onnx.GraphProto, where: str) -> None:
@@ -240,15 +272,24 @@ def _check_node(node: onnx.NodeProto, opset: int) -> None:
         ) from error  # fmt: skip
 
 
-def _all_tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
-    attributes = [attribute.t for node in graph.node for attribute in node.attribute if attribute.HasField("t")]
-    return [*graph.initializer, *attributes]
+def _all_tensors(part: Message) -> Iterator[onnx.TensorProto]:
+    """Every tensor anywhere in a part of a model: weights, attributes, those of functions, branches, sparse ones."""
+    for field, value in part.ListFields():
+        if field.message_type is None:
+            continue
+        for inner in value if isinstance(value, Sequence) else [value]:
+            if isinstance(inner, onnx.TensorProto):
+                yield inner
+            else:
+                yield from _all_tensors(inner)
 
 
 def _check_tensors(graph: onnx.GraphProto, where: str) -> None:
     if graph.sparse_initializer:
         raise OnnxError(f"{where} has sparse weights: export it with dense ones")
     for tensor in _all_tensors(graph):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            raise DataError(f"{where} keeps weight {tensor.name!r} where it cannot be found")
         name = tensor.name or "a constant"
         try:
             if min(tensor.dims, default=1) < 0 or math.prod(tensor.dims) > 2**31:

@@ -10,10 +10,13 @@ import onnx
 from onnx import helper, shape_inference
 
 from ..errors import OnnxError
+from ..limits import memory_limit
 from .graph import Graph, shape_of
 
-# Cap on the elements of all tensors of one run; a corrupt pad or kernel size asks for more than a machine has.
-_MOST_ELEMENTS = 2**28
+# Caps on one run; a corrupt pad or kernel size asks for more than a machine has.
+_MOST_ELEMENTS = 2**27  # of all tensors
+_MOST_PRODUCTS = 2**36  # a batch of three of VGG-16 is 2**35.4
+_MOST_BYTES = 2**30  # where onnx cannot tell how large the tensors are
 
 
 def session(model: onnx.ModelProto | bytes, optimize: bool = True) -> Any:
@@ -111,12 +114,14 @@ def probe(graph: Graph, batch: int) -> dict[str, np.ndarray]:
     Raises:
         OnnxError: It does not run, a value is no tensor, or a tensor would be enormous.
     """
+    graph.deadline.check()
     names = [name for node in graph.nodes for name in node.outputs if name]
     model = graph.to_model(names)
     shape = [batch if size is None else size for size in graph.input_shape]
-    _check_size(model, batch)
+    known = _check_size(model, batch)
     x = np.random.default_rng(0).uniform(0, 1, shape).astype(graph.input_type)
-    values = run(session(model, optimize=False), names, {graph.input: x}) if names else []
+    with memory_limit(None if known else _MOST_BYTES):
+        values = run(session(model, optimize=False), names, {graph.input: x}) if names else []
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, np.ndarray):
             maker = next(node for node in graph.nodes if name in node.outputs)
@@ -124,17 +129,43 @@ def probe(graph: Graph, batch: int) -> dict[str, np.ndarray]:
     return {graph.input: x, **dict(zip(names, values, strict=True))}
 
 
-def _check_size(model: onnx.ModelProto, batch: int) -> None:
+def _check_size(model: onnx.ModelProto, batch: int) -> bool:
+    """Raise OnnxError for tensors or products that are enormous; whether the size of every tensor is known."""
     try:
         inferred = shape_inference.infer_shapes(model)
     except Exception as error:  # onnx has several
         raise OnnxError(f"its shapes do not fit together: {_first_line(error)}") from error
-    for value in inferred.graph.value_info:
-        elements = math.prod(batch if size is None else size for size in shape_of(value))
+    total, known = 0, True
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    for value in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
+        shape = shape_of(value)
+        known &= value.type.tensor_type.HasField("shape") and None not in shape[1:]
+        shapes[value.name] = tuple(batch if size is None else size for size in shape)
+        elements = math.prod(shapes[value.name])
+        total += max(elements, 0)
         if not 0 <= elements <= _MOST_ELEMENTS:
             raise OnnxError(f"tensor {value.name!r} would have {elements} elements, over {_MOST_ELEMENTS}")
         if elements == 0:
-            raise OnnxError(f"tensor {value.name!r} has an axis of size 0: {shape_of(value)}")
+            raise OnnxError(f"tensor {value.name!r} has an axis of size 0: {shape}")
+    products = sum(_products(node, shapes) for node in model.graph.node)
+    if total > _MOST_ELEMENTS or products > _MOST_PRODUCTS:
+        raise OnnxError(
+            f"the network is enormous: {total:.4g} elements of tensors, {products:.4g} products, where at most "
+            f"{_MOST_ELEMENTS} and {_MOST_PRODUCTS} can be checked"
+        )
+    return known
+
+
+def _products(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Number of multiplications of a convolution, a matrix product or a pool; 1 an element of any other node."""
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute if a.name in ("kernel_shape", "transA")}
+    first, second = ([shapes.get(name, ()) for name in node.input] + [(), ()])[:2]
+    elements = math.prod(shapes.get(node.output[0], ()))
+    if node.op_type in ("Conv", "ConvTranspose"):
+        return (elements if node.op_type == "Conv" else math.prod(first)) * math.prod(second[1:])
+    if node.op_type in ("MatMul", "Gemm") and first:
+        return elements * first[0 if attributes.get("transA") else -1]
+    return elements * math.prod(attributes.get("kernel_shape", ()))
 
 
 def _first_line(error: Exception) -> str:
