@@ -38,7 +38,8 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 def _verify(arguments: argparse.Namespace) -> int:
     specification = load_vnnlib(Path(arguments.property))
     verdict = verify(
-        load_onnx(arguments.model, timeout=arguments.timeout), specification, timeout=arguments.timeout, methods=arguments.method or METHODS,
+        load_onnx(arguments.model, timeout=arguments.timeout), specification,
+        timeout=arguments.timeout, methods=arguments.method or METHODS,
         attack=arguments.attack_steps, dtype=_DTYPES[arguments.dtype], seed=arguments.seed,
         max_memory=None if arguments.max_memory is None else int(arguments.max_memory * 2**30),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..errors import DataError
@@ -53,6 +54,8 @@ def load_data(source: str, split: str = "test", limit: int | None = None) -> Pai
     path = Path(source)
     if source == "digits":
         x, y = load_digits(split)
+    elif not os.path.exists(path) and "," not in source:
+        raise DataError(f"there is no {source[:200]!r}: give {SOURCES}")
     elif find_cifar(path, split):
         x, y = load_cifar(path, split)
     elif find_svhn(path, split):

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
-from .arrays import UNREADABLE, Pair, as_tensors
-from .folders import read_image
+from ..limits import memory_limit
+from .arrays import Pair, as_tensors
+from .folders import read_images
+from .reading import allowance, read_bytes, reading
 
 _STL_SIDE = 96
+_MOST_BYTES = 2**30  # for scipy to read SVHN's largest file, whose images are 225 MB
 
 
 def find_svhn(folder: Path, split: str) -> Path | None:
@@ -38,13 +41,12 @@ def load_svhn(folder: str | Path, split: str = "test") -> Pair:
         from scipy.io import loadmat
     except ImportError as error:
         raise DataError("SVHN's files are read by scipy: pip install scipy") from error
-    try:
-        content = loadmat(str(path))
+    allowance([path])
+    with reading(path, "truncated or no SVHN file"), memory_limit(_MOST_BYTES):
+        content = loadmat(str(path), variable_names=["X", "y"])
         x, y = np.asarray(content["X"]), np.asarray(content["y"]).reshape(-1).astype(np.int64)
         if x.dtype != np.uint8 or x.shape != (32, 32, 3, len(y)):
             raise ValueError(f"its X is {x.dtype} of shape {x.shape}, not bytes (32, 32, 3, {len(y)})")
-    except (*UNREADABLE, TypeError, NotImplementedError, IndexError) as error:
-        raise DataError(f"{path} is missing, truncated or no SVHN file: {type(error).__name__}: {error}") from error
     return as_tensors(np.ascontiguousarray(x.transpose(3, 2, 0, 1)), y % 10, str(path))
 
 
@@ -68,10 +70,7 @@ def load_stl(folder: str | Path, split: str = "test") -> Pair:
         DataError: A file is missing or truncated.
     """
     images, labels = (Path(folder) / f"{split}_{kind}.bin" for kind in "Xy")
-    try:
-        x, y = (np.frombuffer(path.read_bytes(), np.uint8) for path in (images, labels))
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+    x, y = (np.frombuffer(read_bytes(path), np.uint8) for path in (images, labels))
     if x.size != len(y) * 3 * _STL_SIDE**2:
         raise DataError(f"{images} is truncated: {x.size} bytes for {len(y)} images of {3 * _STL_SIDE**2}")
     # Within a plane the file goes column by column.
@@ -99,7 +98,7 @@ def load_tiny_imagenet(folder: str | Path, split: str = "test", limit: int | Non
         DataError: A file is missing or corrupt.
     """
     root = Path(folder)
-    try:
+    with reading(root, "no complete Tiny-ImageNet"):
         classes = {name: label for label, name in enumerate((root / "wnids.txt").read_text().split())}
         if split == "train":
             found = [sorted((root / "train" / name / "images").glob("*.JPEG")) for name in classes]
@@ -109,11 +108,8 @@ def load_tiny_imagenet(folder: str | Path, split: str = "test", limit: int | Non
             lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
             named = [line.split("\t")[:2] for line in lines if line]
             pairs = [(root / "val" / "images" / name, classes[wnid]) for name, wnid in named]
-    except (OSError, KeyError, ValueError) as error:
-        raise DataError(f"{root} is no complete Tiny-ImageNet: {type(error).__name__}: {error}") from error
     if not pairs:
         raise DataError(f"{root} holds no {split} images")
-    images = [read_image(path) for path, _ in pairs[:limit]]
-    stacked = np.stack([image if image.ndim == 3 else np.stack([image] * 3, -1) for image in images])
-    labels = np.array([label for _, label in pairs[:limit]])
-    return as_tensors(np.ascontiguousarray(stacked.transpose(0, 3, 1, 2)), labels, str(root))
+    x = read_images([path for path, _ in pairs[:limit]], root)
+    x = np.repeat(x, 3, 1) if x.shape[1] == 1 else x
+    return as_tensors(x, np.array([label for _, label in pairs[:limit]]), str(root))

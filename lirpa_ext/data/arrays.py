@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import struct
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError
+from .reading import allowance, check_size, reading
 
 Pair = tuple[Tensor, Tensor]
-
-UNREADABLE = (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile, struct.error)
 
 
 def gather(data: Any) -> Pair:
@@ -70,16 +67,38 @@ def load_arrays(source: str | Path) -> Pair:
     Raises:
         DataError: A file is missing, corrupt, or of the wrong kind.
     """
-    try:
-        if "," in str(source):
-            x, y = (np.load(part, allow_pickle=False) for part in str(source).split(","))
-        else:
-            with np.load(source, allow_pickle=False) as arrays:
-                names = ("x", "y") if "x" in arrays else ("images", "labels")
-                x, y = (arrays[name] for name in names)
-    except UNREADABLE as error:
-        raise DataError(f"{source} cannot be read: {type(error).__name__}: {error}") from error
+    if "," in str(source):
+        paths = str(source).split(",")
+        if len(paths) != 2:
+            raise DataError(f"{source} names {len(paths)} files: give two, X.npy,Y.npy")
+        x, y = (_load_npy(path) for path in paths)
+    else:
+        x, y = _load_npz(source)
     return as_tensors(x, y, str(source))
+
+
+def _load_npy(path: str) -> np.ndarray:
+    most = allowance([path])
+    check_size(path, Path(path).stat().st_size, most)
+    with reading(path, "no .npy that can be read"):
+        value = np.load(path, allow_pickle=False)
+        if not isinstance(value, np.ndarray):
+            raise ValueError("it is an archive, no .npy")
+        return value
+
+
+def _load_npz(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    most = allowance([path])
+    with reading(path, "no .npz that can be read"):
+        with zipfile.ZipFile(path) as archive:
+            parts = {part.filename.removesuffix(".npy"): part.file_size for part in archive.infolist()}
+        names = ("x", "y") if "x" in parts else ("images", "labels")
+        check_size(path, sum(parts[name] for name in names), most)
+        with np.load(path, allow_pickle=False) as arrays:
+            values = [arrays[name] for name in names]
+        if not all(isinstance(value, np.ndarray) for value in values):
+            raise ValueError(f"its {' and '.join(names)} are no arrays")
+        return values[0], values[1]
 
 
 def load_digits(split: str = "test", seed: int = 0) -> Pair:
@@ -103,10 +122,19 @@ def load_digits(split: str = "test", seed: int = 0) -> Pair:
 
 
 def as_tensors(x: np.ndarray, y: np.ndarray, source: str) -> Pair:
-    """Arrays as tensors, checked: floats, or bytes that are scaled to [0, 1], and whole numbers."""
+    """Arrays as tensors, checked: finite floats, or bytes that are scaled to [0, 1], and whole numbers from 0 on."""
     if x.dtype.kind not in "fu" or (x.dtype.kind == "u" and x.dtype != np.uint8):
         raise DataError(f"{source}: inputs must be floats, or bytes to be scaled to [0, 1], got {x.dtype}")
     if y.dtype.kind not in "iu":
         raise DataError(f"{source}: labels must be whole numbers, got {y.dtype}")
-    scaled = x.astype(np.float32) / (255 if x.dtype == np.uint8 else 1)
+    if x.ndim == 0 or y.ndim != 1:
+        raise DataError(f"{source}: inputs must be (N, ...) and labels (N,), got {x.shape} and {y.shape}")
+    if 0 in x.shape[1:]:
+        raise DataError(f"{source}: inputs of shape {x.shape} have an axis of size 0")
+    if y.size and not 0 <= int(y.min()) <= int(y.max()) < 2**31:
+        raise DataError(f"{source}: labels must be classes from 0 on, got {int(y.min())} to {int(y.max())}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = np.divide(x, 255, dtype=np.float32) if x.dtype == np.uint8 else x.astype(np.float32)
+    if x.dtype != np.uint8 and not np.isfinite(scaled).all():
+        raise DataError(f"{source}: inputs have entries that are NaN, infinite or beyond float32")
     return gather((torch.from_numpy(scaled), torch.from_numpy(y.astype(np.int64))))

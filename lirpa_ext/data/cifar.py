@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import DataError
-from .arrays import UNREADABLE, Pair, as_tensors
+from .arrays import Pair, as_tensors
+from .reading import read_bytes, reading
 
 _FOLDERS = ("", "cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary")
 _TEN = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 _IMAGE = 3 * 32 * 32
-# All that a batch of numpy arrays needs; anything else in a pickle could run code.
-_ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
-    ("numpy", "dtype"), ("_codecs", "encode"),
-}  # fmt: skip
 
 
 def find_cifar(path: Path, split: str) -> list[Path]:
@@ -59,7 +56,7 @@ def load_cifar(path: str | Path, split: str = "test") -> Pair:
 
 def _read_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Records of one label (CIFAR-100: coarse and fine) and an image, in bytes."""
-    content = np.frombuffer(path.read_bytes(), np.uint8)
+    content = np.frombuffer(read_bytes(path), np.uint8)
     labels = 1 if "batch" in path.name else 2
     if not content.size or content.size % (labels + _IMAGE):
         raise DataError(f"{path} is truncated: {content.size} bytes are no whole number of {labels + _IMAGE}")
@@ -68,15 +65,61 @@ def _read_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        content = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        x = np.asarray(content[b"data"], np.uint8)
-        y = np.asarray(content[b"labels" if b"labels" in content else b"fine_labels"], np.int64)
-        if x.ndim != 2 or x.shape[1] != _IMAGE:
-            raise ValueError(f"its data has shape {x.shape}, not (N, {_IMAGE})")
-    except (*UNREADABLE, pickle.UnpicklingError, TypeError, AttributeError, IndexError, MemoryError) as error:
-        raise DataError(f"{path} is truncated or no CIFAR batch: {type(error).__name__}: {error}") from error
-    return x, y
+    source = io.BytesIO(read_bytes(path))
+    with reading(path, "truncated or no CIFAR batch"):
+        content = _Unpickler(source, encoding="bytes").load()
+        x, y = content[b"data"], content[b"labels" if b"labels" in content else b"fine_labels"]
+        if not isinstance(x, _Array) or x.value.dtype != np.uint8 or x.value.ndim != 2 or x.value.shape[1] != _IMAGE:
+            raise ValueError(f"its data are no bytes of shape (N, {_IMAGE})")
+        labels = y.value.tolist() if isinstance(y, _Array) else y
+        if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+            raise ValueError("its labels are no list of whole numbers")
+        return x.value, np.array(labels, np.int64)
+
+
+# --- A pickle can run code, and numpy trusts what a pickle says of its arrays: so it builds none of numpy's own. ---
+
+
+class _Type:
+    """Stands for a numpy.dtype: a number of 1 to 8 bytes."""
+
+    def __init__(self, name: str | bytes, *_: object) -> None:
+        self.name = name.decode() if isinstance(name, bytes) else name
+        self.order = "|"
+        if not re.fullmatch("[uif][1248]", self.name):
+            raise pickle.UnpicklingError(f"it has entries of type {self.name[:40]!r}")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        order = state[1].decode() if isinstance(state[1], bytes) else state[1]
+        self.order = ">" if order == ">" else "<"
+
+
+class _Array:
+    """Stands for a numpy.ndarray, made of exactly the bytes that the file has for it."""
+
+    value: np.ndarray
+
+    def __init__(self, *_: object) -> None:
+        self.value = np.zeros(0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, kind, by_columns, data = state
+        flat = np.frombuffer(data, np.dtype(kind.order + kind.name))
+        self.value = flat.reshape(shape, order="F" if by_columns else "C")
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How Python 3 keeps bytes in an old pickle."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it encodes bytes by {encoding[:40]!r}")
+    return text.encode("latin1")
+
+
+# All that a batch needs.
+_ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"): _Array, ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Type, ("_codecs", "encode"): _encode,
+}  # fmt: skip
 
 
 class _Unpickler(pickle.Unpickler):
@@ -85,4 +128,4 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which a batch of images has no use for")
-        return super().find_class(module, name)
+        return _ALLOWED[module, name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import struct
 from itertools import zip_longest
 from pathlib import Path
@@ -10,11 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
-from .arrays import UNREADABLE, Pair, as_tensors
+from .arrays import Pair, as_tensors
+from .reading import allowance, check_inside, check_size, read_bytes, reading
 
 _IDX_NAMES = {"train": "train", "test": "t10k"}
 _SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP", "TIFF")  # PIL knows others that run programs, as EPS does
+_MOST_PIXELS = 2**24  # of an image
 
 
 def load_idx(folder: str | Path, split: str = "test") -> Pair:
@@ -31,23 +33,24 @@ def load_idx(folder: str | Path, split: str = "test") -> Pair:
         DataError: A file is missing, truncated or no IDX file.
     """
     stem = _IDX_NAMES[split]
-    x, y = (_read_idx(Path(folder), f"{stem}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+    x = _read_idx(Path(folder), f"{stem}-images-idx3-ubyte", 3)
+    y = _read_idx(Path(folder), f"{stem}-labels-idx1-ubyte", 1)
     return as_tensors(x[:, None], y, str(folder))
 
 
-def _read_idx(folder: Path, name: str) -> np.ndarray:
+def _read_idx(folder: Path, name: str, axes: int) -> np.ndarray:
     path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
     if path is None:
         raise DataError(f"{folder} holds neither {name} nor {name}.gz")
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    content = read_bytes(path)
+    with reading(path, "truncated or no IDX file"):
         zero, kind, rank = struct.unpack(">HBB", content[:4])
         if zero != 0 or kind != 8:
             raise ValueError("it does not start like an IDX file of bytes")
+        if rank != axes:
+            raise ValueError(f"it has {rank} axes, not {axes}")
         shape = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank])
         return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
-    except UNREADABLE as error:
-        raise DataError(f"{path} is truncated or no IDX file: {type(error).__name__}: {error}") from error
 
 
 def looks_like_images(folder: Path, split: str) -> bool:
@@ -76,17 +79,7 @@ def load_image_folder(folder: str | Path, split: str = "test", limit: int | None
         raise DataError(f"{folder} holds no folders of images")
     turns = zip_longest(*([(path, label) for path in paths] for label, paths in enumerate(classes)))
     chosen = [pair for turn in turns for pair in turn if pair is not None][:limit]
-    images = [read_image(path) for path, _ in chosen]
-    if any(image.ndim != images[0].ndim for image in images):  # gray ones among coloured ones
-        images = [image if image.ndim == 3 else np.stack([image] * 3, -1) for image in images]
-    for (path, _), image in zip(chosen, images, strict=True):
-        if image.shape != images[0].shape:
-            raise DataError(
-                f"{path} is {image.shape[1]}x{image.shape[0]}, {chosen[0][0]} "
-                f"{images[0].shape[1]}x{images[0].shape[0]}: bring all images to one size"
-            )
-    x = np.stack(images)
-    x = x[:, None] if x.ndim == 3 else np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    x = read_images([path for path, _ in chosen], Path(folder))
     return as_tensors(x, np.array([label for _, label in chosen]), str(folder))
 
 
@@ -101,16 +94,36 @@ def _classes(folder: Path, split: str) -> list[list[Path]]:
     return classes if classes and all(classes) else []
 
 
-def read_image(path: Path) -> np.ndarray:
-    """The bytes of an image file, (H, W) or (H, W, 3).
+def read_images(paths: list[Path], folder: Path) -> np.ndarray:
+    """The bytes of image files of one size, (N, 1, H, W) if all are gray, else (N, 3, H, W).
 
     Raises:
-        DataError: It cannot be read.
+        DataError: One cannot be read, lies outside of the folder or is of another size; or they are enormous.
     """
+    for path in paths:
+        with reading(path, "no image that can be read"):
+            check_inside(path, folder)
+    images: list[np.ndarray] = []
+    most = allowance(paths)
+    for path in paths:
+        images.append(_read_image(path))
+        if images[-1].shape[:2] != images[0].shape[:2]:
+            (height, width), (first_height, first_width) = images[-1].shape[:2], images[0].shape[:2]
+            raise DataError(
+                f"{path} is {width}x{height}, {paths[0]} {first_width}x{first_height}: bring all images to one size"
+            )
+        check_size(path.parent, sum(image.nbytes for image in images), most)
+    if any(image.ndim == 3 for image in images):
+        images = [image if image.ndim == 3 else np.stack([image] * 3, -1) for image in images]
+        return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
+    return np.stack(images)[:, None]
+
+
+def _read_image(path: Path) -> np.ndarray:
+    """The bytes of an image file, (H, W) or (H, W, 3)."""
     from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's own
-        raise DataError(f"{path} is no image that can be read: {error}") from error
+    with reading(path, "no image that can be read"), Image.open(path, formats=_FORMATS) as image:
+        if image.width * image.height > _MOST_PIXELS:
+            raise ValueError(f"it is {image.width}x{image.height}, over {_MOST_PIXELS} pixels")
+        return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))

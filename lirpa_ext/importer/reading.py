@@ -21,6 +21,7 @@ from ..errors import DataError, OnnxError
 OLDEST_OPSET = 7
 MOST_NODES = 2000  # after inlining; the largest of 170 networks of the field has 1,500
 _STANDARD = ("", "ai.onnx")
+_FREE, _RATIO = 2**27, 32  # of gzip: bytes that any file may unpack to, and beyond that times its size
 _Call = tuple[str, str, str]  # domain, name and overload of an op or a function
 
 
@@ -66,16 +67,23 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 
 def unpack(data: bytes, max_bytes: int, where: str) -> bytes:
-    """The bytes, unzipped if they are gzip; DataError if that is truncated, or they are more than the cap."""
+    """The bytes, unzipped if they are gzip.
+
+    Raises:
+        DataError: They are truncated, more than the cap, or a bomb: over 128 MiB and 32 times what they were.
+    """
     if data[:2] == b"\x1f\x8b":
+        most = min(max_bytes, max(_FREE, _RATIO * len(data)))
         try:
-            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(max_bytes + 1)
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(most + 1)
         except EOFError as error:
             raise DataError(f"{where} is a truncated gzip file") from error
-        except (OSError, zlib.error) as error:
+        except (OSError, zlib.error, MemoryError) as error:
             raise DataError(f"{where} is no valid gzip file: {error}") from error
-        if len(data) > max_bytes:
-            raise DataError(f"{where} expands to more than max_bytes={max_bytes} bytes")
+        if len(data) > most:
+            raise DataError(
+                f"{where} expands to more than max_bytes={max_bytes} bytes, or to far more than it has: unzip it first"
+            )
     if len(data) > max_bytes:
         raise DataError(f"{where} has {len(data)} bytes, over max_bytes={max_bytes}")
     return data
