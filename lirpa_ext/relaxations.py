@@ -66,6 +66,12 @@ class ScalarFunction:
         """Where f has a pole in [l, u]; None for a function without poles."""
         return None
 
+    @property
+    def has_gaps(self) -> bool:
+        """Whether there are points at which f is no finite number."""
+        zero = torch.zeros(())
+        return self.undefined(zero, zero) is not None or self.unbounded(zero, zero) is not None
+
     def pieces(self, lower: Tensor, upper: Tensor) -> tuple[list[Tensor], tuple[Any, ...]]:
         """Points l = t_0 <= ... <= t_n = u between which f' is monotone, and whether it rises there."""
         turns = [torch.as_tensor(turn, dtype=lower.dtype, device=lower.device) for turn in self.turns]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import mpmath
@@ -505,3 +506,40 @@ def test_the_larger_of_two_that_are_equal(width):
             for point in (x - width, x, x + width):
                 assert (lower <= model(point) + 1e-14).all() and (upper >= model(point) - 1e-14).all(), method
             assert (upper - lower <= 8 * width + 1e-12).all(), method
+
+
+# --- rounding near a pole ---
+
+NEAR = {
+    "reciprocal": lambda v: torch.reciprocal(v),
+    "quotient": lambda v: (1 + v.square()) / v,
+    "log": lambda v: torch.log(v),
+    "root": lambda v: torch.sqrt(v),
+    "power": lambda v: v**-0.5,
+}
+
+
+class NearPole(nn.Module):
+    """Functions with a pole, or an end of their domain, next to the value at 0, which large terms are added to."""
+
+    def __init__(self, function):
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        self.linear, self.function = nn.Linear(4, 64), function
+        self.linear.weight.data = torch.rand(64, 4, generator=draw)
+        self.linear.bias.data = 0.02 * torch.rand(64, generator=draw) - 0.1 * self.linear.weight.data.sum(1) + 1e-3
+
+    def forward(self, x):
+        return self.function(self.linear(x.square() + 0.1))
+
+
+@pytest.mark.parametrize("method", ["IBP", "CROWN", "CROWN-IBP", "bcp", "bcp-crown", "cap", "slope:crown", "lipschitz"])
+@pytest.mark.parametrize("name", NEAR)
+def test_rounding_in_float32_moves_no_box_past_a_pole(name, method):
+    net, x = NearPole(NEAR[name]), torch.zeros(1, 4)
+    ball = BoundedTensor(x, PerturbationLpNorm(1000.0, math.inf))
+    lower, upper = BoundedModule(net, x).compute_bounds(x=(ball,), method=method)
+    value = copy.deepcopy(net).double()(x.double())
+    assert value.isfinite().all()
+    assert not (lower.double() > value + 1e-6 * value.abs()).any()  # a NaN says nothing
+    assert not (upper.double() < value - 1e-6 * value.abs()).any()

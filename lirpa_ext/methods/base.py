@@ -15,6 +15,7 @@ from ..errors import InvalidInputError, OptionError, RegistrationError, UnknownM
 from ..norms import NormCache, PowerIteration
 from ..perturbation import PerturbationLpNorm
 from ..propagation import propagate
+from ..relaxations import scalar_function
 from ..rules import Context, State
 from ..sets import BallBox
 from ..softmax import BoundStableLogSoftmax
@@ -57,14 +58,15 @@ class Problem:
 
         Args:
             norms: "bound" (sound) or "estimate" (training).
-            outward: Outward rounding; None for float64 bounds only.
+            outward: Outward rounding; None for float64 bounds, and for graphs with a function that has a pole or an
+                end of its domain: there the last place of a box decides whether the bound is finite.
             **switches: Further switches of `Context`.
         """
         if norms not in ("bound", "estimate"):
             raise OptionError(f'norms must be "bound" (sound) or "estimate" (power iteration), got {norms!r}')
         estimate = norms == "estimate"
         if outward is None:
-            outward = not estimate and self._dtype() == torch.float64
+            outward = not estimate and (self._dtype() == torch.float64 or self._has_gaps())
         return Context(
             self.cache,
             self.power_iterations,
@@ -78,6 +80,11 @@ class Problem:
         """Type that the bounds are computed in: that of the perturbed input, not torch's global default."""
         nodes = engine.ancestors_in_order(self.module.final_node())  # type: ignore[operator]
         return next(node.value.dtype for node in nodes if node.perturbed and type(node) is engine.BoundInput)
+
+    def _has_gaps(self) -> bool:
+        nodes = engine.ancestors_in_order(self.final)
+        functions = (scalar_function(node) for node in nodes if node.perturbed)
+        return any(function is not None and function.has_gaps for function in functions)
 
     def propagate(self, context: Context, keep: bool = False) -> dict[str, State]:
         """Sets of the nodes; the report of fallbacks and norms stays on the module for the user to see."""
