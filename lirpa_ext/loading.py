@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from .files import write_tensors
 TRUSTED = ("lirpa_ext.training.architectures:named_network",)
 """What a checkpoint may name by itself: callables that build networks of a fixed list from plain numbers."""
 
+_LONGEST, _MOST = 200, 16  # characters of a name, and entries of a list, in a checkpoint that is not trusted
 _KEYS = {"architecture", "kwargs", "state_dict"}
 
 
@@ -56,8 +58,8 @@ def load_model(path: str | Path, architecture: str | None = None, trust: bool = 
         DataError: The file is missing, truncated, not convertible, or needs `architecture` or `trust`.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"there is no file {path}")
+    if not os.path.isfile(path):
+        raise DataError(f"there is no file {str(path)[:200]}")
     if path.suffixes[-1:] == [".onnx"] or path.suffixes[-2:] == [".onnx", ".gz"]:
         from .importer import load_onnx
 
@@ -88,6 +90,8 @@ def _from_checkpoint(path: Path, content: Mapping[str, Any], architecture: str |
     named = content["architecture"] if ours else None
     if architecture is None and named is None:
         raise DataError(f"{path} is a state dict: say what it fits by --arch package.module:callable")
+    if ours and not (isinstance(named, str) and len(named) < _LONGEST):
+        raise DataError(f"{path} is no plain checkpoint: its architecture is no name of one")
     if architecture is None and not trust and named not in TRUSTED:
         raise DataError(
             f"{path} asks to build {named!r}, and a file that is not trusted may name any code: if you know "
@@ -98,21 +102,33 @@ def _from_checkpoint(path: Path, content: Mapping[str, Any], architecture: str |
         raise DataError(f"{path}: the state dict is a {type(state).__name__}, kwargs are a {type(kwargs).__name__}")
     name = architecture or str(named)
     if name in TRUSTED:
+        if not trust and not all(_is_plain(value) for value in kwargs.values()):
+            raise DataError(f"{path} is no plain checkpoint: it builds {name} from other values than numbers and words")
         _check_sizes(state, name, kwargs)
     return _fill(_build(name, kwargs), state, name).eval()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, a word, or a few of them."""
+    if isinstance(value, list | tuple):
+        return len(value) < _MOST and all(not isinstance(part, list | tuple) and _is_plain(part) for part in value)
+    return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) < _LONGEST)
 
 
 def _check_sizes(state: Mapping[str, Any], name: str, kwargs: Mapping[str, Any]) -> None:
     """Raise DataError unless the state dict has the tensors of that network, before any memory is taken for it."""
     with torch.device("meta"):
-        expected = {key: value.shape for key, value in _build(name, kwargs).state_dict().items()}
+        expected = {key: value for key, value in _build(name, kwargs).state_dict().items()}
     for key in {*expected, *state}:
         value = state.get(key)
-        if not isinstance(value, Tensor) or key not in expected or value.shape != expected[key]:
+        if not isinstance(value, Tensor) or key not in expected or value.shape != expected[key].shape:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise DataError(
-                f"the state dict does not fit {name!r}: {key} is {shape}, expected {tuple(expected.get(key, ()))}"
+                f"the state dict does not fit {name!r}: {str(key)[:80]} is {shape}, expected "
+                f"{tuple(expected[key].shape) if key in expected else 'none'}"
             )
+        if value.is_floating_point() != expected[key].is_floating_point():
+            raise DataError(f"the state dict does not fit {name!r}: {key} is of {value.dtype}")
         if value.is_sparse or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise DataError(f"the state dict holds {key} by fewer numbers than its shape {tuple(value.shape)} has")
 
@@ -136,7 +152,7 @@ def _build(architecture: str, kwargs: Mapping[str, Any]) -> nn.Module:
         model = getattr(importlib.import_module(module), name)(**kwargs)
     except Exception as error:  # a user's code
         raise DataError(
-            f"architecture {architecture!r} cannot be built: {type(error).__name__}: {error}. It must be "
+            f"architecture {architecture!r} cannot be built: {_describe(error)}. It must be "
             "package.module:callable, and the callable must return a torch module."
         ) from error
     if not isinstance(model, nn.Module):
@@ -157,4 +173,4 @@ def _corrupt(path: Path, error: Exception) -> DataError:
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"

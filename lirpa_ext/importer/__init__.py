@@ -161,6 +161,8 @@ def _import(
     if len(graph.shapes.get(graph.output, ())) == 1:
         rewrites.append("output of one number a sample -> (batch, 1)")
         add_output_axis(graph)
+    if not graph.nodes:
+        raise OnnxError("the network hands on its input or a constant: there is nothing to bound", opset=opset)
     if len(graph.nodes) > _MOST_OPERATIONS:
         raise OnnxError(
             f"the network has {len(graph.nodes)} operations, over {_MOST_OPERATIONS}: import a smaller part of it",

@@ -20,8 +20,10 @@ from ..errors import DataError, OnnxError
 
 OLDEST_OPSET = 7
 MOST_NODES = 2000  # after inlining; the largest of 170 networks of the field has 1,500
+_LONGEST = 4096  # characters of a name
 _STANDARD = ("", "ai.onnx")
 _FREE, _RATIO = 2**27, 32  # of gzip: bytes that any file may unpack to, and beyond that times its size
+_MOST_VALUES = 5 * MOST_NODES
 _Call = tuple[str, str, str]  # domain, name and overload of an op or a function
 
 
@@ -97,8 +99,8 @@ def _parse(data: bytes, where: str) -> onnx.ModelProto:
     if not (model.graph.node and model.graph.output and model.opset_import):
         raise DataError(f"{where} is truncated, or no ONNX file: it has no graph, no output or no opset")
     try:
-        if not all(isinstance(name, str) for name in _names(model.graph)):
-            raise DataError(f"{where} is corrupt: a name in it is no text")
+        if not all(isinstance(name, str) and len(name) < _LONGEST for name in _names(model.graph)):
+            raise DataError(f"{where} is corrupt: a name in it is no text, or of {_LONGEST} characters and more")
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is corrupt: a name in it is no text") from error
     return model
@@ -123,6 +125,8 @@ def _load_external(model: onnx.ModelProto, folder: Path | None, max_bytes: int, 
     if folder is None:
         raise DataError(f"{where} keeps weights in other files, which bytes cannot name: pass the path of the file")
     names = {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
+    if any("\0" in name for name in names):
+        raise DataError(f"{where} is corrupt: the name of a file with its weights is none")
     outside = sorted(name for name in names if not (folder / name).resolve().is_relative_to(folder.resolve()))
     if outside:
         raise DataError(f"{where} names {', '.join(outside)} for its weights, which do not lie beside it")
@@ -149,6 +153,8 @@ def _bytes_of_external(tensor: onnx.TensorProto, folder: Path) -> int:
 
 def _check_opset(model: onnx.ModelProto, where: str) -> None:
     opset, newest = opset_of(model), onnx.defs.onnx_opset_version()
+    if len({entry.version for entry in model.opset_import if entry.domain in _STANDARD}) > 1:
+        raise DataError(f"{where} is corrupt: it is of two opsets")
     if opset < OLDEST_OPSET:
         raise OnnxError(
             f"{where} is of opset {opset}; the oldest that can be read is {OLDEST_OPSET}: export it again", opset=opset
@@ -178,6 +184,9 @@ def _inline(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
             open_.add(name)
             waiting += unknown
     total = sum(sizes.get(call, 1) for call in _calls(model.graph.node))
+    values = sum(len(node.input) + len(node.output) for node in model.graph.node)
+    if values > _MOST_VALUES:
+        raise OnnxError(f"the nodes of {where} have {values} inputs and outputs, over {_MOST_VALUES}")
     if total > MOST_NODES:
         inlined = " once its functions are inlined" if bodies else ""
         raise OnnxError(f"{where} has more than {MOST_NODES} nodes{inlined}: import a smaller part of it")
@@ -209,6 +218,8 @@ def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
 def _sort(graph: onnx.GraphProto, where: str) -> None:
     """Put the nodes in topological order, or say what is missing or circular."""
     known = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer} | {""}
+    if len({tensor.name for tensor in graph.initializer}) < len(graph.initializer):
+        raise DataError(f"{where} is corrupt: it has two weights of one name")
     made: dict[str, onnx.NodeProto] = {}
     for node in graph.node:
         for name in filter(None, node.output):

@@ -135,11 +135,13 @@ def _check_size(model: onnx.ModelProto, batch: int) -> bool:
         inferred = shape_inference.infer_shapes(model)
     except Exception as error:  # onnx has several
         raise OnnxError(f"its shapes do not fit together: {_first_line(error)}") from error
-    total, known = 0, True
+    total, known = 0, set()
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     for value in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
         shape = shape_of(value)
-        known &= value.type.tensor_type.HasField("shape") and None not in shape[1:]
+        dims = value.type.tensor_type.shape.dim
+        if value.type.tensor_type.HasField("shape") and all(dim.dim_value or dim.dim_param == "batch" for dim in dims):
+            known.add(value.name)
         shapes[value.name] = tuple(batch if size is None else size for size in shape)
         elements = math.prod(shapes[value.name])
         total += max(elements, 0)
@@ -153,7 +155,7 @@ def _check_size(model: onnx.ModelProto, batch: int) -> bool:
             f"the network is enormous: {total:.4g} elements of tensors, {products:.4g} products, where at most "
             f"{_MOST_ELEMENTS} and {_MOST_PRODUCTS} can be checked"
         )
-    return known
+    return all(name in known for node in model.graph.node for name in node.output if name)
 
 
 def _products(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
