@@ -11,7 +11,9 @@ Verification with VNN-LIB and CoCoNet, FoMLAS 2023.
 from __future__ import annotations
 
 import math
+import os
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,13 +25,14 @@ import numpy as np
 
 from .errors import DataError
 from .importer.reading import unpack
+from .limits import Deadline, OutOfTime
 from .vnnlib_terms import Linear, Malformed, add, forms, is_float, linear, nearest, neighbours, number, show
 
 _VARIABLE = re.compile(r"([XY])_(0|[1-9]\d{0,8})")
 _IGNORED = frozenset({"set-logic", "set-info", "set-option", "check-sat", "get-model", "exit"})
 _MOST_VARIABLES = 2**20
 _MOST_ATOMS = 2**22  # constraints after normalization
-_MOST_ELEMENTS = 2**26  # of all boxes, and of all rows
+_MOST_ELEMENTS = 2**25  # of all boxes, and of all rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +114,9 @@ _Atom = _Bound | _Row
 _Disjunction = list[tuple[_Atom, ...]]  # of conjunctions
 
 
-def load_vnnlib(source: str | Path | bytes, max_bytes: int = 2**25, max_disjuncts: int = 2**16) -> Specification:
+def load_vnnlib(
+    source: str | Path | bytes, max_bytes: int = 2**25, max_disjuncts: int = 2**16, timeout: float = 9.0
+) -> Specification:
     """Read a VNN-LIB 1.0 property.
 
     Constants are read exactly. Boxes are rounded outward to float64, so that what is verified holds for the decimal
@@ -122,13 +127,15 @@ def load_vnnlib(source: str | Path | bytes, max_bytes: int = 2**25, max_disjunct
         source: Path of a ``.vnnlib`` or ``.vnnlib.gz`` file; its bytes; or its text, which starts with "(" or ";".
         max_bytes: Cap on the size, unpacked, default 32 MiB.
         max_disjuncts: Cap on the disjuncts after normalization, whose number is exponential in that of the asserts.
+        timeout: Seconds of processor time, default 9: a few MiB of text.
 
     Returns:
         The property.
 
     Raises:
         DataError: There is no such file; it is truncated, malformed, too large or not VNN-LIB 1.0; an input has no
-            bounds; a constraint mixes inputs with inputs or outputs; nothing is asserted of the outputs.
+            bounds; a constraint mixes inputs with inputs or outputs; nothing is asserted of the outputs; text follows
+            ``(exit)``; or it takes longer than `timeout`.
 
     Example:
         >>> text = '''(declare-const X_0 Real) (declare-const Y_0 Real)
@@ -138,16 +145,20 @@ def load_vnnlib(source: str | Path | bytes, max_bytes: int = 2**25, max_disjunct
         (array([-1.]), array([[1.]]), (Fraction(-1, 4),))
     """
     text, where = _read(source, max_bytes)
-    reader = _Reader(max_disjuncts)
-    for offset, form in forms(text, where):
-        try:
-            reader.add(form)
-        except Malformed as error:
-            raise DataError(f"{where}, line {text.count(chr(10), 0, offset) + 1}: {error}") from error
+    reader = _Reader(max_disjuncts, Deadline(time.thread_time() + timeout, time.thread_time))
     try:
+        for offset, form in forms(text, where):
+            try:
+                reader.add(form)
+            except Malformed as error:
+                raise DataError(f"{where}, line {text.count(chr(10), 0, offset) + 1}: {error}") from error
         return reader.specification()
     except Malformed as error:
         raise DataError(f"{where}: {error}") from error
+    except OutOfTime:
+        raise DataError(
+            f"{where} takes more than {timeout:g} s of processor time to read: give it more by timeout=, or split it"
+        ) from None
 
 
 def _read(source: str | Path | bytes, max_bytes: int) -> tuple[str, str]:
@@ -157,6 +168,8 @@ def _read(source: str | Path | bytes, max_bytes: int) -> tuple[str, str]:
         source = source.encode()
     if isinstance(source, str | Path):
         path, where = Path(source), str(source)
+        if os.path.exists(path) and not path.is_file():
+            raise DataError(f"{where[:200]} cannot be read: it is no file")
         try:
             with path.open("rb") as file:
                 source = file.read(max_bytes + 1)
@@ -171,8 +184,9 @@ def _read(source: str | Path | bytes, max_bytes: int) -> tuple[str, str]:
 class _Reader:
     """What the forms read so far say."""
 
-    def __init__(self, max_disjuncts: int) -> None:
-        self.max_disjuncts = max_disjuncts
+    def __init__(self, max_disjuncts: int, deadline: Deadline) -> None:
+        self.max_disjuncts, self.tick = max_disjuncts, deadline.check
+        self.ended = False
         self.variables: dict[str, tuple[str, int]] = {}
         self.counts = {"X": 0, "Y": 0}
         self.fixed: list[_Atom] = []  # what holds in every disjunct
@@ -180,6 +194,9 @@ class _Reader:
 
     def add(self, form: list[Any]) -> None:
         """Take a form: a declaration or an assertion."""
+        self.tick()
+        if self.ended:
+            raise Malformed(f"{show(form)} comes after (exit), which ends the file")
         match form:
             case ["declare-const", str(name), "Real"] | ["declare-fun", str(name), [], "Real"]:
                 self._declare(name)
@@ -190,7 +207,7 @@ class _Reader:
                 else:
                     self.branches.append(terms)
             case [str(command), *_] if command in _IGNORED:
-                pass
+                self.ended = command == "exit"
             case [str(command), *_] if command in ("vnnlib-version", "declare-network"):
                 raise Malformed("this is VNN-LIB 2.0; version 1.0 is read")
             case _:
@@ -212,9 +229,13 @@ class _Reader:
             raise Malformed(f"{name[:40]!r} is not declared")
         return self.variables[name]
 
+    def _bounds_one(self, name: str, word: str) -> bool:
+        return name in self.variables and word not in self.variables
+
     # --- formulas --------------------------------------------------------------------------------------------
 
     def _formula(self, form: Any) -> _Disjunction:
+        self.tick()
         match form:
             case ["and", *parts]:
                 return self._conjunction(self._formula(part) for part in parts)
@@ -226,8 +247,11 @@ class _Reader:
                 return terms
             case [("<=" | ">=") as relation, str(name), str(word)] if name[0] == "X" and word not in self.variables:
                 return [(_Bound(self._variable(name)[1], relation == ">=", number(word)),)]  # most of a file
+            case [("<=" | ">=") as relation, str(name), str(word)] if name[0] == "Y" and self._bounds_one(name, word):
+                sign = 1 if relation == "<=" else -1  # and most of a long disjunction
+                return [(_Row(((self._variable(name)[1], Fraction(sign)),), sign * number(word)),)]
             case [("<=" | ">=") as relation, first, second, *more]:
-                sides = [linear(side, self.variables) for side in (first, second, *more)]
+                sides = [linear(side, self.variables, self.tick) for side in (first, second, *more)]
                 sides = sides if relation == "<=" else sides[::-1]
                 return self._conjunction(self._atom(add([(left, 1), (right, -1)])) for left, right in pairwise(sides))
         raise Malformed(f"{show(form)} is no constraint; those are <=, >=, and, or")
@@ -242,6 +266,7 @@ class _Reader:
             self._check_size(
                 len(terms) * len(part), len(terms) * sum(map(len, part)) + len(part) * sum(map(len, terms))
             )
+            self.tick()
             terms = [one + other for one in terms for other in part]
         self._check_size(len(terms), len(terms) * len(fixed))
         return [(*term, *fixed) for term in terms]
@@ -283,6 +308,7 @@ class _Reader:
         terms = self._conjunction(self.branches)
         boxes: dict[frozenset[_Bound], list[frozenset[_Row]]] = {}
         for term in terms:
+            self.tick()
             key = frozenset(atom for atom in term if isinstance(atom, _Bound))
             boxes.setdefault(key, []).append(rows.union(atom for atom in term if isinstance(atom, _Row)))
         most = max((len(polytope) for unsafe in boxes.values() for polytope in unsafe), default=0)
@@ -293,6 +319,7 @@ class _Reader:
         known: dict[_Row, tuple[np.ndarray, Fraction]] = {}
         cases, vacuous = [], 0
         for key, unsafe in boxes.items():
+            self.tick()
             own, ends = _intersection(key, base), whole.copy()
             _write(ends, own)
             unbounded = np.flatnonzero(np.isinf(ends).any(0))
@@ -308,6 +335,7 @@ class _Reader:
         return Specification(self.counts["X"], self.counts["Y"], tuple(cases), vacuous)
 
     def _polytope(self, rows: frozenset[_Row], known: dict[_Row, tuple[np.ndarray, Fraction]]) -> Polytope:
+        self.tick()
         if not rows:
             raise Malformed("a disjunct asserts nothing of the outputs Y; is the file truncated?")
         ordered = sorted(rows)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -50,27 +51,29 @@ def forms(text: str, where: str) -> Iterator[tuple[int, list[Any]]]:
         raise DataError(f"{where} is truncated: the parenthesis opened in line {line} is never closed")
 
 
-def linear(form: Any, variables: Container[str]) -> Linear:
-    """A linear term as coefficients of its variables, and "" for the constant."""
+def linear(form: Any, variables: Container[str], tick: Callable[[], None] = lambda: None) -> Linear:
+    """A linear term as coefficients of its variables, and "" for the constant; `tick` is called for each part."""
+    tick()
     match form:
         case str(name) if name in variables:
             return {name: Fraction(1)}
         case str(word):
             return {"": number(word)}
         case ["+", *parts] if parts:
-            return add((linear(part, variables), 1) for part in parts)
+            return add((linear(part, variables, tick), 1) for part in parts)
         case ["-", part]:
-            return add([(linear(part, variables), -1)])
+            return add([(linear(part, variables, tick), -1)])
         case ["-", first, *parts] if parts:
-            return add((linear(part, variables), -1 if i else 1) for i, part in enumerate((first, *parts)))
+            return add((linear(part, variables, tick), -1 if i else 1) for i, part in enumerate((first, *parts)))
         case ["*" | "/", first, *parts] if parts:
-            product = linear(first, variables)
+            product = linear(first, variables, tick)
             for part in parts:
-                product = _scaled(product, linear(part, variables), form)
+                product = _scaled(product, linear(part, variables, tick), form)
             return product
     raise Malformed(f"{show(form)} is no linear term; those are made by +, -, * and / with a constant")
 
 
+@functools.lru_cache(2**14)
 def number(word: str) -> Fraction:
     """A finite decimal number, exactly."""
     if len(word) > _LONGEST or not _NUMBER.fullmatch(word):
