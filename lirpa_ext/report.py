@@ -176,4 +176,6 @@ class Report:
             except (ValueError, KeyError, TypeError) as error:
                 raise ResultsError(f"{path} is no report of lirpa-ext, or a corrupt one: {error!r}") from error
         meta, records, _ = read_results(path)
+        if not meta:
+            raise ResultsError(f"{path} holds no results: it was cut off before the first")
         return cls(meta, [records[index] for index in sorted(records)])

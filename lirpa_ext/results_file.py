@@ -204,7 +204,8 @@ def loads(text: bytes) -> Any:
 
 def check_meta(meta: Any) -> Meta:
     _check_fields(meta, _META_FIELDS)
-    float(meta["norm"])  # a ValueError if that is another word than inf
+    if not float(meta["norm"]) >= 1:  # a ValueError as well if that is another word than inf
+        raise ValueError(f"its norm is {meta['norm']!r}")
     if not meta["eps"] or not all(_is(eps, "number") for eps in meta["eps"]):
         raise ValueError(f"its eps are {meta['eps']!r}")
     return dict(meta)
@@ -217,7 +218,7 @@ def check_record(record: Any, meta: Meta) -> Record:
     for level in record["levels"]:
         _check_fields({"masked": False} | level if isinstance(level, dict) else level, _LEVEL_FIELDS)  # an older file
         if level["status"] not in STATUSES:
-            raise ValueError(f"status {level['status']!r} is unknown")
+            raise ValueError(f"status {level['status']!r:.60} is unknown")
     if [level["eps"] for level in record["levels"]] != meta["eps"]:
         raise ValueError("its eps are not those of the first line")
     return dict(record)
