@@ -478,8 +478,8 @@ def test_bad_sources(tmp_path):
     (tmp_path / "idx" / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03\0\0\0\x05\0\0\0\x02\0\0\0\x02abc")
     (tmp_path / "x.npz").write_bytes(b"PK nonsense")
     for source, text in (
-        ("nonsense", "no data set"), (str(tmp_path), "neither"), (str(tmp_path / "idx"), "truncated"),
-        (str(tmp_path / "x.npz"), "cannot be read"), ("a.npy,b.npy", "cannot be read"), ("a,b,c", "cannot be read"),
+        ("nonsense", "there is no 'nonsense': give"), (str(tmp_path), "neither"), (str(tmp_path / "idx"), "truncated"),
+        (str(tmp_path / "x.npz"), "no .npz that can be read"), ("a.npy,b.npy", "is missing"), ("a,b,c", "cannot be read"),
     ):  # fmt: skip
         with pytest.raises(errors.DataError, match=text):
             load_data(source)

@@ -132,7 +132,7 @@ def test_normalization_is_inside_of_the_model(folder, model):
         (("--eps", "0.1,-1"), "not negative"),
         (("--norm", "0.5"), "norm must be"),
         (("--limit", "0"), "empty"),
-        (("--data", "nonsense"), "no data set"),
+        (("--data", "nonsense"), "there is no 'nonsense': give digits"),
         (("--data-range", "0,0.5"), "data range"),
         (("--data-range", "0"), "LO,HI"),
         (("--std", "0"), "std"),

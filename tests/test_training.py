@@ -613,7 +613,7 @@ def test_the_bcp_reference_run_verifies_what_the_official_code_does(shared, tmp_
         (["--model.data_range", "[0, 0.5]"], "pixels span"),
         (["--model.optimizer.name", "adamw"], "known are adam and sgd"),
         (["--model.initialization", "xavier"], "known are default and ibp"),
-        (["--data.source", "/nowhere/mnist"], "is no data set"),
+        (["--data.source", "/nowhere/mnist"], "there is no ./nowhere/mnist.: give digits"),
         (["--data.augmentation", "cutout"], "known are none"),
         (["--data.batch_size", "241"], "between 1 and 240"),
         (["--data.batch_sise", "2"], "batch_sise"),
