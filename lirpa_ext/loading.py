@@ -113,7 +113,9 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return len(value) < _MOST and all(isinstance(key, str) and _is_plain(part) for key, part in value.items())
     if isinstance(value, list | tuple):
-        return len(value) < _MOST and all(not isinstance(part, list | tuple | dict) and _is_plain(part) for part in value)
+        return len(value) < _MOST and all(
+            not isinstance(part, list | tuple | dict) and _is_plain(part) for part in value
+        )
     return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) < _LONGEST)
 
 

@@ -479,7 +479,8 @@ def test_bad_sources(tmp_path):
     (tmp_path / "x.npz").write_bytes(b"PK nonsense")
     for source, text in (
         ("nonsense", "there is no 'nonsense': give"), (str(tmp_path), "neither"), (str(tmp_path / "idx"), "truncated"),
-        (str(tmp_path / "x.npz"), "no .npz that can be read"), ("a.npy,b.npy", "is missing"), ("a,b,c", "cannot be read"),
+        (str(tmp_path / "x.npz"), "no .npz that can be read"), ("a.npy,b.npy", "is missing"),
+        ("a,b,c", "cannot be read"),
     ):  # fmt: skip
         with pytest.raises(errors.DataError, match=text):
             load_data(source)

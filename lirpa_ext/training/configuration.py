@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ _FREE_OF_TRAINER = {
     "accelerator", "devices", "num_nodes", "strategy", "max_time", "logger", "callbacks", "enable_progress_bar",
     "enable_model_summary", "log_every_n_steps", "profiler", "num_sanity_val_steps",
 }  # fmt: skip
+
+
+_MOST_BYTES, _MOST_VALUES = 2**17, 10_000  # of a file
 
 
 def parser(command: str = "fit") -> ArgumentParser:
@@ -65,6 +69,10 @@ def parse(arguments: Sequence[str], command: str = "fit") -> Namespace:
         ConfigError: An unknown key, a value of the wrong type, a file that is not there or is no YAML.
     """
     made = parser(command)
+    for before, argument in itertools.pairwise(["", *arguments]):
+        name, _, value = argument.partition("=")
+        if before == "--config" or name == "--config":
+            _check_yaml(Path(value or argument))
     try:
         config = made.parse_args(list(arguments))
     except LirpaExtError:
@@ -77,6 +85,34 @@ def parse(arguments: Sequence[str], command: str = "fit") -> Namespace:
     if config.checkpoint_every < 0:
         raise ConfigError(f"--checkpoint_every is a number of steps, 0 for none; got {config.checkpoint_every}")
     return config
+
+
+def _check_yaml(path: Path) -> None:
+    """Raise ConfigError for a file that is no YAML, or that grows beyond measure by its aliases."""
+    try:
+        if path.is_file() and path.stat().st_size > _MOST_BYTES:
+            raise ConfigError(f"{path} has more than {_MOST_BYTES} bytes: that is no configuration")
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if max(text.count(kind) for kind in ("[", "{", "- ")) > _MOST_VALUES // 10:  # the reader takes their square
+            raise ConfigError(f"{path} has more than {_MOST_VALUES // 10} lists or maps: that is no configuration")
+        size = _size(yaml.compose(text, yaml.SafeLoader), {})
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        if isinstance(error, LirpaExtError):
+            raise
+        raise ConfigError(f"{path} is no YAML: {error or type(error).__name__}") from error
+    if size > _MOST_VALUES:
+        raise ConfigError(f"{path} has more than {_MOST_VALUES} values, by its aliases: that is no configuration")
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """How many values a node has, those that aliases repeat counted again."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = _MOST_VALUES + 1  # of one that is in itself
+        parts = itertools.chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def write(config: Namespace, folder: Path) -> None:
