@@ -480,7 +480,7 @@ def test_bad_sources(tmp_path):
     for source, text in (
         ("nonsense", "there is no 'nonsense': give"), (str(tmp_path), "neither"), (str(tmp_path / "idx"), "truncated"),
         (str(tmp_path / "x.npz"), "no .npz that can be read"), ("a.npy,b.npy", "is missing"),
-        ("a,b,c", "cannot be read"),
+        ("a,b,c", "names 3 files"),
     ):  # fmt: skip
         with pytest.raises(errors.DataError, match=text):
             load_data(source)
