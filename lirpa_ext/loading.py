@@ -168,7 +168,7 @@ def _fill(model: nn.Module, state: Mapping[str, Any], architecture: str) -> nn.M
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise DataError(f"the state dict does not fit {architecture!r}: {error}") from error
+        raise DataError(f"the state dict does not fit {architecture!r}: {str(error)[:1000]}") from error
     return model
 
 

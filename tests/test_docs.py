@@ -1,6 +1,7 @@
 """The documents: generated parts are up to date, names exist, examples are those that run."""
 
 import ast
+import configparser
 import importlib
 import importlib.util
 import inspect
@@ -93,3 +94,13 @@ def test_support_table_is_up_to_date() -> None:
     spec.loader.exec_module(module)
     written = module.PATH.read_text(encoding="utf-8")
     assert written == module.support_table(), "run: python docs/support_table.py"
+
+
+def test_an_installation_has_every_file():
+    """Files that are no Python are listed, or a wheel lacks them."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = {name.strip() for name in config["options.package_data"]["lirpa_ext"].split(",")}
+    package = ROOT / "lirpa_ext"
+    files = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()}
+    assert {name for name in files if not name.endswith((".py", ".pyc"))} == listed

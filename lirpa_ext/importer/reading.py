@@ -184,12 +184,12 @@ def _inline(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
             open_.add(name)
             waiting += unknown
     total = sum(sizes.get(call, 1) for call in _calls(model.graph.node))
-    values = sum(len(node.input) + len(node.output) for node in model.graph.node)
-    if values > _MOST_VALUES:
-        raise OnnxError(f"the nodes of {where} have {values} inputs and outputs, over {_MOST_VALUES}")
     if total > MOST_NODES:
         inlined = " once its functions are inlined" if bodies else ""
         raise OnnxError(f"{where} has more than {MOST_NODES} nodes{inlined}: import a smaller part of it")
+    values = sum(len(node.input) + len(node.output) for node in model.graph.node)
+    if values > _MOST_VALUES:
+        raise OnnxError(f"the nodes of {where} have {values} inputs and outputs, over {_MOST_VALUES}")
     if not bodies:
         return model
     try:
