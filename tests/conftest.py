@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,29 @@ def tensor_cores():
     torch.set_float32_matmul_precision("highest")
     for place, value in zip(precision.PLACES, before, strict=True):
         setattr(place, precision.NAME, value)
+
+
+# Of these, which take minutes together, `make test` runs every so-many-th, and `make test-slow` the rest.
+THINNED = {
+    "test_rules.py::test_rule_is_sound_and_methods_are_ordered": 3,
+    "test_structure.py::test_every_method_is_sound_or_refuses": 2,
+    "test_numerics.py::test_every_function_at_every_size": 2,
+    "test_numerics.py::test_a_ball_that_leaves_the_domain_bounds_nothing": 2,
+    "test_attacks.py::test_every_attack_stays_in_ball_and_range": 2,
+    "test_importer.py::test_torch_exports_come_back": 2,
+    "test_lowering.py::test_nodes_between_dense_layers": 2,
+    "test_survival.py::test_a_killed_run_ends_as_an_unbroken_one": 2,
+    "test_survival.py::test_a_users_shuffled_loader_goes_on_where_it_was": 3,
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what is thinned as slow."""
+    seen = collections.Counter()
+    for item in items:
+        name = item.nodeid.partition("[")[0].removeprefix("tests/")
+        if name in THINNED:
+            if seen[name] % THINNED[name]:
+                item.add_marker(pytest.mark.slow)
+            seen[name] += 1

@@ -35,6 +35,7 @@ def outcome(module, name, make, folder):
     limit_memory(BYTES)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that of reading
     signal.setitimer(signal.ITIMER_PROF, SECONDS)  # then SIGPROF ends the process
+    signal.alarm(6 * int(SECONDS))  # and SIGALRM one that waits
     start, error, ours = time.process_time(), None, True
     try:
         module.read(source)
@@ -44,6 +45,7 @@ def outcome(module, name, make, folder):
         error, ours = traceback.format_exc(), False
     seconds = time.process_time() - start
     signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.alarm(0)
     limit_memory(None)
     peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     return {"name": name, "error": error, "ours": ours, "seconds": seconds, "peak": peak}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from lirpa_ext.training.configuration import parse
 
 RUN = "{{class_path: {0}, init_args: {{args: [mkdir, executed]}}}}"
@@ -26,11 +24,6 @@ def text(content):
     return make
 
 
-def pipe(folder):
-    os.mkfifo(folder / "run.yaml")
-    return folder / "run.yaml"
-
-
 FINE_ARGUMENTS = ["--model.loss.name", "exact", "--model.eps", "0.1"]
 LAUGHS = "a0: &a0 [lol, lol]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
 FINE = "model: {network: {name: Small, input_shape: [1, 12, 12]}, loss: {name: exact}, eps: 0.1}\n"
@@ -51,7 +44,6 @@ CASES = {
     "anchors-of-anchors": (text(LAUGHS), "."),
     "anchors-of-anchors-in-a-field": (text(FINE + LAUGHS + "trainer: {callbacks: *a29}\n"), "."),
     "an-anchor-in-itself": (text(FINE + "data: &x\n  class_path: a.b\n  init_args: *x\n"), "."),
-    "a-pipe": (pipe, "."),
     "an-unknown-anchor": (text("seed: *nothing"), SYNTAX),
     "two-documents": (text("---\nseed: 1\n---\nseed: 2\n"), SYNTAX),
     "no-text": (text(b"\xff\xfe\0\1"), "."),
