@@ -29,7 +29,7 @@ def limit_memory(more):
     resource.setrlimit(resource.RLIMIT_AS, (hard if more is None else taken + more, hard))
 
 
-def outcome(module, name, make, folder):
+def outcome(module, make, folder):
     """How reading one case ended: its error, whether that is one of ours, seconds and peak memory."""
     source = make(folder)
     limit_memory(BYTES)
@@ -48,23 +48,25 @@ def outcome(module, name, make, folder):
     signal.alarm(0)
     limit_memory(None)
     peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    return {"name": name, "error": error, "ours": ours, "seconds": seconds, "peak": peak}
+    return {"error": error, "ours": ours, "seconds": seconds, "peak": peak}
 
 
-def main(kind, folder, names, slow):
+def main(folder, cases):
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    module = importlib.import_module(f"hostile.{kind}")
-    getattr(module, "warm", lambda: None)()
-    cases = module.SLOW if slow else module.CASES
-    for name in names:
-        own = Path(folder) / name
-        own.mkdir()
+    warmed = set()
+    for case in cases:
+        kind, name = case.split("/")
+        module = importlib.import_module(f"hostile.{kind}")
+        if kind not in warmed:
+            getattr(module, "warm", lambda: None)()
+            warmed.add(kind)
+        own = Path(folder) / case
+        own.mkdir(parents=True)
         os.chdir(own)
-        print(json.dumps(outcome(module, name, cases[name][0], own)), flush=True)
+        make, _ = (module.CASES | getattr(module, "SLOW", {}))[name]
+        print(json.dumps({"case": case} | outcome(module, make, own)), flush=True)
 
 
 if __name__ == "__main__":
-    slow = sys.argv[1] == "--slow"
-    kind, folder, *names = sys.argv[1 + slow :]
-    main(kind, folder, names, slow)
+    main(sys.argv[1], sys.argv[2:])
