@@ -353,7 +353,15 @@ def configuration_case(content: str | bytes) -> Case:
     return load
 
 
+def pipe_case(folder: Path) -> Any:
+    from lirpa_ext.training.runs import parse
+
+    os.mkfifo(folder / "c.yaml")
+    return parse(["--config", str(folder / "c.yaml")])
+
+
 CASES: dict[str, Case] = {
+    "yaml: a pipe": pipe_case,
     **{f"onnx: {name}": onnx_case(make) for name, make in ONNX.items()},
     "onnx: a bomb": lambda folder: load_onnx(written(folder / "n.onnx.gz", gzip.compress(bytes(2**31 + 5), 1))),
     **{f"vnnlib: {name}": vnnlib_case(content) for name, content in VNNLIB.items()},

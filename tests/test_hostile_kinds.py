@@ -16,6 +16,8 @@ from hostile import KINDS
 from hostile.arrays import Execute
 from hostile.child import BYTES, SECONDS
 
+pytestmark = pytest.mark.slow  # a minute; test_hostile_files.py has one of each kind
+
 TESTS = Path(__file__).resolve().parent
 TABLES = {kind: importlib.import_module(f"hostile.{kind}") for kind in KINDS}
 QUICK = [(kind, name) for kind in KINDS for name in TABLES[kind].CASES]

@@ -89,6 +89,8 @@ def parse(arguments: Sequence[str], command: str = "fit") -> Namespace:
 
 def _check_yaml(path: Path) -> None:
     """Raise ConfigError for a file that is no YAML, or that grows beyond measure by its aliases."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no regular file")
     try:
         if path.is_file() and path.stat().st_size > _MOST_BYTES:
             raise ConfigError(f"{path} has more than {_MOST_BYTES} bytes: that is no configuration")
