@@ -16,6 +16,7 @@ from .module import BoundedModule
 from .perturbation import PerturbationLpNorm
 from .randomized.sampling import is_randomized
 from .specifications import check_labels, margin_rows
+from .trust.clean_value import held
 
 __all__ = [
     "certified_loss",
@@ -108,23 +109,15 @@ def clean_and_worst_logits(
     options = label_option(method, y) | options
     with bounded.collecting_outputs() as outputs:
         margins, _ = bounded.compute_bounds(x=(perturbed,), C=rows, method=method, bound_upper=False, **options)
-    known = logits is not None or bool(outputs)  # then the method has held its bounds against the clean value
+    held_already = logits is not None or bool(outputs)  # by the method, or there are other logits than the graph's
     if logits is None:
         logits = outputs[0] if outputs else bounded.source(x)
+    if not (held_already or options.get("norms") == "estimate" or is_randomized(bounded.source)):
+        margins, _ = held((margins, None), logits, rows, method, bounded, recording=True)
     # The label's own margin, 0, goes back to its place among the others, which are in order of the class.
     own = logits.gather(1, y.to(logits.device, torch.long).unsqueeze(1))
     label = functional.one_hot(y.long(), classes).bool().to(logits.device)
-    worst = own - torch.zeros_like(logits).masked_scatter(~label, margins)
-    open_ = known or options.get("norms") == "estimate" or is_randomized(bounded.source)
-    return logits, worst if open_ else _held(worst, logits)
-
-
-def _held(worst: Tensor, logits: Tensor) -> Tensor:
-    """Worst-case logits, NaN where they are below the clean ones: the bound is defective. Nothing waits for a GPU."""
-    with torch.no_grad():
-        slack = torch.finfo(logits.dtype).eps ** 0.5 * (1 + 2 * logits.abs().amax(1, keepdim=True))
-        wrong = worst < logits - slack
-    return torch.where(wrong, torch.nan, worst)
+    return logits, own - torch.zeros_like(logits).masked_scatter(~label, margins)
 
 
 def certified_loss(logits: Tensor, worst_logits: Tensor, y: Tensor, weight: float) -> Tensor:

@@ -23,10 +23,44 @@ _logger = logging.getLogger(__name__)
 _EPOCHS = 1_000_003  # seed of (seed, epoch, step), far from each other
 
 
-class Batches:
-    """One process's share of shuffled, augmented batches.
+class Place:
+    """Where the next batch is: what Lightning asks of a loader that goes on within an epoch.
 
     Lightning calls `set_epoch` before each epoch, and keeps `state_dict` in its checkpoints.
+
+    Args:
+        seed: Of what is drawn.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.epoch = self.step = 0
+
+    @property
+    def sampler(self) -> Place:
+        """Itself: Lightning looks for `set_epoch` here."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of another epoch; within the same one, stay."""
+        if epoch != self.epoch:
+            self.epoch, self.step = epoch, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch is."""
+        return {"epoch": self.epoch, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go where `state_dict` was taken."""
+        self.epoch, self.step = int(state["epoch"]), int(state["step"])
+
+    def _value(self, number: int) -> int:
+        """Seed of something that is drawn in this epoch."""
+        return ((self.seed * _EPOCHS + self.epoch) * _EPOCHS + number) % 2**64
+
+
+class Batches(Place):
+    """One process's share of shuffled, augmented batches.
 
     Args:
         x: All images, (N, ...).
@@ -55,31 +89,13 @@ class Batches:
             raise ConfigError(f"data.batch_size must lie between 1 and {len(x)}, the training images; got {batch_size}")
         if batch_size % world:
             raise ConfigError(f"data.batch_size {batch_size} is shared by {world} processes: make it a multiple")
-        self.x, self.y, self.batch_size, self.seed, self.augmentation = x, y, batch_size, seed, augmentation
+        super().__init__(seed)
+        self.x, self.y, self.batch_size, self.augmentation = x, y, batch_size, augmentation
         self.rank, self.world = rank, world
-        self.epoch = self.step = 0
 
     def __len__(self) -> int:
         """Steps of an epoch."""
         return len(self.x) // self.batch_size
-
-    @property
-    def sampler(self) -> Batches:
-        """Itself: Lightning looks for `set_epoch` here."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the start of another epoch; within the same one, stay."""
-        if epoch != self.epoch:
-            self.epoch, self.step = epoch, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the next batch is."""
-        return {"epoch": self.epoch, "step": self.step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go where `state_dict` was taken."""
-        self.epoch, self.step = int(state["epoch"]), int(state["step"])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The rest of the epoch."""
@@ -92,10 +108,10 @@ class Batches:
             yield x[self.rank * share :][:share], y[self.rank * share :][:share]
 
     def _generator(self, step: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed * _EPOCHS + self.epoch) * _EPOCHS + step + 1)
+        return torch.Generator().manual_seed(self._value(step + 1))
 
 
-class Resumable:
+class Resumable(Place):
     """A DataLoader of the user's, in an order that depends on seed and epoch, which can go on within an epoch.
 
     Its samplers' generators are seeded at the start of an epoch, and torch's, numpy's and Python's before each batch:
@@ -108,29 +124,11 @@ class Resumable:
     """
 
     def __init__(self, loader: DataLoader[Any], seed: int) -> None:
-        self.loader, self.seed = loader, seed
-        self.epoch = self.step = 0
+        super().__init__(seed)
+        self.loader = loader
 
     def __len__(self) -> int:
         return len(self.loader)
-
-    @property
-    def sampler(self) -> Resumable:
-        """Itself: Lightning looks for `set_epoch` here."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the start of another epoch; within the same one, stay."""
-        if epoch != self.epoch:
-            self.epoch, self.step = epoch, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the next batch is."""
-        return {"epoch": self.epoch, "step": self.step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go where `state_dict` was taken."""
-        self.epoch, self.step = int(state["epoch"]), int(state["step"])
 
     def __iter__(self) -> Iterator[Any]:
         """The rest of the epoch."""
@@ -149,9 +147,6 @@ class Resumable:
             if number == self.step:
                 self.step += 1
                 yield batch
-
-    def _value(self, number: int) -> int:
-        return ((self.seed * _EPOCHS + self.epoch) * _EPOCHS + number) % 2**63
 
     def _seed_all(self, number: int) -> None:
         value = self._value(number)

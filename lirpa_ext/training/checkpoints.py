@@ -177,11 +177,6 @@ class State:
         return dict(self.content["lirpa_ext"]["network"])
 
     @property
-    def epochs(self) -> int:
-        """Epochs that are done."""
-        return int(self.content["epoch"]) + bool(self._of("Last").get("ended"))
-
-    @property
     def rates(self) -> list[list[float]]:
         """[step, learning rate] of each change that `--resume_lr` made."""
         return list(self.content["lirpa_ext"].get("rates", []))

@@ -89,12 +89,14 @@ def parse(arguments: Sequence[str], command: str = "fit") -> Namespace:
 
 def _check_yaml(path: Path) -> None:
     """Raise ConfigError for a file that is no YAML, or that grows beyond measure by its aliases."""
-    if path.exists() and not path.is_file():
+    if not path.exists():
+        return  # which the parser tells
+    if not path.is_file():
         raise ConfigError(f"{path} is no regular file")
     try:
-        if path.is_file() and path.stat().st_size > _MOST_BYTES:
+        if path.stat().st_size > _MOST_BYTES:
             raise ConfigError(f"{path} has more than {_MOST_BYTES} bytes: that is no configuration")
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        text = path.read_text(encoding="utf-8")
         if max(text.count(kind) for kind in ("[", "{", "- ")) > _MOST_VALUES // 10:  # the reader takes their square
             raise ConfigError(f"{path} has more than {_MOST_VALUES // 10} lists or maps: that is no configuration")
         size = _size(yaml.compose(text, yaml.SafeLoader), {})
