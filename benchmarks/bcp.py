@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from harness import arguments, conv_net, interval_loss, medians, peaks_mib, show, write
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm
-from lirpa_ext.specifications import margin_rows
+from lirpa_ext.domain.specifications import margin_rows
 
 NETWORKS = {
     "MNIST 4C3F": (
@@ -80,7 +80,7 @@ def certification(name: str, batch: int) -> dict[str, Callable[[], None]]:
 
 def norm_seconds(name: str) -> float:
     """CPU seconds of all norm bounds of a network, from nothing."""
-    from lirpa_ext.norms import spectral_norm_bound
+    from lirpa_ext.domain.norms import spectral_norm_bound
     from lirpa_ext.rules.linear import power_iterable
 
     build, shape = NETWORKS[name]

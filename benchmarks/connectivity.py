@@ -15,10 +15,10 @@ import math
 from pathlib import Path
 
 from lirpa_ext.analysis import CertifiedObjective, connect, plot_connectivity
-from lirpa_ext.analysis.plots import save
 from lirpa_ext.data import load_data
 from lirpa_ext.engine import engine_version
-from lirpa_ext.loading import load_model
+from lirpa_ext.models.loading import load_model
+from lirpa_ext.reporting.plots import save
 from lirpa_ext.training import Loss
 
 ROOT = Path(__file__).resolve().parent.parent

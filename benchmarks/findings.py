@@ -25,7 +25,7 @@ from torch import nn
 from lirpa_ext.analysis import ActivityTrace, LipschitzTrace, lower_slopes, tightness, verified_curves
 from lirpa_ext.analysis.traces import PRODUCT
 from lirpa_ext.data import Pair, load_data
-from lirpa_ext.loading import load_model
+from lirpa_ext.models.loading import load_model
 from lirpa_ext.training import Network, build
 from lirpa_ext.training.runs import fit, parse
 

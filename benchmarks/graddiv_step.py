@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from harness import arguments, medians, peaks_mib, show, write
 
-from lirpa_ext.perturbation import PerturbationLpNorm
+from lirpa_ext.domain.perturbation import PerturbationLpNorm
 from lirpa_ext.training import Loss, Network, build
 from lirpa_ext.training.randomized import randomized_loss
 from lirpa_ext.training.schedules import Values

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import lirpa_ext
 from lirpa_ext.analysis import SmoothnessTrace, plot_smoothness
-from lirpa_ext.analysis.plots import save
 from lirpa_ext.engine import engine_version
+from lirpa_ext.reporting.plots import save
 from lirpa_ext.training import OBJECTIVES, Objective, register_objective
 from lirpa_ext.training.runs import fit, parse
 

@@ -33,10 +33,11 @@ SAVING = [
     (Trainer, "save_checkpoint"), ("lirpa_ext.training.module.CertifiedClassifier", "_check_loss"),
     ("lirpa_ext.training.runs", "_state"), ("lirpa_ext.files", "acquire"), ("lirpa_ext.files", "release"),
 ]  # fmt: skip
+PLACE = "lirpa_ext.certification"
 KNOWING = [
-    ("lirpa_ext.certify", "model_hash"), ("lirpa_ext.certify", "outputs"), ("lirpa_ext.certify", "hash_tensors"),
-    ("lirpa_ext.certifier", "check_deterministic"), ("lirpa_ext.results_file.ResultsFile", "__init__"),
-    ("lirpa_ext.results_file.ResultsFile", "append"), ("lirpa_ext.results_file.ResultsFile", "close"),
+    (f"{PLACE}.certify", "model_hash"), (f"{PLACE}.certify", "outputs"), (f"{PLACE}.certify", "hash_tensors"),
+    (f"{PLACE}.certifier", "check_deterministic"), (f"{PLACE}.results_file.ResultsFile", "__init__"),
+    (f"{PLACE}.results_file.ResultsFile", "append"), (f"{PLACE}.results_file.ResultsFile", "close"),
 ]  # fmt: skip
 
 

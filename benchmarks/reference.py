@@ -22,8 +22,8 @@ import lirpa_ext
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm
 from lirpa_ext.attacks import PGD
 from lirpa_ext.data import load_data
+from lirpa_ext.domain.specifications import margin_rows, margins
 from lirpa_ext.engine import engine_version
-from lirpa_ext.specifications import margin_rows, margins
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine
-from lirpa_ext.inspection import Inspection, inspect_onnx
+from lirpa_ext.importer.inspection import Inspection, inspect_onnx
 
 HERE = Path(__file__).parent
 METHODS = ("IBP", "CROWN-IBP", "CROWN", "bcp", "bcp-crown")

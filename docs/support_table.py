@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
+from lirpa_ext.engine.positive_list import FAMILIES, engine_list
 from lirpa_ext.rules import RULES, Rule
-from lirpa_ext.trust.engine_list import FAMILIES, engine_list
 
 PATH = Path(__file__).parent / "support.md"
 TITLES = {"linear": "Linear maps", "elementwise": "Activations", "structure": "Shape, selection, sums"}
@@ -26,8 +26,8 @@ SETS = {
 HEADER = """\
 # Supported nodes
 
-Generated from `lirpa_ext.rules.RULES` and `lirpa_ext/trust/engine_list.json` by `python docs/support_table.py`; a test
-keeps it up to date.
+Generated from `lirpa_ext.rules.RULES` and `lirpa_ext/engine/positive_list.json` by `python docs/support_table.py`; a
+test keeps it up to date.
 
 A node is what the engine (auto_LiRPA) makes of an operation of a traced model, named as in ONNX: a convolution is a
 `BoundConv`, a residual connection a `BoundAdd`. `nn.Linear` and `nn.ReLU` are this package's `BoundBallBoxLinear` and

@@ -3,7 +3,7 @@
 import torch
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm
-from lirpa_ext.specifications import margin_rows
+from lirpa_ext.domain.specifications import margin_rows
 
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 100), torch.nn.ReLU(), torch.nn.Linear(100, 10))

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm
+from lirpa_ext.domain.ball_box import BallBox
 from lirpa_ext.methods import METHODS, Bounds, Problem, register_method
 from lirpa_ext.methods.bcp import last_step
 from lirpa_ext.rules import State
-from lirpa_ext.sets import BallBox
 
 
 def best_of_two(problem: Problem, *, norms: str = "bound") -> Bounds:

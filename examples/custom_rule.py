@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm
+from lirpa_ext.domain.ball_box import BallBox
 from lirpa_ext.rules import RULES, Context, Rule, State, register_rule
-from lirpa_ext.sets import BallBox
 
 
 class LogRule(Rule):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lirpa_ext import BoundedModule, Report, certified_loss, certify, worst_case_logits
 from lirpa_ext.data import load_digits
-from lirpa_ext.loading import load_model, save_model
+from lirpa_ext.models.loading import load_model, save_model
 
 TRAINING_EPS = 0.5  # l2, in units of the image, whose pixels lie in [0, 1]
 EVALUATION_EPS = (0.1, 0.2, 0.3, 0.4, 0.5)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from . import _moved
 from ._version import __version__
-from .certify import certify
+from .certification.certify import certify
+from .certification.lipschitz import lipschitz
+from .certification.report import Report
+from .domain.perturbation import PerturbationLpNorm
 from .engine import BoundedTensor
 from .importer import ImportedModel, load_onnx
-from .inspection import Inspection, inspect_onnx
-from .lipschitz import lipschitz
-from .losses import certified_loss, fused_cross_entropy, mixed_loss, relu_stability_loss, worst_case_logits
-from .module import BoundedModule
-from .patch import register, unregister
-from .perturbation import PerturbationLpNorm
-from .report import Report
-from .torchvision_repair import repair_torchvision
-from .verify import Verdict, verify
-from .vnnlib import Specification, load_vnnlib
+from .importer.inspection import Inspection, inspect_onnx
+from .importer.torchvision_repair import repair_torchvision
+from .module.bounded_module import BoundedModule
+from .module.register import register, unregister
+from .training.losses import certified_loss, fused_cross_entropy, mixed_loss, relu_stability_loss, worst_case_logits
+from .verification.verify import Verdict, verify
+from .verification.vnnlib import Specification, load_vnnlib
 
 repair_torchvision()
+_moved.install()
 
 __all__ = [
     "BoundedModule",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lirpa_ext import precision
+from lirpa_ext.engine import precision
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -23,14 +23,15 @@ from lirpa_ext.analysis import (
     verified_curves,
 )
 from lirpa_ext.analysis.activity import BINS, plot_activity, plot_chords
-from lirpa_ext.analysis.curves import plot_curves, plot_trade_off
+from lirpa_ext.analysis.curves import plot_curves
 from lirpa_ext.analysis.lower_slopes import plot_lower_slopes
 from lirpa_ext.analysis.outer import area, half_planes, plot_outer_bound, zonotope
-from lirpa_ext.analysis.plots import figure
 from lirpa_ext.analysis.subject import Subject
 from lirpa_ext.analysis.tightness import MEASURES, pair_margins, plot_tightness
 from lirpa_ext.errors import InvalidInputError, OptionError, ResultsError, UnknownMethodError
 from lirpa_ext.methods import METHODS, register_method
+from lirpa_ext.reporting.plots import figure
+from lirpa_ext.training.trade_off import plot_trade_off
 
 W = torch.tensor([[2.0, 0.5], [-1.0, 1.0], [0.0, -3.0]])
 BIAS = torch.tensor([0.1, 0.2, -0.3])

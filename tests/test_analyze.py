@@ -15,12 +15,12 @@ from torch import nn
 
 from lirpa_ext import lipschitz
 from lirpa_ext.analysis import ActivityTrace, LipschitzTrace, relu_activity
-from lirpa_ext.analysis.plots import figure, read_alt
-from lirpa_ext.analysis.task import ANALYSES, Analysis, register_analysis
 from lirpa_ext.analysis.traces import BEFORE_LAST, PRODUCT, activity_record, lipschitz_records
 from lirpa_ext.cli import _parser, main
+from lirpa_ext.cli.task import ANALYSES, Analysis, register_analysis
 from lirpa_ext.errors import ConfigError, InvalidInputError, RegistrationError, ResultsError
-from lirpa_ext.loading import load_model
+from lirpa_ext.models.loading import load_model
+from lirpa_ext.reporting.plots import figure, read_alt
 
 ROOT = Path(__file__).resolve().parent.parent
 

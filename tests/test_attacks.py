@@ -23,9 +23,9 @@ from lirpa_ext.attacks import (
     RandomSearch,
     Target,
 )
+from lirpa_ext.certification.robust_accuracy import evaluate
+from lirpa_ext.domain.specifications import check_labels, margin_rows, margins
 from lirpa_ext.errors import ConfigError, InvalidInputError, TrainModeError
-from lirpa_ext.randomized.evaluation import evaluate
-from lirpa_ext.specifications import check_labels, margin_rows, margins
 
 NORMS = [2.0, math.inf, 3.0]
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lirpa_ext.errors import DataError
-from lirpa_ext.loading import load_model, save_model
-from lirpa_ext.training.architectures import named_network
+from lirpa_ext.models.architectures import named_network
+from lirpa_ext.models.loading import load_model, save_model
 
-NAMED = "lirpa_ext.training.architectures:named_network"
+NAMED = "lirpa_ext.models.architectures:named_network"
 SMALL = {"name": "Small", "input_shape": [1, 12, 12]}
 
 
@@ -23,12 +23,14 @@ def executed(folder):
 
 HOSTILE = {
     "a builder of ours that builds anything": lambda d: (
-        "lirpa_ext.loading:_build", {"architecture": "os:system", "kwargs": {"command": f"touch {d}/executed"}}
+        "lirpa_ext.models.loading:_build", {"architecture": "os:system", "kwargs": {"command": f"touch {d}/executed"}}
     ),
-    "a loader of ours": lambda d: ("lirpa_ext.loading:load_model", {"path": f"{d}/pickled.pt", "trust": True}),
-    "what a module of ours imports": lambda d: ("lirpa_ext.loading:importlib.import_module", {"name": "antigravity"}),
+    "a loader of ours": lambda d: ("lirpa_ext.models.loading:load_model", {"path": f"{d}/pickled.pt", "trust": True}),
+    "what a module of ours imports": lambda d: (
+        "lirpa_ext.models.loading:importlib.import_module", {"name": "antigravity"}
+    ),
     "a user's callable by the name of a network": lambda d: (
-        "lirpa_ext.training.architectures:build", {"network": "os:getcwd"}
+        "lirpa_ext.models.architectures:build", {"network": "os:getcwd"}
     ),
     "another module": lambda d: ("os:system", {"command": f"touch {d}/executed"}),
     "an attribute": lambda d: (f"{NAMED}.__globals__", {}),

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lirpa_ext import certifier as certifier_module
 from lirpa_ext import errors
-from lirpa_ext.certify import certify
+from lirpa_ext.certification import certifier as certifier_module
+from lirpa_ext.certification.certify import certify
+from lirpa_ext.certification.report import Report
+from lirpa_ext.certification.results_file import STATUSES
 from lirpa_ext.data import load_data, load_digits
 from lirpa_ext.methods import METHODS, register_method
-from lirpa_ext.report import Report
-from lirpa_ext.results_file import STATUSES
 
 EPS = [0.05, 0.15, 0.4]
 

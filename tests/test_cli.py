@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from lirpa_ext import errors
-from lirpa_ext.certify import certify
+from lirpa_ext.certification.certify import certify
 from lirpa_ext.cli import main
 from lirpa_ext.data import load_data, load_digits
-from lirpa_ext.loading import load_model, save_model
-from lirpa_ext.preprocessing import Normalization
-from lirpa_ext.torchvision_repair import torchvision_or_placeholder
+from lirpa_ext.importer.torchvision_repair import torchvision_or_placeholder
+from lirpa_ext.models.loading import load_model, save_model
+from lirpa_ext.models.preprocessing import Normalization
 
 ARCHITECTURE = """
 from torch import nn
@@ -150,7 +150,7 @@ def test_errors_are_told_without_traceback(folder, model, capsys, arguments, tex
 
 
 def test_interruption_keeps_what_is_done(folder, model, capsys, monkeypatch):
-    from lirpa_ext.certifier import Certifier
+    from lirpa_ext.certification.certifier import Certifier
 
     torch.save(model.state_dict(), "state.pt")
     original = Certifier.certify

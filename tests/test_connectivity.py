@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from lirpa_ext.analysis import CertifiedObjective, Connectivity, bezier, connect, plot_connectivity
-from lirpa_ext.analysis.plots import alt_text
 from lirpa_ext.cli import main
 from lirpa_ext.data import load_data
 from lirpa_ext.errors import ConfigError, InvalidInputError
-from lirpa_ext.loading import load_model, save_model
-from lirpa_ext.losses import worst_case_logits
+from lirpa_ext.models.loading import load_model, save_model
+from lirpa_ext.reporting.plots import alt_text
 from lirpa_ext.training import Loss, Network, build
+from lirpa_ext.training.losses import worst_case_logits
 
 
 class Point(nn.Module):
@@ -149,7 +149,7 @@ def test_the_command_connects_two_files(tmp_path, capsys):
     network = Network("2C2F", [1, 8, 8])
     files = [str(tmp_path / f"{name}.pt") for name in ("a", "b")]
     for file in files:
-        save_model(build(network), file, "lirpa_ext.training.architectures:named_network", **vars(network))
+        save_model(build(network), file, "lirpa_ext.models.architectures:named_network", **vars(network))
     asked = ["--data", "digits", "--limit", "20", "--norm", "inf", "--eps", "0.02", "--steps", "2", "--points", "3"]
     assert main(["analyze", "connectivity", *files, *asked, "--loss", "crown-ibp", "--out", str(tmp_path)]) == 0
     assert "crown-ibp loss at eps 0.02 from a (" in capsys.readouterr().out

@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from lirpa_ext import PerturbationLpNorm
 from lirpa_ext.attacks import EOT, FGM, FGSM, PGD, AutoAttack, mean_output
+from lirpa_ext.domain.specifications import margins
 from lirpa_ext.errors import InvalidInputError
 from lirpa_ext.randomized import RandomLayer, is_randomized, sample
-from lirpa_ext.specifications import margins
 
 NORMS = [2.0, math.inf]
 BALL = PerturbationLpNorm(0.3, math.inf, 0.0, 1.0)

@@ -23,9 +23,9 @@ from fuzz.session import run
 from fuzz.shrink import reproduction, shrink
 from fuzz.summary import Finding
 
+from lirpa_ext.domain.ball_box import BallBox
 from lirpa_ext.methods import METHODS
 from lirpa_ext.rules import RULES
-from lirpa_ext.sets import BallBox
 
 PLAIN = {"linear", "square_linear", "activation", "join", "arithmetic"}
 SCRIPT = Path(__file__).with_name("run_fuzz.py")

@@ -15,7 +15,7 @@ from torch import nn
 from lirpa_ext import errors
 from lirpa_ext.cli import main
 from lirpa_ext.data import load_digits
-from lirpa_ext.inspection import inspect_onnx
+from lirpa_ext.importer.inspection import inspect_onnx
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_certify_fits_the_image_to_the_network(tmp_path, capsys, monkeypatch):
 
 
 def test_the_last_softmax_is_cut_off_for_certification(tmp_path):
-    from lirpa_ext.loading import load_model
+    from lirpa_ext.models.loading import load_model
 
     model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(1))
     buffer = io.BytesIO()

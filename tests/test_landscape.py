@@ -19,9 +19,9 @@ from torch import nn
 
 from lirpa_ext.analysis import Measures, SmoothnessTrace, plot_smoothness, smoothness
 from lirpa_ext.analysis.landscape import LENGTHS, log_lengths
-from lirpa_ext.analysis.plots import alt_text, read_alt
 from lirpa_ext.cli import main
 from lirpa_ext.errors import ConfigError, InvalidInputError, ResultsError
+from lirpa_ext.reporting.plots import alt_text, read_alt
 
 ROOT = Path(__file__).resolve().parent.parent
 

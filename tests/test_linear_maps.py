@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lirpa_ext import linear_maps
-from lirpa_ext.errors import InvalidInputError
-from lirpa_ext.linear_maps import (
+from lirpa_ext.domain import linear_maps
+from lirpa_ext.domain.linear_maps import (
     Conv,
     ConvTranspose,
     Dense,
@@ -24,6 +23,7 @@ from lirpa_ext.linear_maps import (
     WeightedMap,
     safe_sqrt,
 )
+from lirpa_ext.errors import InvalidInputError
 
 
 def dense_matrix(linear_map: LinearMap) -> Tensor:

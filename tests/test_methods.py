@@ -653,7 +653,7 @@ def test_what_is_no_input(model, bad):
 
 
 def test_other_perturbations_are_named(model, x):
-    other = engine._perturbations.PerturbationL0Norm(1)
+    other = engine.compatibility._perturbations.PerturbationL0Norm(1)
     with pytest.raises(InvalidInputError, match="PerturbationL0Norm is not an lp ball"):
         BoundedModule(model, x).compute_bounds(x=(BoundedTensor(x, other),), method="bcp")
 

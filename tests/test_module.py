@@ -16,7 +16,8 @@ from soundness import assert_sound
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine, lipschitz, precision
+from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine, lipschitz
+from lirpa_ext.engine import precision
 from lirpa_ext.errors import InvalidInputError, OptionError
 
 EPS = 0.3

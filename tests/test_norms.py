@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lirpa_ext import norm_certificates, norms
+from lirpa_ext.domain import norm_bounds as norm_certificates
+from lirpa_ext.domain import norms
+from lirpa_ext.domain.linear_maps import Conv, ConvTranspose, Dense, LinearMap, NonNegative, Scale, WeightedMap
+from lirpa_ext.domain.norms import NormBound, NormCache, NormEstimate, PowerIteration, spectral_norm_bound
 from lirpa_ext.errors import InvalidInputError
-from lirpa_ext.linear_maps import Conv, ConvTranspose, Dense, LinearMap, NonNegative, Scale, WeightedMap
-from lirpa_ext.norms import NormBound, NormCache, NormEstimate, PowerIteration, spectral_norm_bound
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "peers" / "bcp_mnist_state_dict.npz"
 

@@ -12,22 +12,14 @@ from mpmath import mpf
 from torch import nn
 from torch.nn import functional as F
 
-from lirpa_ext import (
-    BoundedModule,
-    BoundedTensor,
-    PerturbationLpNorm,
-    engine,
-    methods,
-    propagation,
-    register,
-    unregister,
-)
-from lirpa_ext.lengths import length, stretched
-from lirpa_ext.norms import NormCache
-from lirpa_ext.relaxations import scalar_function
-from lirpa_ext.rounding import ULPS
+from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine, methods, register, unregister
+from lirpa_ext.domain.ball_box import BallBox, box_radius
+from lirpa_ext.domain.lengths import length, stretched
+from lirpa_ext.domain.norms import NormCache
+from lirpa_ext.domain.rounding import ULPS
+from lirpa_ext.domain.scalar_functions import scalar_function
+from lirpa_ext.passes import ball_box as propagation
 from lirpa_ext.rules import RULES, Context, propagate_node
-from lirpa_ext.sets import BallBox, box_radius
 
 mpmath.mp.dps = 40
 INF = math.inf

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine, worst_case_logits
-from lirpa_ext.operators import BoundBallBoxLinear, BoundBallBoxRelu, BoundPowerIteration, relu_backward
-from lirpa_ext.sets import BallBox
+from lirpa_ext.domain.ball_box import BallBox
+from lirpa_ext.nodes.operators import BoundBallBoxLinear, BoundBallBoxRelu, BoundPowerIteration, relu_backward
 
 EPS = 0.4
 

@@ -20,12 +20,12 @@ import torch
 from lirpa_ext import certify
 from lirpa_ext.analysis.gather import gather
 from lirpa_ext.analysis.page import Page, Picture, Section, drawn_picture, file_picture, markdown, table
-from lirpa_ext.analysis.plots import alt_text, describe, figure, read_alt, save, style, svg
-from lirpa_ext.analysis.results import Result, read_result, text_table
 from lirpa_ext.cli import main
 from lirpa_ext.data import load_digits
 from lirpa_ext.errors import DataError, InvalidInputError, ResultsError
-from lirpa_ext.loading import save_model
+from lirpa_ext.models.loading import save_model
+from lirpa_ext.reporting.plots import alt_text, describe, figure, read_alt, save, style, svg
+from lirpa_ext.reporting.results import Result, read_result, text_table
 from lirpa_ext.training import Network, build
 from lirpa_ext.training.learning_curve import plot_metrics, read_metrics
 from lirpa_ext.training.run_folder import export_onnx
@@ -84,7 +84,7 @@ def folder(tmp_path_factory) -> Path:
     made.mkdir()
     network = Network("2C2F", [1, 8, 8])
     model = build(network).eval()
-    save_model(model, made / "model.pt", "lirpa_ext.training.architectures:named_network", **vars(network))
+    save_model(model, made / "model.pt", "lirpa_ext.models.architectures:named_network", **vars(network))
     config = {"model": {"network": vars(network), "loss": {"name": "bcp"}, "norm": 2, "eps": 0.5}, "note": HOSTILE}
     (made / "config.yaml").write_text(json.dumps(config, indent=1))
     (made / "environment.json").write_text(json.dumps({"torch": torch.__version__, "seed": 0}))

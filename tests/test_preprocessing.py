@@ -10,7 +10,7 @@ from torch import nn
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm
 from lirpa_ext.errors import DataError
-from lirpa_ext.preprocessing import Normalization, Preprocessed, preprocessed
+from lirpa_ext.models.preprocessing import Normalization, Preprocessed, preprocessed
 
 
 class Takes(nn.Module):

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import lirpa_ext.randomized.sampling
 from lirpa_ext.attacks import EOT, PGD
 from lirpa_ext.cli import main
+from lirpa_ext.domain.perturbation import PerturbationLpNorm
 from lirpa_ext.errors import ConfigError, InvalidInputError, TraceError
-from lirpa_ext.loading import load_model
-from lirpa_ext.perturbation import PerturbationLpNorm
+from lirpa_ext.models.loading import load_model
 from lirpa_ext.randomized import (
     BayesianLayer,
     Noise,

@@ -19,7 +19,7 @@ from torch import nn
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, lipschitz, worst_case_logits
 from lirpa_ext.attacks import PGD
 from lirpa_ext.data import load_data
-from lirpa_ext.specifications import margin_rows
+from lirpa_ext.domain.specifications import margin_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from reference import load_network, verified

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine
-from lirpa_ext.activations import BoundClip, BoundScalar
-from lirpa_ext.softmax import BoundStableLogSoftmax, BoundStableSoftmax, chords, log_softmax_box, others
-from lirpa_ext.specifications import margin_rows
+from lirpa_ext.domain.specifications import margin_rows
+from lirpa_ext.nodes.activations import BoundClip, BoundScalar
+from lirpa_ext.nodes.softmax import BoundStableLogSoftmax, BoundStableSoftmax, chords, log_softmax_box, others
 
 FUNCTIONS = {
     "erf": torch.erf,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lirpa_ext import certify, errors
-from lirpa_ext.report import Report
+from lirpa_ext.certification.report import Report
 
 X, Y = torch.rand(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
 
@@ -102,7 +102,7 @@ def test_a_hash_does_not_depend_on_the_process(tmp_path):
 def test_two_runs_do_not_write_to_one_file(tmp_path):
     path = tmp_path / "r.jsonl"
     program = (
-        "import sys, lirpa_ext.results_file as f; file = f.ResultsFile(sys.argv[1], {}); "
+        "import sys, lirpa_ext.certification.results_file as f; file = f.ResultsFile(sys.argv[1], {}); "
         "print('ready', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -19,12 +19,12 @@ from soundness import TOLERANCE, Extremes, assert_contains, extremes, generator,
 from torch import Tensor, nn
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine
+from lirpa_ext.domain.ball_box import BallBox
+from lirpa_ext.domain.norms import NormCache
 from lirpa_ext.errors import TraceError, UnsupportedNodeError
-from lirpa_ext.intervals import propagate_intervals
-from lirpa_ext.norms import NormCache
-from lirpa_ext.propagation import propagate
+from lirpa_ext.passes.ball_box import propagate
+from lirpa_ext.passes.intervals import propagate_intervals
 from lirpa_ext.rules import RULES, Context
-from lirpa_ext.sets import BallBox
 
 BATCH = 2
 LEGACY = engine.IS_LEGACY

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lirpa_ext.sets import BallBox, box_radius
+from lirpa_ext.domain.ball_box import BallBox, box_radius
 
 
 def random_box(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

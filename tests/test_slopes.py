@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lirpa_ext
-from lirpa_ext import (
+from lirpa_ext import (  # fmt: skip
     BoundedModule,
     BoundedTensor,
     PerturbationLpNorm,
@@ -22,16 +22,16 @@ from lirpa_ext import (
     mixed_loss,
     relu_stability_loss,
     worst_case_logits,
-)  # fmt: skip
-from lirpa_ext.backward import BackwardPass
+)
 from lirpa_ext.data import load_data
+from lirpa_ext.domain.norms import NormCache
+from lirpa_ext.domain.specifications import margin_rows
 from lirpa_ext.errors import InvalidInputError, LirpaExtError, OptionError, TrainModeError, UnknownMethodError
-from lirpa_ext.fusion import chords_of_margins
-from lirpa_ext.intervals import propagate_intervals
-from lirpa_ext.norms import NormCache
+from lirpa_ext.passes.backward import BackwardPass
+from lirpa_ext.passes.fusion import chords_of_margins
+from lirpa_ext.passes.intervals import propagate_intervals
+from lirpa_ext.passes.slopes import SlopePass
 from lirpa_ext.rules import Context
-from lirpa_ext.slopes import SlopePass
-from lirpa_ext.specifications import margin_rows
 
 RELAXED = ("slope:crown", "slope:cap", "slope:random", "slope:0.5,1", "slope:0,0.5", "slope:1,1", "sparse-slope")
 EVERY = (*RELAXED, "slope:ibp", "cap")
@@ -512,8 +512,8 @@ def test_batches_of_another_size_and_parts_of_a_batch(x, monkeypatch):
     for start in (0, 2):
         part = slice(start, start + 2)
         torch.testing.assert_close(run(x[part], eps[part], Y[part])[0], whole[0][part])
-    monkeypatch.setattr("lirpa_ext.slopes._MOST_ELEMENTS", 1)
-    monkeypatch.setattr("lirpa_ext.slopes._CACHED", 1)
+    monkeypatch.setattr("lirpa_ext.passes.slopes._MOST_ELEMENTS", 1)
+    monkeypatch.setattr("lirpa_ext.passes.slopes._CACHED", 1)
     torch.testing.assert_close(run(x, eps, Y), whole)
 
 

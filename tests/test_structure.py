@@ -16,14 +16,14 @@ from soundness import assert_contains, extremes
 from torch import Tensor, nn
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine, lipschitz
-from lirpa_ext.batch_axis import merges_batch
+from lirpa_ext.domain.ball_box import BallBox
+from lirpa_ext.domain.batch_axis import merges_batch
+from lirpa_ext.domain.linear_maps import Selection
+from lirpa_ext.domain.norms import spectral_norm_bound
+from lirpa_ext.domain.products import Product
 from lirpa_ext.errors import LirpaExtError, UnsupportedNodeError
-from lirpa_ext.linear_maps import Selection
-from lirpa_ext.norms import spectral_norm_bound
-from lirpa_ext.padding import repeated
-from lirpa_ext.products import Product
+from lirpa_ext.nodes.padding import repeated
 from lirpa_ext.rules.structure import max_pool_factor
-from lirpa_ext.sets import BallBox
 
 F64 = torch.float64
 

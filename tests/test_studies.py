@@ -13,13 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lirpa_ext.analysis.plots import alt_text, figure, save
-from lirpa_ext.attacks import EOT, FGSM, PGD, Attack
-from lirpa_ext.cli import main
-from lirpa_ext.errors import InvalidInputError
-from lirpa_ext.randomized import RandomLayer, evaluate, make_adv_bnn
-from lirpa_ext.randomized.evaluation import source_attack, wilson
-from lirpa_ext.studies import (
+from lirpa_ext.analysis.studies import (
     accuracy_study,
     concentration_record,
     concentrations,
@@ -34,6 +28,12 @@ from lirpa_ext.studies import (
     plot_transfer,
     transfer_matrix,
 )
+from lirpa_ext.attacks import EOT, FGSM, PGD, Attack
+from lirpa_ext.certification.robust_accuracy import source_attack, wilson
+from lirpa_ext.cli import main
+from lirpa_ext.errors import InvalidInputError
+from lirpa_ext.randomized import RandomLayer, evaluate, make_adv_bnn
+from lirpa_ext.reporting.plots import alt_text, figure, save
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -394,7 +394,7 @@ FIT = [
     "--model.optimizer.decay.milestones", "[]", "--trainer.accelerator", "cpu", "--trainer.logger", "false",
     "--progress", "false",
 ]  # fmt: skip
-RECORD = ["--trainer.callbacks+", "lirpa_ext.studies.GradientConcentration", "--trainer.callbacks.draws", "3"]
+RECORD = ["--trainer.callbacks+", "lirpa_ext.analysis.studies.GradientConcentration", "--trainer.callbacks.draws", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -433,8 +433,8 @@ def test_runs_are_studied_by_their_folders(run, tmp_path, capsys):
 def test_the_callback_refuses(tmp_path, capsys):
     for name in ("lightning", "jsonargparse", "sklearn"):
         pytest.importorskip(name, reason=f"{name} is not installed")
+    from lirpa_ext.analysis.studies import GradientConcentration
     from lirpa_ext.errors import ConfigError
-    from lirpa_ext.studies import GradientConcentration
 
     for options in ({"draws": 1}, {"samples": 0}):
         with pytest.raises(ConfigError):

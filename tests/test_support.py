@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from lirpa_ext import support
+from lirpa_ext.domain import ball_box_min as support
+from lirpa_ext.domain.ball_box_min import ball_box_min, merged_min, relu_ball_box_min, relu_ball_box_value
 from lirpa_ext.errors import InvalidInputError
-from lirpa_ext.support import ball_box_min, merged_min, relu_ball_box_min, relu_ball_box_value
 
 F64 = torch.float64
 

@@ -23,9 +23,9 @@ from torch import nn
 import lirpa_ext
 from lirpa_ext.cli import main
 from lirpa_ext.errors import ConfigError, DataError, RegistrationError
-from lirpa_ext.loading import load_model
+from lirpa_ext.models.architectures import named_network
+from lirpa_ext.models.loading import load_model
 from lirpa_ext.training import ARCHITECTURES, OBJECTIVES, Loss, Network, build, register_objective
-from lirpa_ext.training.architectures import named_network
 from lirpa_ext.training.augmentation import augment
 from lirpa_ext.training.batches import Batches, split
 from lirpa_ext.training.batchnorm import differs_in_training, fixed_statistics, recorded_statistics
@@ -653,7 +653,7 @@ def test_the_package_needs_no_lightning_and_says_what_to_install(tmp_path):
     """In a process where neither can be imported."""
     script = (
         "import sys; sys.modules['lightning'] = sys.modules['jsonargparse'] = None\n"
-        "import lirpa_ext, lirpa_ext.training, lirpa_ext.loading\n"
+        "import lirpa_ext, lirpa_ext.training, lirpa_ext.models.loading\n"
         "from lirpa_ext.cli import main\n"
         "sys.exit(main(['fit', '--config', 'x.yaml']))\n"
     )

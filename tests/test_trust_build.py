@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine, register, unregister
 from lirpa_ext.errors import InvalidInputError, LirpaExtError, TraceError, TrainModeError, UnsupportedNodeError
-from lirpa_ext.tracing import traceable_copy
-from lirpa_ext.trust.changes import Snapshot
-from lirpa_ext.trust.samples import check_samples_apart
+from lirpa_ext.module.changes import Snapshot
+from lirpa_ext.module.samples import check_samples_apart
+from lirpa_ext.module.tracing import traceable_copy
 
 
 def ball(x, eps=0.1, norm=2, **data_range):
@@ -172,7 +172,7 @@ def test_a_batch_size_that_is_built_in_is_named():
 
 def test_the_check_is_made_once_for_each_batch_size(monkeypatch):
     calls = []
-    monkeypatch.setattr("lirpa_ext.trust.agreement.check_samples_apart", lambda model, x: calls.append(len(x[0])))
+    monkeypatch.setattr("lirpa_ext.module.agreement.check_samples_apart", lambda model, x: calls.append(len(x[0])))
     model, x = Then(torch.relu), torch.randn(4, 4)
     graph = BoundedModule(model, x)
     for batch in (4, 2, 4, 2, 3):

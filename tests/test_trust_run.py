@@ -11,24 +11,16 @@ import torch
 from soundness import box_of, length, radii
 from torch import nn
 
-from lirpa_ext import (
-    BoundedModule,
-    BoundedTensor,
-    PerturbationLpNorm,
-    engine,
-    errors,
-    guard,
-    load_vnnlib,
-    verifier,
-    verify,
-)
+from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine, errors, load_vnnlib, verify
 from lirpa_ext.attacks import Attack
-from lirpa_ext.certifier import Certifier
-from lirpa_ext.certify import certify
-from lirpa_ext.goals import Bounder
-from lirpa_ext.limits import Deadline, OutOfTime, is_out_of_memory
+from lirpa_ext.certification.certifier import Certifier
+from lirpa_ext.certification.certify import certify
+from lirpa_ext.engine.limits import Deadline, OutOfTime, is_out_of_memory
 from lirpa_ext.methods import METHODS, register_method
-from lirpa_ext.trust.clean_value import rounding
+from lirpa_ext.methods.clean_value import rounding
+from lirpa_ext.module import guard
+from lirpa_ext.verification import verifier
+from lirpa_ext.verification.goals import Bounder
 
 BATCH, CLASSES = 5, 4
 

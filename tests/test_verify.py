@@ -17,9 +17,9 @@ from torch import nn
 
 from lirpa_ext import errors, load_onnx, load_vnnlib, verify
 from lirpa_ext.cli import main
-from lirpa_ext.falsify import Judge
-from lirpa_ext.goals import Bounder, Goal
-from lirpa_ext.limits import Deadline, OutOfTime
+from lirpa_ext.engine.limits import Deadline, OutOfTime
+from lirpa_ext.verification.falsify import Judge
+from lirpa_ext.verification.goals import Bounder, Goal
 
 _FOLDER = Path(__file__).resolve().parents[2] / "shared" / "onnx"
 needs_files = pytest.mark.skipif(not _FOLDER.is_dir(), reason=f"the networks are not there ({_FOLDER})")
@@ -244,7 +244,7 @@ def test_memory_that_runs_out_leaves_a_method_for_the_next():
     # In a process of its own: one that has freed memory before may take that again without asking for more.
     code = """
 import math, resource, torch
-from lirpa_ext.limits import memory_limit
+from lirpa_ext.engine.limits import memory_limit
 from test_verify import load_vnnlib, network, text, verify
 before = resource.getrlimit(resource.RLIMIT_AS)
 try:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lirpa_ext.errors import DataError
-from lirpa_ext.vnnlib import Specification, load_vnnlib
+from lirpa_ext.verification.vnnlib import Specification, load_vnnlib
 
 _FOLDER = Path(__file__).resolve().parents[2] / "shared" / "onnx" / "vnnlib"
 needs_files = pytest.mark.skipif(not _FOLDER.is_dir(), reason=f"the properties are not there ({_FOLDER})")

@@ -1,7 +1,7 @@
 """Analyses of tightness and smoothness: each is a function that returns numbers, and a plot made from them.
 
-Numbers are frozen dataclasses with `rows`, `table`, `summary` and `save` (`lirpa_ext.analysis.results`); plots share
-one style (`lirpa_ext.analysis.plots`). ``lirpa-ext analyze`` runs those of its table (`lirpa_ext.analysis.task`). The
+Numbers are frozen dataclasses with `rows`, `table`, `summary` and `save` (`lirpa_ext.reporting.results`); plots share
+one style (`lirpa_ext.reporting.plots`). ``lirpa-ext analyze`` runs those of its table (`lirpa_ext.cli.task`). The
 callbacks need Lightning; the rest does not.
 """
 
@@ -10,9 +10,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from ..training.trade_off import TradeOff, read_trade_off
 from .activity import Activity, relu_activity
 from .connectivity import CertifiedObjective, Connectivity, bezier, connect, plot_connectivity
-from .curves import Curves, TradeOff, read_trade_off, verified_curves
+from .curves import Curves, verified_curves
 from .landscape import Measures, SmoothnessComparison, SmoothnessTrace, plot_smoothness, smoothness
 from .lower_slopes import LowerSlopes, lower_slopes
 from .outer import OuterBound, outer_bound

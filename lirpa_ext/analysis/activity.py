@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidInputError
-from .plots import COLORS, style
-from .results import Result, Row
+from ..reporting.plots import COLORS, style
+from ..reporting.results import Result, Row
 from .subject import Subject
 
 if TYPE_CHECKING:

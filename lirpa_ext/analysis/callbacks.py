@@ -12,10 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..reporting.plots import save
+from ..reporting.results import Row
 from ..training.module import CertifiedClassifier
 from .lower_slopes import has_slopes
-from .plots import save
-from .results import Row
 from .traces import ActivityTrace, LipschitzTrace, Trace, activity_record, lipschitz_records
 
 __all__ = ["EveryEpoch", "LipschitzConstants", "ReluActivity"]

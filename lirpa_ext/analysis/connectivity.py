@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidInputError
-from ..module import BoundedModule
+from ..module.bounded_module import BoundedModule
+from ..reporting.plots import figure, style
+from ..reporting.results import Result, Row
 from ..training.objectives import Loss, Step, step_loss
 from ..training.schedules import Values
-from .plots import figure, style
-from .results import Result, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,13 +16,13 @@ from typing import Any
 import yaml
 from torch import nn
 
+from ..certification.report import Report
 from ..errors import DataError, LirpaExtError
-from ..inspection import inspect_onnx
-from ..loading import load_model
-from ..report import Report
+from ..importer.inspection import inspect_onnx
+from ..models.loading import load_model
+from ..reporting.results import read_result
 from ..training.learning_curve import plot_metrics, read_metrics
 from .page import Fact, Page, Picture, Section, drawn_picture, file_picture, markdown, table
-from .results import read_result
 
 __all__ = ["gather"]
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInputError, ResultsError
-from .plots import figure, style
-from .results import Result, Row, read_result
+from ..reporting.plots import figure, style
+from ..reporting.results import Result, Row, read_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

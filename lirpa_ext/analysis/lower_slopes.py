@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInputError, OptionError
 from ..methods import is_ours
-from .plots import style
-from .results import Result, Row
+from ..reporting.plots import style
+from ..reporting.results import Result, Row
 from .subject import Subject, options_by_method
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..attacks import PGD
 from ..errors import InvalidInputError
-from .plots import style
-from .results import Result, Row
+from ..reporting.plots import style
+from ..reporting.results import Result, Row
 from .subject import Subject, options_by_method
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from markupsafe import Markup
 from .._version import __version__
 from ..errors import InvalidInputError, ResultsError
 from ..files import write_whole
-from .plots import alt_text, image_size, read_alt, svg
-from .results import Row
+from ..reporting.plots import alt_text, image_size, read_alt, svg
+from ..reporting.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,11 +14,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..reporting.plots import save
+from ..reporting.results import Row
 from ..training.module import CertifiedClassifier
 from ..training.schedules import Values
 from .landscape import SmoothnessTrace, log_lengths, plot_smoothness, record, smoothness
-from .plots import save
-from .results import Row
 
 __all__ = ["Smoothness"]
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..certifier import Certifier
+from ..certification.certifier import Certifier
 from ..data import gather
+from ..domain.perturbation import PerturbationLpNorm
+from ..domain.specifications import check_labels
 from ..engine import BoundedTensor
 from ..errors import InvalidInputError, OptionError
 from ..methods import label_option
-from ..module import BoundedModule
-from ..perturbation import PerturbationLpNorm
-from ..specifications import check_labels
+from ..module.bounded_module import BoundedModule
 
 __all__ = ["Subject", "options_by_method"]
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..domain.specifications import margin_rows
 from ..errors import InvalidInputError
 from ..methods import label_option
-from ..specifications import margin_rows
-from .plots import style
-from .results import Result, Row
+from ..reporting.plots import style
+from ..reporting.results import Result, Row
 from .subject import Subject, options_by_method
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+from ..certification.lipschitz import lipschitz
 from ..errors import InvalidInputError, ResultsError
-from ..lipschitz import lipschitz
+from ..reporting.plots import figure, style
+from ..reporting.results import Result, Row, read_result
 from .activity import STATES, relu_activity
 from .lower_slopes import lower_slopes
-from .plots import figure, style
-from .results import Result, Row, read_result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..domain.lengths import flat
 from ..errors import ConfigError, InvalidInputError
-from ..lengths import flat
 from .base import Attack, Target
 
 _logger = logging.getLogger(__name__)

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..domain.lengths import flat
+from ..domain.perturbation import PerturbationLpNorm
+from ..domain.specifications import check_labels, margins
+from ..engine.limits import is_out_of_memory
 from ..errors import InvalidInputError, LirpaExtError
-from ..lengths import flat
-from ..limits import is_out_of_memory
-from ..perturbation import PerturbationLpNorm
+from ..module.tracing import check_mode
 from ..randomized.sampling import is_randomized, sample
-from ..specifications import check_labels, margins
-from ..tracing import check_mode
 from .losses import LOSSES, TARGETED_LOSSES
 
 _logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ..domain.perturbation import PerturbationLpNorm
 from ..errors import InvalidInputError
-from ..perturbation import PerturbationLpNorm
 from ..randomized.sampling import sample
 from .base import Attack, Target
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch.nn.functional import normalize
 
+from ..domain.lengths import flat
 from ..errors import InvalidInputError
-from ..lengths import flat
 from .base import Attack, Target
 from .losses import in_turn
 

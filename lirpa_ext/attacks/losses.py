@@ -12,8 +12,8 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional
 
+from ..domain.specifications import margins
 from ..errors import InvalidInputError
-from ..specifications import margins
 
 # Where all of the logits that a spread is made of agree, the loss is 0 and not NaN; as in the authors' code.
 _LEAST_SPREAD = 1e-12

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..engine.limits import memory_limit
 from ..errors import DataError
-from ..limits import memory_limit
 from .arrays import Pair, as_tensors
 from .folders import read_images
 from .reading import allowance, read_bytes, reading

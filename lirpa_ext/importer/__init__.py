@@ -11,8 +11,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from ..engine.limits import Deadline, OutOfTime, one_thread
 from ..errors import InvalidInputError, OnnxError
-from ..limits import Deadline, OutOfTime, one_thread
 from .batching import add_batch_axis, add_output_axis, fold_shapes, free_batch, lacks_batch_axis
 from .checking import Check, check
 from .converters import convert, import_onnx2torch

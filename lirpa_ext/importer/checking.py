@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LirpaExtError, OnnxError
-from ..module import BoundedModule
+from ..module.bounded_module import BoundedModule
 from .graph import Graph
 from .reference import Reference
 

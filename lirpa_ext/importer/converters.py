@@ -11,8 +11,8 @@ from onnx import helper
 from torch import nn
 
 from ..errors import DataError, OnnxError
-from ..torchvision_repair import torchvision_or_placeholder
 from .graph import DOMAIN, Graph, Node
+from .torchvision_repair import torchvision_or_placeholder
 
 
 def convert(graph: Graph) -> torch.fx.GraphModule:

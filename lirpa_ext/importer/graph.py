@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from ..limits import Deadline
+from ..engine.limits import Deadline
 from .reading import opset_of
 
 OPSET = 17  # of the normal form, the newest that onnx2torch knows in full

@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 from onnx import helper, shape_inference
 
+from ..engine.limits import memory_limit
 from ..errors import OnnxError
-from ..limits import memory_limit
 from .graph import Graph, shape_of
 
 # Caps on one run; a corrupt pad or kernel size asks for more than a machine has.

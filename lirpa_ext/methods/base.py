@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import engine
+from ..domain.ball_box import BallBox
+from ..domain.norms import NormCache, PowerIteration
+from ..domain.perturbation import PerturbationLpNorm
+from ..domain.scalar_functions import scalar_function
 from ..errors import InvalidInputError, OptionError, RegistrationError, UnknownMethodError
-from ..norms import NormCache, PowerIteration
-from ..perturbation import PerturbationLpNorm
-from ..propagation import propagate
-from ..relaxations import scalar_function
+from ..nodes.softmax import BoundStableLogSoftmax
+from ..passes.ball_box import propagate
 from ..rules import Context, State
-from ..sets import BallBox
-from ..softmax import BoundStableLogSoftmax
 
 Bounds = tuple[Tensor | None, Tensor | None]
 

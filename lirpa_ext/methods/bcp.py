@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from .. import engine
-from ..lengths import flat, length
-from ..linear_maps import Dense
-from ..rounding import gamma, row_slack
+from ..domain.ball_box import BallBox
+from ..domain.ball_box_min import ball_box_min, merged_min
+from ..domain.lengths import flat, length
+from ..domain.linear_maps import Dense
+from ..domain.rounding import gamma, row_slack
 from ..rules import RULES
 from ..rules.linear import Affine
-from ..sets import BallBox
-from ..support import ball_box_min, merged_min
 from .base import Bounds, Problem, register_method, set_of
 
 # Above this many outputs, bounds without C come from the output's own box: C would be the identity.

@@ -1,7 +1,7 @@
 """The ball-box backward bound, "bcp-crown", and its optimized form, "bcp-alpha-crown" (DESIGN.md 4b).
 
 CROWN's backward pass with boxes alone is weak for l2; here a ReLU's relaxation is minimized over the ball and
-the box together. Soundness: see `lirpa_ext.backward`; every candidate below is a bound, so the best of them is.
+the box together. Soundness: see `lirpa_ext.passes.backward`; every candidate below is a bound, so the best of them is.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backward import BackwardPass, Part
+from ..domain.ball_box import BallBox
+from ..domain.ball_box_min import relu_ball_box_min, relu_ball_box_value
+from ..domain.lengths import flat
 from ..errors import OptionError
-from ..lengths import flat
-from ..sets import BallBox
-from ..support import relu_ball_box_min, relu_ball_box_value
+from ..passes.backward import BackwardPass, Part
 from .base import Bounds, Problem, register_method, set_of
 from .bcp import last_step, tightened
 

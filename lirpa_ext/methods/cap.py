@@ -2,7 +2,7 @@
 
 E. Wong, J. Z. Kolter, Provable defenses against adversarial examples via the convex outer adversarial polytope,
 ICML 2018; L. Weng et al., Towards fast computation of certified robustness for ReLU networks, ICML 2018. Proof of
-soundness: each hidden layer's box is a bound of `lirpa_ext.slopes` on the boxes before it, which are sound.
+soundness: each hidden layer's box is a bound of `lirpa_ext.passes.slopes` on the boxes before it, which are sound.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from .. import engine
-from ..batch_axis import merges_batch
+from ..domain.ball_box import BallBox
+from ..domain.batch_axis import merges_batch
 from ..errors import OptionError
-from ..intervals import propagate_intervals
-from ..sets import BallBox
-from ..slopes import ACTIVATIONS, SlopePass
+from ..passes.intervals import propagate_intervals
+from ..passes.slopes import ACTIVATIONS, SlopePass
 from .base import Bounds, Problem, register_method, set_of
 from .bcp import tightened
 from .projections import Projections

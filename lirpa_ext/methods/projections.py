@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import engine
-from ..perturbation import PerturbationLpNorm
+from ..domain.ball_box import BallBox, per_sample
+from ..domain.perturbation import PerturbationLpNorm
+from ..passes.slopes import ACTIVATIONS, Lines
 from ..rules import RULES, State
 from ..rules.base import apply
-from ..sets import BallBox, per_sample
-from ..slopes import ACTIVATIONS, Lines
 from .base import set_of
 
 

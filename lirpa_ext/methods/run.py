@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import engine
+from ..domain.norms import NormCache, PowerIteration
 from ..errors import InvalidInputError, OptionError
-from ..intervals import propagate_intervals
-from ..norms import NormCache, PowerIteration
-from ..propagation import propagate
+from ..passes.ball_box import propagate
+from ..passes.intervals import propagate_intervals
+from ..passes.slopes import ACTIVATIONS
 from ..rules import Context
-from ..slopes import ACTIVATIONS
-from ..trust.clean_value import held
 from .base import Bounds, Method, Problem, check_specification, find_method, set_of
 from .bcp import LastLayer, dense_last_layer, tightened
+from .clean_value import held
 
 
 def method_of(name: str, options: dict[str, Any]) -> Method:

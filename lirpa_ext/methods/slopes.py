@@ -3,7 +3,7 @@
 S. Lee, W. Lee, J. Park, J. Lee, Towards better understanding of training certifiably robust models against
 adversarial examples, NeurIPS 2021; S. Lee's dissertation (2021), 3.3.3, C.3, C.4, C.8. Proof of soundness: the
 intermediate boxes are sound, and on them the bound holds for every choice of slopes in [0, 1]
-(`lirpa_ext.slopes.Lines`), so also for one that depends on the labels, on chance or on a gradient.
+(`lirpa_ext.passes.slopes.Lines`), so also for one that depends on the labels, on chance or on a gradient.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..domain.ball_box import BallBox
+from ..domain.specifications import check_labels, margin_rows
 from ..errors import InvalidInputError, OptionError, UnknownMethodError
-from ..fusion import chords_of_margins, cross_entropy_bound
-from ..intervals import propagate_intervals
-from ..sets import BallBox
-from ..slopes import Lines, SlopePass, Slopes
-from ..specifications import check_labels, margin_rows
+from ..passes.fusion import chords_of_margins, cross_entropy_bound
+from ..passes.intervals import propagate_intervals
+from ..passes.slopes import Lines, SlopePass, Slopes
 from .base import FAMILIES, Bounds, Family, Method, Problem, set_of
 from .bcp import tightened
 
@@ -98,7 +98,7 @@ def sparse_slope(
         norms: Spectral norms of "bcp": "bound" (default), or "estimate" for training, which is no certificate.
         outward: Outward rounding of what floating-point arithmetic may lose. Default: in float64, with "bound".
         loss_fusion: Bound the cross entropy of the labels itself, with one row in place of classes - 1
-            (`lirpa_ext.fusion`): returns (None, upper bound (B, 1)). Then C is not taken, nor the lower side.
+            (`lirpa_ext.passes.fusion`): returns (None, upper bound (B, 1)). Then C is not taken, nor the lower side.
 
     Returns:
         Lower and upper bounds, (B, S), or of the output's shape without C.

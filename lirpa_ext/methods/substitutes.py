@@ -2,8 +2,8 @@
 
 IBP, CROWN-IBP, CROWN (H. Zhang et al., Efficient neural network robustness certification with general activation
 functions, NeurIPS 2018) and alpha-CROWN (K. Xu et al., Fast and complete, ICLR 2021), the last with optimized slopes
-in the pass from the output only. Proof of soundness: every box is a bound of `lirpa_ext.slopes` on boxes that are
-sound, and there any slopes in [0, 1] are.
+in the pass from the output only. Proof of soundness: every box is a bound of `lirpa_ext.passes.slopes` on boxes that
+are sound, and there any slopes in [0, 1] are.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import engine
+from ..domain.ball_box import BallBox
 from ..errors import OptionError
-from ..intervals import propagate_intervals
+from ..passes.intervals import propagate_intervals
+from ..passes.slopes import SlopePass
 from ..rules import RULES, State
-from ..sets import BallBox
-from ..slopes import SlopePass
 from .base import FAMILIES, Bounds, Problem, set_of
 from .bcp import tightened
 from .slopes import adaptive, both_sides, slope_ibp
@@ -33,7 +33,7 @@ class Request(NamedTuple):
 
     Attributes:
         name: The method, one name for all of its synonyms.
-        family: Family of the engine's bounds that it rests on (`lirpa_ext.trust.engine_list.FAMILIES`).
+        family: Family of the engine's bounds that it rests on (`lirpa_ext.engine.positive_list.FAMILIES`).
     """
 
     name: str

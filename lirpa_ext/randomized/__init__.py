@@ -16,7 +16,7 @@ from .rse import Noise, make_rse
 from .sampling import ADAPTERS, Adapter, RandomLayer, Sampled, is_randomized, predict, require_randomized, sample
 
 if TYPE_CHECKING:
-    from .evaluation import RobustAccuracy, evaluate
+    from ..certification.robust_accuracy import RobustAccuracy, evaluate
 
 _OF_EVALUATION = ("RobustAccuracy", "evaluate")  # which need attacks, which need this package
 

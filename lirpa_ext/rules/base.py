@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from .. import engine
+from ..domain.ball_box import BallBox
+from ..domain.lengths import length
+from ..domain.linear_maps import Conv, ConvTranspose, Dense, LinearMap
+from ..domain.norms import NormCache, PowerIteration, key_of
+from ..domain.products import Product
+from ..domain.rounding import widened
+from ..engine.limits import is_out_of_memory
+from ..engine.positive_list import is_listed, is_ours, refusal
 from ..errors import RegistrationError, UnsupportedNodeError
-from ..lengths import length
-from ..limits import is_out_of_memory
-from ..linear_maps import Conv, ConvTranspose, Dense, LinearMap
-from ..norms import NormCache, PowerIteration, key_of
-from ..products import Product
-from ..rounding import widened
-from ..sets import BallBox
-from ..trust.engine_list import is_listed, is_ours, refusal
 
 ITERABLE = (Dense, Conv, ConvTranspose, Product)  # maps whose norm training estimates by a power iteration
 
@@ -38,11 +38,11 @@ class Context:
         ball_only: Propagate no boxes (the Lipschitz-margin baseline).
         tighten: Use row norms that know the zero padding, and rho <- min(rho, radius of the box) wherever the ball is
             about to be used.
-        outward: Add what floating-point arithmetic may have lost (`lirpa_ext.rounding`).
+        outward: Add what floating-point arithmetic may have lost (`lirpa_ext.domain.rounding`).
         fallbacks: Names and classes of the nodes that no rule knew; filled by the propagation.
         ended: Names of the nodes at which coefficient rows ended early, and why; filled by the backward pass.
         norms: The norm that each linear node was propagated with, by name; filled by the propagation.
-        geometries: Of the linear maps of those names (`lirpa_ext.norms.key_of`); filled by the propagation.
+        geometries: Of the linear maps of those names (`lirpa_ext.domain.norms.key_of`); filled by the propagation.
     """
 
     cache: NormCache

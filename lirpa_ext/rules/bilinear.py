@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lengths import flat
-from ..sets import BallBox
+from ..domain.ball_box import BallBox
+from ..domain.lengths import flat
 from .base import Context, State, register_rule
 from .linear import Scaling, sum_to
 from .structure import copies

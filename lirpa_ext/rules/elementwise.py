@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import engine
-from ..lengths import flat, length, stretched
-from ..relaxations import ScalarFunction, scalar_function
-from ..rounding import ULPS, outward_box, widened
-from ..sets import BallBox, box_radius
+from ..domain.ball_box import BallBox, box_radius
+from ..domain.lengths import flat, length, stretched
+from ..domain.rounding import ULPS, outward_box, widened
+from ..domain.scalar_functions import ScalarFunction, scalar_function
 from .base import Context, Rule, State, only_perturbed, propagate_interval, register_rule
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from .. import engine
-from ..batch_axis import moves_samples
-from ..lengths import flat
-from ..linear_maps import Conv, ConvTranspose, Dense, LinearMap, NonNegative, Scale, Selection
-from ..products import Product
-from ..rounding import gamma, input_of_affine, output_of_affine, sign_kept, summands
-from ..sets import BallBox, per_sample
+from ..domain.ball_box import BallBox, per_sample
+from ..domain.batch_axis import moves_samples
+from ..domain.lengths import flat
+from ..domain.linear_maps import Conv, ConvTranspose, Dense, LinearMap, NonNegative, Scale, Selection
+from ..domain.products import Product
+from ..domain.rounding import gamma, input_of_affine, output_of_affine, sign_kept, summands
 from .base import Context, Rule, State, apply, only_perturbed, register_rule, weight_name
 from .cut import Cut
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..lengths import flat
-from ..sets import BallBox
+from ..domain.ball_box import BallBox
+from ..domain.lengths import flat
 from .base import State, only_perturbed, register_rule
 from .structure import Monotone, along_features, max_pool_factor
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lengths import length
-from ..rounding import gamma
-from ..sets import BallBox
+from ..domain.ball_box import BallBox
+from ..domain.lengths import length
+from ..domain.rounding import gamma
 from .base import Context, Rule, State, register_rule
 from .structure import box_of, copies
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..products import matrices, product_adjoint
-from ..rounding import gamma
-from ..sets import BallBox
+from ..domain.ball_box import BallBox
+from ..domain.products import matrices, product_adjoint
+from ..domain.rounding import gamma
 from .base import Context, State, only_perturbed, register_rule
 from .linear import Own, TimesConstant, constant_product, shape_of, sum_to
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import engine
-from ..batch_axis import acts_on_axes, moves_samples, regrouped, regroups_samples
+from ..domain.ball_box import BallBox
+from ..domain.batch_axis import acts_on_axes, moves_samples, regrouped, regroups_samples
+from ..domain.lengths import length
+from ..domain.rounding import gamma
 from ..errors import UnsupportedNodeError
-from ..lengths import length
-from ..rounding import gamma
-from ..sets import BallBox
 from .base import Context, Rule, State, apply, only_perturbed, register_rule
 from .linear import sum_to
 

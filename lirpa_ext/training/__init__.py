@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 from ..errors import ConfigError
-from .architectures import ARCHITECTURES, Network, build
+from ..models.architectures import ARCHITECTURES, Network, build
 from .batches import Batches
 from .memory import keep_freed_memory
 from .objectives import OBJECTIVES, Loss, Objective, register_objective

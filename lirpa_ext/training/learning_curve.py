@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.plots import COLORS, figure
 from ..errors import ResultsError
+from ..reporting.plots import COLORS, figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

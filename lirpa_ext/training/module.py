@@ -11,11 +11,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from ..attacks import APGD
-from ..certifier import Certifier
+from ..certification.certifier import Certifier
+from ..domain.perturbation import PerturbationLpNorm
 from ..errors import ConfigError, LirpaExtError
-from ..module import BoundedModule
-from ..perturbation import PerturbationLpNorm
-from .architectures import Network, build
+from ..models.architectures import Network, build
+from ..module.bounded_module import BoundedModule
 from .batchnorm import differs_in_training, fixed_statistics, population_statistics, recorded_statistics
 from .objectives import Loss, Step, step_loss
 from .optimizer import Optimizer, change_rate

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..attacks import PGD
+from ..domain.perturbation import PerturbationLpNorm
 from ..errors import ConfigError, RegistrationError
-from ..losses import certified_loss, clean_and_worst_logits, fused_cross_entropy, mixed_loss, relu_stability_loss
 from ..methods import check_options, find_method
-from ..module import BoundedModule
-from ..perturbation import PerturbationLpNorm
+from ..module.bounded_module import BoundedModule
 from ..randomized import REGULARIZERS
+from .losses import certified_loss, clean_and_worst_logits, fused_cross_entropy, mixed_loss, relu_stability_loss
 from .schedules import Values
 
 __all__ = ["OBJECTIVES", "Loss", "Objective", "Step", "register_objective", "step_loss"]

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..attacks import EOT, PGD
+from ..certification.robust_accuracy import RobustAccuracy, evaluate
 from ..data import Pair
+from ..domain.perturbation import PerturbationLpNorm
 from ..errors import ConfigError
 from ..files import write_whole
-from ..perturbation import PerturbationLpNorm
+from ..models.architectures import Network
 from ..randomized import REGULARIZERS, elbo_loss, gradients
-from ..randomized.evaluation import RobustAccuracy, evaluate
-from .architectures import Network
 from .batchnorm import differs_in_training, fixed_statistics, recorded_statistics
 from .objectives import Loss
 from .schedules import Schedule, Values

@@ -7,7 +7,7 @@
 ``learning_curve.png``  the same as a plot
 ``last.ckpt``           to resume from
 ``best.ckpt``           most verified validation samples since the end of the ramp
-``model.pt``            the best network, for `lirpa_ext.loading.load_model` and ``lirpa-ext certify``
+``model.pt``            the best network, for `lirpa_ext.models.loading.load_model` and ``lirpa-ext certify``
 ``model.onnx``          the same as ONNX, of any batch size; not of a randomized network
 ``README.md``           the model card
 ======================  ==============================================================================================
@@ -30,9 +30,9 @@ from torch import nn
 
 from .. import engine
 from .._version import __version__
-from ..analysis.plots import save
 from ..files import replacing, write_csv, write_tensors, write_whole
-from ..loading import save_model
+from ..models.loading import save_model
+from ..reporting.plots import save
 from .card import write_card
 from .checkpoints import cut_short
 from .learning_curve import plot_metrics
@@ -126,7 +126,7 @@ def save_network(module: CertifiedClassifier, folder: Path) -> None:
     if ":" in network.name:  # whose code only the user may name: load_model(path, "package.module:callable")
         write_tensors(folder / "model.pt", model.state_dict())
     else:
-        save_model(model, folder / "model.pt", "lirpa_ext.training.architectures:named_network", **vars(network))
+        save_model(model, folder / "model.pt", "lirpa_ext.models.architectures:named_network", **vars(network))
     if not module.randomized:  # a trace would hold one draw for ever
         export_onnx(model, network.input_shape, folder / "model.onnx")
     write_card(folder)

@@ -15,11 +15,11 @@ from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ..certify import certify
+from ..certification.certify import certify
+from ..certification.report import Report
 from ..data import gather
 from ..errors import ConfigError, DataError
 from ..files import locked, make_folder, remove_parts, unwritable
-from ..report import Report
 from .batches import resumable
 from .card import write_card
 from .checkpoints import Best, Checkpoints, Last, State, read_checkpoint

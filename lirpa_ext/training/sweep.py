@@ -108,8 +108,8 @@ def plot_sweep(rows: list[dict[str, Any]], path: Path) -> None:
 
     Of a randomized network, of which nothing is verified, PGD's alone.
     """
-    from ..analysis.curves import TradeOff, plot_trade_off
-    from ..analysis.plots import figure, save
+    from ..reporting.plots import figure, save
+    from .trade_off import TradeOff, plot_trade_off
 
     result = TradeOff(rows)
     drawn, axes = figure(result.summary())

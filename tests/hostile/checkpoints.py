@@ -9,13 +9,13 @@ import zipfile
 
 import torch
 
-from lirpa_ext.loading import load_model as read  # noqa: F401
-from lirpa_ext.training.architectures import named_network
+from lirpa_ext.models.architectures import named_network
+from lirpa_ext.models.loading import load_model as read  # noqa: F401
 
 from .arrays import Execute
 from .batches import nested
 
-NAME = "lirpa_ext.training.architectures:named_network"
+NAME = "lirpa_ext.models.architectures:named_network"
 SMALL = {"name": "Small", "input_shape": [1, 12, 12]}
 STATE = named_network(**SMALL).state_dict()
 

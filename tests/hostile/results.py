@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from lirpa_ext.report import Report
+from lirpa_ext.certification.report import Report
 
 META = {
     "format": "lirpa-ext certification 1", "method": "bcp", "options": {}, "norm": 2, "eps": [0.1], "dtype": "float32",

@@ -17,7 +17,7 @@ class Case(NamedTuple):
     """A network about one kind of node.
 
     Attributes:
-        subject: Class name of the node, as in `lirpa_ext.trust.configuration.kind`.
+        subject: Class name of the node, as in `lirpa_ext.engine.configuration.kind`.
         build: Makes the network.
         shape: Of one sample.
         alone: Only the node's own interval rule and relaxation are of interest: this package's methods read them, but

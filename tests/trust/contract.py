@@ -15,8 +15,8 @@ from soundness import Extremes, assert_contains, extremes, generator
 from torch import Tensor
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine
+from lirpa_ext.engine.configuration import configuration, kind
 from lirpa_ext.errors import LirpaExtError
-from lirpa_ext.trust.configuration import configuration, kind
 
 # The methods of each family, and whether they are attacked with rows of the outputs (True) or on the outputs (False).
 METHODS = {

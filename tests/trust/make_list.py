@@ -18,7 +18,7 @@ from catalogue import ACTIVATIONS, FUNCTIONS, catalogue
 from contract import Observation, observe
 
 from lirpa_ext import engine
-from lirpa_ext.trust.engine_list import FAMILIES, PATH
+from lirpa_ext.engine.positive_list import FAMILIES, PATH
 
 Key = tuple[str, str, str]
 

@@ -15,9 +15,9 @@ from torch import nn
 
 import lirpa_ext
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine
+from lirpa_ext.engine import positive_list as engine_list
+from lirpa_ext.engine.configuration import configuration, kind
 from lirpa_ext.errors import OptionError, SoundnessError, UnsupportedNodeError
-from lirpa_ext.trust import engine_list
-from lirpa_ext.trust.configuration import configuration, kind
 
 sys.path.insert(0, str(Path(__file__).parent))
 

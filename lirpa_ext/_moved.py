@@ -1,0 +1,126 @@
+"""Modules that have moved: their old names work for one release, with a DeprecationWarning that names the new one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+# Old name -> new name, both in lirpa_ext.
+MOVED = {
+    "activations": "nodes.activations",
+    "analysis.plots": "reporting.plots",
+    "analysis.results": "reporting.results",
+    "analysis.task": "cli.task",
+    "analyze_cli": "cli.analyze",
+    "backward": "passes.backward",
+    "batch_axis": "domain.batch_axis",
+    "certifier": "certification.certifier",
+    "certify": "certification.certify",
+    "certify_cli": "cli.certify",
+    "engine_methods": "methods.engine_methods",
+    "evidence": "verification.evidence",
+    "falsify": "verification.falsify",
+    "fit_cli": "cli.fit",
+    "fusion": "passes.fusion",
+    "goals": "verification.goals",
+    "guard": "module.guard",
+    "identity": "certification.identity",
+    "inspect_cli": "cli.inspect",
+    "inspection": "importer.inspection",
+    "intervals": "passes.intervals",
+    "lengths": "domain.lengths",
+    "limits": "engine.limits",
+    "linear_maps": "domain.linear_maps",
+    "lipschitz": "certification.lipschitz",
+    "loading": "models.loading",
+    "losses": "training.losses",
+    "matmul": "nodes.matmul",
+    "norm_certificates": "domain.norm_bounds",
+    "norms": "domain.norms",
+    "operators": "nodes.operators",
+    "outcomes": "certification.outcomes",
+    "padding": "nodes.padding",
+    "patch": "module.register",
+    "perturbation": "domain.perturbation",
+    "powers": "nodes.powers",
+    "precision": "engine.precision",
+    "preprocessing": "models.preprocessing",
+    "products": "domain.products",
+    "propagation": "passes.ball_box",
+    "quotients": "nodes.quotients",
+    "radii": "certification.radii",
+    "randomized.evaluation": "certification.robust_accuracy",
+    "relaxations": "nodes.relaxations",
+    "repairs": "nodes.repairs",
+    "report": "certification.report",
+    "report_cli": "cli.report",
+    "results_file": "certification.results_file",
+    "rounding": "domain.rounding",
+    "sets": "domain.ball_box",
+    "slopes": "passes.slopes",
+    "softmax": "nodes.softmax",
+    "specifications": "domain.specifications",
+    "splitting": "verification.splitting",
+    "studies": "analysis.studies",
+    "studies.callbacks": "analysis.studies.callbacks",
+    "studies.gradients": "analysis.studies.gradients",
+    "studies.robustness": "analysis.studies.robustness",
+    "studies.training": "analysis.studies.training",
+    "study_cli": "cli.study",
+    "support": "domain.ball_box_min",
+    "torchvision_repair": "importer.torchvision_repair",
+    "tracing": "module.tracing",
+    "training.architectures": "models.architectures",
+    "transcendental": "nodes.transcendental",
+    "verdict": "verification.verdict",
+    "verifier": "verification.verifier",
+    "verify": "verification.verify",
+    "verify_cli": "cli.verify",
+    "vnnlib": "verification.vnnlib",
+    "vnnlib_terms": "verification.vnnlib_terms",
+}
+
+
+class _Function(ModuleType):
+    """An old module whose name is a function's now, such as `lirpa_ext.certify`: it can be called as that."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **options)
+
+
+class _Mover(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the new module under its old name."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        package, _, old = name.partition(".")
+        return importlib.util.spec_from_loader(name, self) if package == __package__ and old in MOVED else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        old = spec.name.partition(".")[2]
+        moved = f"{__package__}.{MOVED[old]}"
+        warnings.warn(f"{spec.name} has moved to {moved}", DeprecationWarning, stacklevel=2)
+        module = importlib.import_module(moved)
+        if not callable(getattr(sys.modules[str(__package__)], old, None)):
+            alias = ModuleType(spec.name, module.__doc__)
+        else:
+            alias = _Function(spec.name, module.__doc__)
+        alias.__dict__.update({key: value for key, value in vars(module).items() if key not in vars(alias)})
+        return alias
+
+    def exec_module(self, module: ModuleType) -> None:
+        """The module has been executed under its new name."""
+
+
+def install() -> None:
+    """Let the old names be imported."""
+    if not any(isinstance(finder, _Mover) for finder in sys.meta_path):
+        sys.meta_path.append(_Mover())

@@ -1,0 +1,68 @@
+"""Studies of randomized models (S. Lee, 2021, chapter 2): functions that return numbers, and plots of them.
+
+Each takes models by name, to compare; ``lirpa-ext study`` runs them on the folders of `lirpa-ext fit`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .gradients import (
+    Concentrations,
+    CosineMatrix,
+    GradientScatter,
+    concentrations,
+    cosine_matrix,
+    gradient_scatter,
+    plot_concentrations,
+    plot_cosines,
+    plot_scatter,
+)
+from .robustness import (
+    AccuracyStudy,
+    LossIncrease,
+    TransferMatrix,
+    accuracy_study,
+    loss_increase,
+    plot_accuracy,
+    plot_loss_increase,
+    plot_transfer,
+    transfer_matrix,
+)
+from .training import ConcentrationTrace, concentration_record
+
+_OF_LIGHTNING = {"GradientConcentration": "callbacks"}
+
+__all__ = [
+    "AccuracyStudy",
+    "ConcentrationTrace",
+    "Concentrations",
+    "CosineMatrix",
+    "GradientConcentration",
+    "GradientScatter",
+    "LossIncrease",
+    "TransferMatrix",
+    "accuracy_study",
+    "concentration_record",
+    "concentrations",
+    "cosine_matrix",
+    "gradient_scatter",
+    "loss_increase",
+    "plot_accuracy",
+    "plot_concentrations",
+    "plot_cosines",
+    "plot_loss_increase",
+    "plot_scatter",
+    "plot_transfer",
+    "transfer_matrix",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_LIGHTNING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ...training import require_lightning
+
+    require_lightning()
+    return getattr(importlib.import_module(f".{_OF_LIGHTNING[name]}", __name__), name)

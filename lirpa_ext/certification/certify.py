@@ -1,0 +1,207 @@
+"""`certify`: clean, PGD and verified accuracy over a data set, and the certified radius of each sample."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .. import engine
+from .._version import __version__
+from ..attacks import APGD
+from ..data import gather
+from ..domain.perturbation import check_eps
+from ..domain.specifications import check_labels
+from ..errors import EstimateError, InvalidInputError
+from ..methods import check_options, engine_methods, find_method
+from .certifier import Certifier
+from .identity import hash_tensors, model_hash, outputs
+from .report import Report
+from .results_file import PathLike, ResultsFile
+
+
+@torch.inference_mode(False)  # whatever the caller's mode: bounds and attacks need gradients
+def certify(
+    model: nn.Module,
+    data: Any,
+    eps: float | Sequence[float] | Tensor,
+    norm: float = 2,
+    method: str = "bcp",
+    *,
+    options: dict[str, Any] | None = None,
+    x_L: float | Tensor | None = None,
+    x_U: float | Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+    batch_size: int = 64,
+    attack_steps: int = 20,
+    attack_restarts: int = 2,
+    radius: bool = True,
+    radius_tolerance: float = 1e-3,
+    results: PathLike | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+) -> Report:
+    """Certify each sample at each eps: is all of {x' : ||x' - x||_p <= eps} classified as its label?
+
+    A sample is *certified* where the method's lower bounds of all z_y - z_j are positive (not 0, not NaN),
+    *attacked* where PGD found a point of the set without a positive margin (a misclassified sample is one),
+    *unknown* where neither, and in *error* where something raised, gave NaN, or contradicted itself.
+    What holds on a set holds on its subsets: a certificate counts at smaller eps too, an attack at larger.
+
+    Args:
+        model: Classifier, (B, ...) -> (B, classes). It is copied, not changed; normalize inside of it.
+        data: (x, y) tensors, a Dataset, or a DataLoader. Held in memory.
+        eps: One radius or several, in units of the input.
+        norm: p of the lp ball, 1 <= p <= inf, default 2.
+        method: Any method of `BoundedModule.compute_bounds`, default "bcp".
+        options: Its options.
+        x_L: Lower end of the data range, a number or a tensor that broadcasts to a sample. Default: no range.
+        x_U: Upper end.
+        dtype: Of the whole computation, default float64.
+        batch_size: Samples at a time, default 64. One that the model names (`ImportedModel.batch_size`) rules.
+        attack_steps: Steps of a run of Auto-PGD (`lirpa_ext.attacks.APGD`), default 20; 0 for no attack.
+        attack_restarts: Its runs, default 2: one on cross-entropy, one on the margin.
+        radius: Search the certified radius, the largest eps that the method certifies, default True.
+        radius_tolerance: Width at which its bisection stops, in units of eps (times the largest eps if that
+            is below 1), default 1e-3.
+        results: File to keep results in as they come, and to resume from. It knows its model by the traced graph with
+            all tensors in it and by outputs, and is locked while this runs.
+        resume: Go on with that file, default. False puts it aside and starts anew.
+        progress: Show a progress bar, default True.
+        device: Where to compute, default where the model is.
+        seed: Of the attack's random starts, default 0.
+
+    Returns:
+        The report: records, accuracies, files and plot.
+
+    Raises:
+        UnknownMethodError, OptionError, EstimateError: The method, or an option of it, before any work.
+        InvalidInputError: eps, range, images or labels are not what they should be, before any work.
+        DataError: The data set is empty or unreadable.
+        TraceError, TrainModeError, UnsupportedNodeError: The model cannot be bounded.
+        ResultsError: The results file is corrupt, of another run, or in use by another process.
+    """
+    options = dict(options or {})
+    _check_method(method, options)
+    levels = _check_levels(eps)
+    if batch_size < 1 or attack_steps < 0 or not 0 < radius_tolerance < math.inf:
+        raise InvalidInputError("batch_size and radius_tolerance must be positive, attack_steps not negative")
+    if attack_steps and norm == 1:
+        raise InvalidInputError("attacks take lp balls with p > 1 only; pass attack_steps=0 with norm=1")
+    if not isinstance(seed, int):
+        raise InvalidInputError(f"seed must be a whole number, got {seed!r}")
+    attack = APGD(attack_steps, attack_restarts) if attack_steps else None
+    batch_size = getattr(model, "batch_size", None) or batch_size
+    certifier = Certifier(model, method, options, norm, (x_L, x_U), dtype, device)
+    x, y = gather(data)
+    _check_images(x, dtype, x_L, x_U)
+    classes = certifier.count_classes(x[:1])
+    check_labels(y, classes)
+    meta = {
+        "package": "lirpa-ext",
+        "package_version": __version__,
+        "engine": "auto_LiRPA",
+        "engine_version": engine.engine_version(),
+        "torch_version": torch.__version__,
+        "method": method,
+        "options": {name: _plain(value) for name, value in options.items()},
+        "norm": _plain(norm),
+        "eps": levels,
+        "x_L": _plain(x_L),
+        "x_U": _plain(x_U),
+        "dtype": str(dtype).removeprefix("torch."),
+        "model": type(model).__name__,
+        "model_hash": model_hash(certifier.model, certifier.place(x[:1])),
+        "outputs": outputs(certifier.model, x, certifier.place),
+        "data_hash": hash_tensors([("x", x), ("y", y)]),
+        "samples": len(x),
+        "classes": classes,
+        "attack": None if attack is None else {"name": type(attack).__name__, **vars(attack)},
+        "radius": radius,
+        "radius_tolerance": radius_tolerance,
+        "seed": seed,
+        "batch_size": batch_size,
+        "device": str(certifier.device),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    with ResultsFile(results, meta, resume) as file:
+        done = len(file.records)
+        with tqdm(total=len(x), initial=done, unit="sample", desc=f"certify {method}", disable=not progress) as bar:
+            for start in range(0, len(x), batch_size):
+                batch = range(start, min(start + batch_size, len(x)))
+                missing = [index for index in batch if index not in file.records]
+                if not missing:
+                    continue
+                # A batch that is partly on file is computed whole, to have the same random starts and rounding.
+                inputs, labels = (
+                    certifier.place(x[start : batch.stop]),
+                    y[start : batch.stop].long().to(certifier.device),
+                )
+                generator_seed = (seed * 2**32 + start) % 2**64
+                tolerance = radius_tolerance if radius else None
+                records = certifier.certify(batch, inputs, labels, levels, attack, generator_seed, tolerance)
+                file.meta.setdefault("fallbacks", certifier.fallbacks)
+                file.append([record for record in records if record["index"] in missing])
+                bar.update(len(missing))
+        return Report(file.meta, file.ordered())
+
+
+def _check_method(method: str, options: dict[str, Any]) -> None:
+    if not isinstance(method, str) or method.lower() not in engine.ENGINE_METHODS:
+        check_options(method, find_method(method), options)
+    else:
+        engine_methods.named((), options)
+    if options.get("projections") is not None:
+        raise EstimateError("projections give estimates, which certify nothing; leave them out")
+    if options.get("norms", "bound") != "bound":
+        raise EstimateError(f"norms={options['norms']!r} gives estimates, which certify nothing; leave it out")
+
+
+def _check_levels(eps: float | Sequence[float] | Tensor) -> list[float]:
+    try:
+        values = torch.as_tensor(eps, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(f"eps must be a number or a list of numbers, got {eps!r}") from error
+    if values.dim() > 1 or values.numel() == 0:
+        raise InvalidInputError(f"eps must be a number or a list of numbers, got shape {tuple(values.shape)}")
+    check_eps(values)
+    return sorted(set(values.reshape(-1).tolist()))
+
+
+def _check_images(x: Tensor, dtype: torch.dtype, x_L: float | Tensor | None, x_U: float | Tensor | None) -> None:
+    """Raise InvalidInputError, naming the first such sample, unless all are finite and in the data range."""
+    samples = x.to(dtype)
+    bad = ~torch.isfinite(samples)
+    if bad.any():
+        raise InvalidInputError(f"inputs have NaN or infinite entries, the first in sample {int(bad.nonzero()[0, 0])}")
+    for end, beyond in ((x_L, torch.lt), (x_U, torch.gt)):
+        if end is None:
+            continue
+        try:
+            bad |= beyond(samples, torch.as_tensor(end).to(samples).expand_as(samples[:1]))
+        except RuntimeError as error:
+            raise InvalidInputError(f"the data range must broadcast to one sample: {error}") from error
+    if bad.any():
+        first = int(bad.nonzero()[0, 0])
+        raise InvalidInputError(
+            f"inputs leave the data range [{_plain(x_L)}, {_plain(x_U)}], first sample {first}, spanning "
+            f"[{samples[first].min():.6g}, {samples[first].max():.6g}]. Scale the data, or normalize in the model"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it."""
+    if isinstance(value, Tensor):
+        if value.numel() == 1:
+            return value.item()
+        return value.tolist() if value.numel() <= 16 else hash_tensors([("", value)])
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)

@@ -1,0 +1,71 @@
+"""What is to be certified: specification rows, labels and margins of a classifier."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidInputError
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Raise InvalidInputError unless `y` holds whole numbers from 0 to classes - 1, in a vector.
+
+    Args:
+        y: Labels, (B,).
+        classes: Number of classes, at least 2.
+    """
+    if classes < 2:
+        raise InvalidInputError(f"a margin needs at least 2 classes, the model has {classes}")
+    if y.dim() != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise InvalidInputError(f"labels must be whole numbers of shape (B,), got {y.dtype} of shape {tuple(y.shape)}")
+    outside = ((y < 0) | (y >= classes)).nonzero().flatten()
+    if len(outside):
+        first = int(outside[0])
+        raise InvalidInputError(
+            f"{len(outside)} of {len(y)} labels are outside of the model's classes 0..{classes - 1}; "
+            f"the first is {int(y[first])}, of sample {first}"
+        )
+
+
+def margin_rows(
+    y: Tensor, classes: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
+) -> Tensor:
+    """Rows e_y - e_j for every j != y, in order of j: C f(x) > 0 in every row says that f predicts y.
+
+    Args:
+        y: Labels, (B,).
+        classes: Number of classes, at least 2.
+        dtype: Of the rows, default float64.
+        device: Of the rows, default that of `y`.
+
+    Returns:
+        (B, classes - 1, classes).
+
+    Raises:
+        InvalidInputError: A label is no class.
+
+    >>> margin_rows(torch.tensor([1]), 3)
+    tensor([[[-1.,  1.,  0.],
+             [ 0.,  1., -1.]]], dtype=torch.float64)
+    """
+    check_labels(y, classes)
+    y = y.to(device=device, dtype=torch.long) if device is not None else y.long()
+    eye = torch.eye(classes, dtype=dtype, device=y.device)
+    rows = eye[y].unsqueeze(1) - eye
+    others = torch.arange(classes, device=y.device) != y.unsqueeze(1)
+    return rows[others].view(len(y), classes - 1, classes)
+
+
+def margins(logits: Tensor, y: Tensor) -> Tensor:
+    """Margin of each sample, min over j != y of z_y - z_j: positive where `y` is predicted, 0 at a tie.
+
+    Args:
+        logits: z, (B, classes).
+        y: Labels, (B,).
+
+    Returns:
+        (B,); NaN where a logit is NaN.
+    """
+    own = logits.gather(1, y.unsqueeze(1))
+    return (own - logits).scatter(1, y.unsqueeze(1), torch.inf).amin(1)

@@ -1,0 +1,461 @@
+"""BoundedModule: the engine's, made sound for l2, with this package's methods."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import engine
+from ..domain.norms import NormCache, PowerIteration, key_of
+from ..engine.positive_list import Gap
+from ..engine.precision import full_precision
+from ..errors import OptionError, TraceError, UnsupportedNodeError
+from ..methods import (
+    LastLayer,
+    Method,
+    check_options,
+    check_request,
+    engine_methods,
+    find_method,
+    method_of,
+    run_activation_bounds,
+    run_last_layer,
+    run_method,
+)
+from ..methods.clean_value import held
+from ..methods.slopes import Relaxation
+from ..methods.substitutes import Request, request
+from ..nodes import matmul, powers, quotients, repairs, softmax, transcendental  # noqa: F401  (which fill CUSTOM_OPS)
+from ..nodes.activations import as_nodes
+from ..nodes.operators import CUSTOM_OPS, BoundBallBoxRelu, BoundPowerIteration
+from ..rules.linear import power_iterable
+from . import faithful
+from .agreement import Agreement
+from .threads import LOCK, one_at_a_time
+from .tracing import as_tuple, check_inputs, check_mode, check_nodes, plain, traceable_copy, with_our_perturbation
+
+
+class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
+    """A torch model whose outputs can be bounded over a set of perturbed inputs.
+
+    The engine's BoundedModule with more: the methods of this package beside the engine's own, bounds that hold
+    for l2 whatever the first op is, per-sample eps, parametrized layers (spectral and weight norm), batches of
+    any size, and a model that stays as it was (mode, `requires_grad`, buffers). The graph reads the model's
+    own tensors, so a weight update needs no rebuild.
+
+    Args:
+        model: The torch model; one tensor out. Batch norm must be in eval mode; dropout counts as identity.
+        x: Example input, (B, ...), or a tuple of inputs. A `BoundedTensor` also becomes the default input.
+        bound_opts: Options of the engine.
+        device: Device of the graph, default that of the model's parameters.
+        custom_ops: Further custom operators of the engine, by ONNX op name.
+
+    Attributes:
+        last_relaxation: Slopes of the last call of "sparse-slope" or "slope:...", None before
+            (`lirpa_ext.methods.slopes.Relaxation`).
+
+    Raises:
+        TraceError: The engine cannot build the graph, or its graph computes something else than the model; the samples
+            of a batch read each other; the model draws random numbers.
+        TrainModeError: A batch norm is in train mode, or the model computes something else there, dropout aside.
+        InvalidInputError: An input has NaN entries or another dtype than the model, or is in half precision.
+
+    Example:
+        >>> import torch
+        >>> from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+        >>> x = BoundedTensor(torch.zeros(1, 2), PerturbationLpNorm(norm=2, eps=0.1))
+        >>> lower, upper = BoundedModule(model, x).compute_bounds(method="bcp")
+        >>> bool((lower <= model(torch.zeros(1, 2))).all())
+        True
+    """
+
+    last_relaxation: Relaxation | None = None
+
+    @one_at_a_time
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor | tuple[Tensor, ...],
+        bound_opts: dict[str, Any] | None = None,
+        device: str | torch.device = "auto",
+        custom_ops: dict[str, type] | None = None,
+        **engine_options: Any,
+    ) -> None:
+        engine_options |= {"bound_opts": bound_opts, "device": device}
+        set_attribute = object.__setattr__  # nn.Module's would make graph nodes of modules
+        set_attribute(self, "source", model)
+        set_attribute(self, "_build_options", engine_options)
+        set_attribute(self, "_custom_ops", CUSTOM_OPS | (custom_ops or {}))
+        set_attribute(self, "norm_cache", NormCache())
+        set_attribute(self, "power_iterations", {})
+        set_attribute(self, "_inside", False)  # calls of the engine to itself pass through our overrides
+        set_attribute(self, "_uncovered", {})
+        set_attribute(self, "_collected", None)
+        set_attribute(self, "_agreement", Agreement())
+        self._build(tuple(with_our_perturbation(tensor) for tensor in as_tuple(x)))
+
+    def _build(self, inputs: tuple[Tensor, ...]) -> None:
+        """Trace the model at this batch size."""
+        model = self.source
+        check_mode(model)
+        check_inputs(model, inputs)
+        object.__setattr__(self, "_inputs", inputs)
+        example = tuple(plain(x) for x in inputs)
+        object.__setattr__(self, "_uncovered", {})
+        shadow = traceable_copy(model)
+        options = copy.deepcopy(self._build_options["bound_opts"])
+        rest = {key: value for key, value in self._build_options.items() if key != "bound_opts"}
+        with self._computing(), engine.untouched(model), torch.no_grad():
+            self._agreement.examine(model, shadow, example)
+            complaints: list[str] = []
+            try:
+                with engine.captured_errors() as complaints, as_nodes(), warnings.catch_warnings():
+                    # of what a trace may miss; the graph is compared with the model below
+                    warnings.simplefilter("ignore", torch.jit.TracerWarning)
+                    graph_input = example if len(example) > 1 else example[0]
+                    super().__init__(shadow, graph_input, options, custom_ops=self._custom_ops, **rest)
+            except Exception as error:  # the engine raises whatever comes
+                ops = sorted({op for line in complaints for op in re.findall(r"op='([^']+)'", line)})
+                unknown = f" (it does not know {', '.join(ops)})" if ops else ""
+                cause = error.__cause__ or error.__context__  # 0.7 says only that there is no trace
+                unknown += f" ({type(cause).__name__}: {cause})" if cause is not None else ""
+                raise TraceError(
+                    f"the engine (auto_LiRPA {engine.engine_version()}) cannot build a graph of "
+                    f"{type(model).__name__}: {type(error).__name__}: {error}{unknown}. The forward must be traceable "
+                    "by torch.jit.trace, return one tensor and use ops that the engine knows."
+                ) from error
+            check_nodes(self._modules.values())
+            slopes = [engine.slope_below_zero(node) for node in self._modules.values()]
+            if not all(0 <= slope <= 1 for slope in slopes):
+                raise TraceError("a LeakyReLU has a slope outside of [0, 1], for which the engine's bounds do not hold")
+            object.__setattr__(self, "_readers", engine.make_live(self, model))
+            for node in list(self._modules.values()):
+                object.__setattr__(node, "users", [self._modules[name] for name in node.output_name])
+                object.__setattr__(node, "get_bias", functools.partial(engine.honest_bias, node))
+            engine.learn_relu(self, BoundBallBoxRelu)
+            self._check_same_function(shadow, [*faithful.around(example), *faithful.of_set(inputs)])
+            self._add_power_iterations()
+            engine.free_graphs(self)
+            object.__setattr__(self, "_fresh", engine.snapshot(self))
+            self._uncovered.clear()
+        self._agreement.serve(inputs)
+
+    @contextlib.contextmanager
+    def _engine_inside(self) -> Iterator[None]:
+        before = self._inside
+        object.__setattr__(self, "_inside", True)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "_inside", before)
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """What holds while the graph is built and bounds are computed."""
+        with LOCK, self._engine_inside(), engine.default_dtype(plain(self._inputs[0]).dtype), full_precision():
+            yield
+
+    def _check_same_function(self, shadow: nn.Module, points: list[faithful.Point], defined: bool = True) -> None:
+        """Compare graph and model (`lirpa_ext.module.faithful.check_same_function`)."""
+
+        def values() -> list[Any]:
+            return [getattr(node, "forward_value", None) for node in self._modules.values()]
+
+        faithful.check_same_function(super().forward, values, shadow, points, self._agreement.reads, defined)
+
+    def _add_power_iterations(self) -> None:
+        """Hang a power-iteration node on the weight of every linear node; keep those of an earlier build."""
+        geometries: dict[str, object] = {}
+        for node in engine.ancestors_in_order(self.final_node()):
+            found = power_iterable(node)
+            if found is None:
+                continue
+            name, weight, linear_map = found
+            made = linear_map(engine.constant(weight))
+            name = key_of(name, made, geometries)
+            known = self.power_iterations.get(name)
+            if known is None or known.geometry != geometries[name]:
+                self.power_iterations[name] = PowerIteration(made)
+            hung = BoundPowerIteration(weight, self.power_iterations[name], linear_map)
+            hung.name = f"power_iteration/{name}"
+            self._modules[hung.name] = hung
+
+    # --- bounds ----------------------------------------------------------------------------------------------
+
+    @one_at_a_time
+    def compute_bounds(
+        self,
+        x: Tensor | tuple[Tensor, ...] | None = None,
+        aux: Any = None,
+        C: Tensor | None = None,
+        method: str | None = "backward",
+        *args: Any,
+        bound_lower: bool = True,
+        bound_upper: bool = True,
+        **options: Any,
+    ) -> Any:
+        """Bounds of C f(x') over all x' in the perturbation set.
+
+        Args:
+            x: Inputs, (B, ...), `BoundedTensor` where perturbed. Default: those of the last call.
+            aux: The engine's.
+            C: Specification rows, (B, S, outputs). Default: the outputs themselves.
+            method: "lipschitz", "bcp", "bcp-crown", "bcp-alpha-crown", "sparse-slope", "slope:...", "cap", another
+                registered one, or any of the engine's ("IBP", "CROWN-IBP", "CROWN", "alpha-CROWN", ...).
+            bound_lower: Compute the lower side; else it is None.
+            bound_upper: Compute the upper side; else it is None.
+            **options: Options of the method (`lirpa_ext.methods`), or the engine's further arguments.
+
+        Returns:
+            (lower, upper), each (B, S) or of the output's shape.
+
+        Raises:
+            UnknownMethodError, OptionError: Before any work.
+            InvalidInputError: eps, x or C has a wrong shape, range or value.
+            UnsupportedNodeError: A node that cannot be bound.
+        """
+        if self._inside:  # the engine calls itself
+            return super().compute_bounds(
+                x, aux, C, method, *args, bound_lower=bound_lower, bound_upper=bound_upper, **options
+            )
+        object.__setattr__(self, "last_context", None)
+        if not _is_engines(method):
+            check_options(str(method), find_method(str(method)), options)
+            if args or aux is not None:
+                raise OptionError(f"method {method!r} takes its options by name")
+            self._set_inputs(x)
+            return self._bounds(method_of(str(method), options), str(method), C, bound_lower, bound_upper)
+        given = engine_methods.named(args, options)
+        asked = request(method, given)
+        self._set_inputs(x)
+        missing = self._uncovered_by(asked)
+        if missing:
+            if aux is not None:
+                given["aux"] = aux
+            substitute = engine_methods.substitute(asked, missing, given)
+            return self._bounds(substitute, asked.name, C, bound_lower, bound_upper)
+        try:
+            return self._run_engine(asked.name, aux, C, method, bound_lower, bound_upper, given)
+        except UnsupportedNodeError as error:
+            substitute = engine_methods.substitute(asked, error, given)
+        return self._bounds(substitute, asked.name, C, bound_lower, bound_upper)
+
+    @contextlib.contextmanager
+    def collecting_outputs(self) -> Iterator[list[Tensor]]:
+        """Collect the clean outputs f(x), (B, ...), that the calls inside compute on their way.
+
+        Methods that propagate a ball ("bcp", "lipschitz", ...) do; a training step saves a forward pass. They hold
+        their autograd graph.
+        """
+        before = self._collected
+        outputs: list[Tensor] = []
+        object.__setattr__(self, "_collected", outputs)
+        try:
+            yield outputs
+        finally:
+            object.__setattr__(self, "_collected", before)
+
+    @one_at_a_time
+    def activation_bounds(
+        self, x: Tensor | tuple[Tensor, ...] | None = None, intermediate: str = "ibp"
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Boxes of the inputs of every ReLU and LeakyReLU, differentiable in the model's parameters.
+
+        Args:
+            x: As in `compute_bounds`.
+            intermediate: "ibp" (default), or "bcp" for those of ball and box.
+
+        Returns:
+            (lower, upper), each (B, ...), by the activation's name in the order of the graph.
+
+        Raises:
+            OptionError: Another `intermediate`.
+        """
+        self._set_inputs(x)
+        with self._computing():
+            return run_activation_bounds(self, self._inputs, self.norm_cache, intermediate)
+
+    @one_at_a_time
+    def last_layer(self, x: Tensor | tuple[Tensor, ...] | None = None, tighten: bool = True) -> LastLayer | None:
+        """The dense last layer, and the ball and the box of "bcp" that its input lies in.
+
+        Args:
+            x: As in `compute_bounds`.
+            tighten: As in "bcp".
+
+        Returns:
+            Set of the input, W and b; None where the output is not a dense layer of one perturbed vector.
+        """
+        self._set_inputs(x)
+        with self._computing():
+            return run_last_layer(self, self._inputs, self.norm_cache, tighten)
+
+    @one_at_a_time
+    def forward(self, *x: Tensor, **kwargs: Any) -> Tensor:
+        """The model's function through the graph (the engine's, with its arguments)."""
+        if self._inside:
+            return super().forward(*x, **kwargs)
+        self._set_inputs(x)
+        try:
+            return super().forward(*self._inputs, **kwargs)
+        finally:
+            engine.free_graphs(self)
+
+    def _set_inputs(self, x: Tensor | tuple[Tensor, ...] | None) -> None:
+        """Check the inputs, give their perturbations our class, and build anew what the graph no longer is."""
+        inputs = self._inputs if x is None else tuple(with_our_perturbation(tensor) for tensor in as_tuple(x))
+        changed, agreement = self._agreement.changes(self.source), self._agreement
+        if changed or not agreement.serves(inputs):
+            try:
+                self._build(inputs)
+            except TraceError as error:
+                if not changed:
+                    raise
+                raise TraceError(f"the model has changed since its graph was built ({changed}): {error}") from error
+        else:
+            check_mode(self.source)
+            check_inputs(self.source, inputs)
+        object.__setattr__(self, "_inputs", inputs)
+        engine.refresh(self.source, self._readers)
+        new_set = agreement.is_new(inputs, training=self.source.training and torch.is_grad_enabled())
+        if new_set or not agreement.knows_mode(self.source):
+            shadow = traceable_copy(self.source)
+            with self._computing(), engine.untouched(self.source), torch.no_grad():
+                agreement.check_mode(self.source, shadow, tuple(plain(x) for x in inputs))
+                self._check_same_function(shadow, faithful.of_set(inputs), defined=False)
+                engine.forget_values(self)
+
+    def _bounds(
+        self, function: Method, name: str, C: Tensor | None, bound_lower: bool, bound_upper: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Bounds by a method of this package."""
+        with self._computing():
+            return run_method(
+                self, name, function, self._inputs, C, bound_lower, bound_upper,
+                self.norm_cache, self.power_iterations, self.source.training, self._collected,
+            )  # fmt: skip
+
+    def _uncovered_by(self, asked: Request) -> list[Gap]:
+        """What of the graph the engine may not bound; looked at once for each kind of request and of inputs."""
+        key = asked.family, tuple(getattr(x, "ptb", None) is not None for x in self._inputs)
+        if key not in self._uncovered:
+            with self._computing():
+                engine.set_input(self, *self._inputs)
+                before = self.conv_mode
+                self._uncovered[key] = engine_methods.uncovered(self, asked)
+            if self.conv_mode != before:
+                object.__setattr__(self, "_fresh", engine.snapshot(self))
+        return self._uncovered[key]
+
+    def _run_engine(
+        self, name: str, aux: Any, C: Any, method: str | None, lower: bool, upper: bool, options: dict[str, Any]
+    ) -> Any:
+        """Bounds by the engine, of a graph that its list covers."""
+        inputs = self._inputs
+        if name.lower().startswith("dynamic"):
+            inputs = tuple(
+                engine.BoundedTensor(plain(x), x.ptb.engines_box(x)) if getattr(x, "ptb", None) is not None else x
+                for x in inputs
+            )
+        if name == "alpha-CROWN":  # the engine's ascent goes backward more than once
+            engine.refresh(self.source, self._readers, detach=True)
+        check_request(inputs, C, lower, upper, self.final_node().output_shape[1])
+        C = None if C is None else C.expand(len(inputs[0]), -1, -1)
+        if not any(options.get(name) for name in ("reuse_ibp", "reuse_alpha")):
+            engine.restore(self._fresh)
+        try:
+            with self._computing(), engine.untouched(self.source):
+                found = super().compute_bounds(inputs, aux, C, method, bound_lower=lower, bound_upper=upper, **options)
+                return self._checked(found, C, name)
+        except Exception as error:
+            raise engine_methods.as_ours(error, name) from error
+        finally:
+            engine.free_graphs(self, keep_bounds=True)
+
+    def IBP_general(self, node: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The engine's; a node that is not perturbed has its value, which 0.3 would bound by a wrong rule."""
+        if node is not None and not node.perturbed:
+            self.get_forward_value(node)
+        return super().IBP_general(node, *args, **kwargs)
+
+    def _checked(self, found: Any, C: Tensor | None, name: str) -> Any:
+        """The engine's result, after the guard on the clean value."""
+        if not isinstance(found, tuple) or (found[0] is None and found[1] is None):
+            return found  # coefficients alone
+
+        if self.source.training and any(bound is not None and bound.requires_grad for bound in found[:2]):
+            return found
+        with torch.no_grad():
+            clean = super().forward(*(plain(x) for x in self._inputs))
+            return *held(found[:2], clean, C, name, self, False), *found[2:]
+
+    # --- state -----------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> BoundedModule:
+        """Put the user's model in training mode. The graph's own nodes stay in eval mode."""
+        self.source.train(mode)
+        return self
+
+    def eval(self) -> BoundedModule:
+        """Put the user's model in eval mode."""
+        return self.train(False)
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The model's own state dict, and the vectors of the power iterations under ``power_iteration.``."""
+        state = self.source.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        for name, iteration in self.power_iterations.items():
+            state[f"{prefix}power_iteration.{name}.u"] = iteration.u if keep_vars else iteration.u.detach()
+        return state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, **kwargs: Any) -> Any:
+        """Load what `state_dict` gave, or a state dict of the model alone."""
+        if self._inside:  # the engine puts back what its forward pass may have changed: nothing, in eval mode
+            return None
+        own = {key: value for key, value in state_dict.items() if not key.startswith("power_iteration.")}
+        for name, iteration in self.power_iterations.items():
+            saved = state_dict.get(f"power_iteration.{name}.u")
+            if saved is not None:
+                iteration.load_state_dict({"u": saved})
+        return self.source.load_state_dict(own, strict=strict, **kwargs)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The model's own; one of the inputs' dtype for an engine that reads the dtype off a model without any."""
+        own = list(super().parameters(recurse))
+        if not own and self._inside:
+            own = [nn.Parameter(plain(self._inputs[0]).new_zeros(()), requires_grad=False)]
+        return iter(own)
+
+    def _named_members(self, get_members_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # 0.3 lacks `remove_duplicate`, without which torch's parameters() fails
+        return nn.Module._named_members(self.source, get_members_fn, *args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> BoundedModule:
+        raise TypeError("a BoundedModule cannot be copied or pickled: save the torch model and build a new one")
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a BoundedModule cannot be copied or pickled: save the torch model and build a new one")
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """Nodes (name: class) that the last call bounded by the engine's interval rule, having none of ours."""
+        context = getattr(self, "last_context", None)
+        return {} if context is None else dict(context.fallbacks)
+
+    @property
+    def ended_rows(self) -> dict[str, str]:
+        """Nodes at which coefficient rows of the last call ended early, at the minimum over the node's set, and why."""
+        context = getattr(self, "last_context", None)
+        return {} if context is None else dict(context.ended)
+
+
+def _is_engines(method: str | None) -> bool:
+    return method is None or (isinstance(method, str) and method.lower() in engine.ENGINE_METHODS)

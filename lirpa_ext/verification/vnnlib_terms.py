@@ -1,0 +1,141 @@
+"""The words of VNN-LIB: s-expressions, numbers and linear terms, in exact arithmetic."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Container, Iterable, Iterator
+from fractions import Fraction
+from typing import Any
+
+from ..errors import DataError
+
+Linear = dict[str, Fraction]  # coefficients of variables, and "" for the constant
+
+_TOKEN = re.compile(r";[^\n]*|[()]|[^\s();]+")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
+_DEEPEST = 64  # parentheses; so that what follows may recurse
+_LONGEST = 400  # characters of a number
+_MOST_BITS = 2**14  # of a constant that is computed
+
+
+class Malformed(Exception):
+    """What is wrong with a form, to be told with its line."""
+
+
+def forms(text: str, where: str) -> Iterator[tuple[int, list[Any]]]:
+    """The s-expressions of the text, each a nested list of words, with its offset."""
+    stack: list[list[Any]] = []
+    offset = 0
+    for match in _TOKEN.finditer(text):
+        token = match[0]
+        if token[0] == ";":
+            continue
+        if token == "(" and len(stack) < _DEEPEST:
+            offset = offset if stack else match.start()
+            stack.append([])
+        elif token == ")" and stack:
+            form = stack.pop()
+            if not stack:
+                yield offset, form
+            else:
+                stack[-1].append(form)
+        elif token in "()" or not stack:
+            cause = f"more than {_DEEPEST} nested parentheses" if token == "(" else f"a stray {token[:40]!r}"
+            raise DataError(f"{where}, line {text.count(chr(10), 0, match.start()) + 1}: {cause}")
+        else:
+            stack[-1].append(token)
+    if stack:
+        line = text.count("\n", 0, offset) + 1
+        raise DataError(f"{where} is truncated: the parenthesis opened in line {line} is never closed")
+
+
+def linear(form: Any, variables: Container[str], tick: Callable[[], None] = lambda: None) -> Linear:
+    """A linear term as coefficients of its variables, and "" for the constant; `tick` is called for each part."""
+    tick()
+    match form:
+        case str(name) if name in variables:
+            return {name: Fraction(1)}
+        case str(word):
+            return {"": number(word)}
+        case ["+", *parts] if parts:
+            return add((linear(part, variables, tick), 1) for part in parts)
+        case ["-", part]:
+            return add([(linear(part, variables, tick), -1)])
+        case ["-", first, *parts] if parts:
+            return add((linear(part, variables, tick), -1 if i else 1) for i, part in enumerate((first, *parts)))
+        case ["*" | "/", first, *parts] if parts:
+            product = linear(first, variables, tick)
+            for part in parts:
+                product = _scaled(product, linear(part, variables, tick), form)
+            return product
+    raise Malformed(f"{show(form)} is no linear term; those are made by +, -, * and / with a constant")
+
+
+@functools.lru_cache(2**14)
+def number(word: str) -> Fraction:
+    """A finite decimal number, exactly."""
+    if len(word) > _LONGEST or not _NUMBER.fullmatch(word):
+        raise Malformed(f"{word[:40]!r} is neither a declared variable nor a finite decimal number")
+    value = Fraction(word)
+    nearest(value)
+    return value
+
+
+def add(terms: Iterable[tuple[Linear, int]]) -> Linear:
+    """Sum of linear terms, each with its sign."""
+    total: Linear = {}
+    for term, sign in terms:
+        for name, value in term.items():
+            total[name] = _small(total.get(name, Fraction(0)) + sign * value)
+    return total
+
+
+def _scaled(left: Linear, right: Linear, form: list[Any]) -> Linear:
+    """Product or quotient of two linear terms, of which one is constant (the divisor, not zero)."""
+    operator = form[0]
+    if operator == "*" and not left.keys() - {""}:
+        left, right = right, left
+    constant = right.get("", Fraction(0))
+    if right.keys() - {""} or (operator == "/" and not constant):
+        raise Malformed(f"{show(form)} is not linear")
+    return {name: _small(value * constant if operator == "*" else value / constant) for name, value in left.items()}
+
+
+def _small(value: Fraction) -> Fraction:
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > _MOST_BITS:
+        raise Malformed("a computed constant has too many digits")
+    return value
+
+
+def show(form: Any) -> str:
+    """The start of a form, for messages."""
+    if isinstance(form, str):
+        return repr(form[:40])
+    return (
+        f"({' '.join(part[:20] if isinstance(part, str) else '(...)' for part in form[:4])}{' ...' * (len(form) > 4)})"
+    )
+
+
+def neighbours(value: Fraction) -> tuple[float, float]:
+    """The largest float64 not above an exact number, and the smallest not below it."""
+    close = nearest(value)
+    numerator, denominator = close.as_integer_ratio()
+    excess = numerator * value.denominator - value.numerator * denominator
+    if excess > 0:
+        return math.nextafter(close, -math.inf), close
+    return close, math.nextafter(close, math.inf) if excess else close
+
+
+def nearest(value: Fraction) -> float:
+    """The float64 nearest to an exact number."""
+    try:
+        return value.numerator / value.denominator
+    except OverflowError:
+        raise Malformed("a number is beyond the range of float64") from None
+
+
+def is_float(value: Fraction) -> bool:
+    """Whether float64 holds the number exactly."""
+    return Fraction(nearest(value)) == value

@@ -1,0 +1,106 @@
+"""Folders are layers: each imports from those below it alone, and no modules import each other in a circle."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+import lirpa_ext
+from lirpa_ext._moved import MOVED
+
+ROOT = Path(lirpa_ext.__file__).parent
+# From the ground up.
+LAYERS = (
+    "_version", "errors", "files", "engine", "domain", "randomized", "rules", "nodes", "passes", "methods", "module",
+    "importer", "verification", "data", "attacks", "reporting", "certification", "models", "training", "analysis",
+    "cli", "_moved",
+)  # fmt: skip
+TOUCHING = ("engine", "nodes")  # the engine
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in ROOT.rglob("*.py")}
+
+
+def imports(name: str) -> set[str]:
+    """Modules that a module imports, wherever in it, but for types alone."""
+    path = MODULES[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    left_out = {id(inner) for node in typing for inner in ast.walk(node)}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in left_out:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            whole = {f"{module}.{alias.name}" for alias in node.names}
+            found |= {full if full in MODULES else module for full in whole}
+    return found
+
+
+GRAPH = {name: imports(name) for name in MODULES}
+
+
+def layer(name: str) -> str:
+    return name.split(".")[1] if name.count(".") else name
+
+
+@pytest.mark.parametrize("folder", LAYERS)
+def test_a_layer_imports_from_below(folder):
+    below = {"lirpa_ext", *LAYERS[: LAYERS.index(folder) + 1]}
+    above = {
+        f"{name} imports {other}"
+        for name in MODULES
+        if layer(name) == folder
+        for other in GRAPH[name]
+        if other.startswith("lirpa_ext") and (layer(other) not in below or other == "lirpa_ext")
+    }
+    assert not above
+
+
+def test_no_circle():
+    """Also none by an import within a function. A package's own modules may be imported before it is complete."""
+    known = {name: {other for other in GRAPH[name] if other in MODULES and other != name} for name in MODULES}
+    for name in known:  # a module is in its package, which runs first, but does not need it
+        known[name] -= {package for package in known if name.startswith(f"{package}.")}
+    list(graphlib.TopologicalSorter(known).static_order())
+
+
+def test_few_names_at_the_top():
+    names = {path.stem for path in ROOT.iterdir() if path.name[0] not in "_." and path.name != "py.typed"}
+    assert names | {"_version", "_moved"} == set(LAYERS)
+    assert len(names) <= 20
+
+
+def test_only_two_folders_touch_the_engine():
+    touching = {name for name in MODULES if any(other.partition(".")[0] == "auto_LiRPA" for other in GRAPH[name])}
+    assert {layer(name) for name in touching} <= set(TOUCHING)
+
+
+@pytest.mark.parametrize("old", sorted(MOVED))
+def test_an_old_name_is_found_and_names_the_new_one(old, monkeypatch):
+    monkeypatch.delitem(sys.modules, f"lirpa_ext.{old}", raising=False)
+    parent, _, last = f"lirpa_ext.{old}".rpartition(".")
+    before = vars(importlib.import_module(parent)).get(last)
+    with pytest.warns(DeprecationWarning, match=f"has moved to lirpa_ext.{MOVED[old]}"):
+        module = importlib.import_module(f"lirpa_ext.{old}")
+    new = importlib.import_module(f"lirpa_ext.{MOVED[old]}")
+    public = [name for name in vars(new) if name[0] != "_"]
+    assert public and all(getattr(module, name) is getattr(new, name) for name in public)
+    if before is not None:  # a function of that name, such as `certify`, stays one
+        monkeypatch.setattr(importlib.import_module(parent), last, before)
+    assert callable(module) == callable(before)
