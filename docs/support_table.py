@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 
 from lirpa_ext.engine.positive_list import FAMILIES, engine_list
-from lirpa_ext.rules import RULES, Rule
+from lirpa_ext.rules import RULES, AffineRule, SetRule
 
 PATH = Path(__file__).parent / "support.md"
 TITLES = {"linear": "Linear maps", "elementwise": "Activations", "structure": "Shape, selection, sums"}
@@ -36,12 +36,12 @@ a linear map, Wᵢ its rows; L bounds the slope of an activation on the box; κ 
 number of windows that share an input, for an expansion that of the number of copies. *Rows* says whether the backward
 methods (`bcp-crown`, `bcp-alpha-crown`) carry rows through the node exactly where it is affine. They relax a ReLU
 over ball and box, any other node by a linear relaxation on the box, and end at the minimum over the node's own set
-where it has none, of which `lirpa_ext.BoundedModule.ended_rows` tells.
+where it has none, of which `lirpa_ext.methods.BoundResult.ended_rows` tells.
 
 A node without a rule, or whose rule declines, is bounded by the engine's interval arithmetic, and by the ball around
-that box, if the engine's list below has it; `lirpa_ext.BoundedModule.fallbacks` names the nodes that took this way in
-the last call, and so do the reports of `lirpa_ext.certify`. If the list does not have it, every method refuses it with
-an `UnsupportedNodeError`.
+that box, if the engine's list below has it; `lirpa_ext.methods.BoundResult.fallbacks` names the nodes that took this
+way, and so do the reports of `lirpa_ext.certify`. If the list does not have it, every method refuses it with an
+`UnsupportedNodeError`.
 """
 
 
@@ -96,11 +96,11 @@ def _engine_rows() -> list[str]:
     return rows
 
 
-def _carries_rows(rule: Rule) -> bool:
-    return type(rule).adjoint is not Rule.adjoint and getattr(rule, "back", True) is not None
+def _carries_rows(rule: SetRule) -> bool:
+    return isinstance(rule, AffineRule) and getattr(rule, "back", True) is not None
 
 
-def _first_paragraph(rule: Rule) -> str:
+def _first_paragraph(rule: SetRule) -> str:
     text = " ".join((inspect.getdoc(rule) or "").split("\n\n")[0].split())
     return text.replace("|", "\\|").replace("_", "\\_").replace("*", "\\*")
 

@@ -15,21 +15,22 @@ from torch import Tensor, nn
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm
 from lirpa_ext.domain.ball_box import BallBox
-from lirpa_ext.methods import METHODS, Bounds, Problem, register_method
+from lirpa_ext.methods import METHODS, BoundResult, Problem, register_method
 from lirpa_ext.methods.bcp import last_step
 from lirpa_ext.rules import State
 
 
-def best_of_two(problem: Problem, *, norms: str = "bound") -> Bounds:
+def best_of_two(problem: Problem, *, norms: str = "bound") -> BoundResult:
     """Elementwise best of the ball alone and of the box alone: both are bounds, so the larger lower one is."""
+    context = problem.context(norms, tighten=False)
     ball = problem.propagate(problem.context(norms, ball_only=True, tighten=False))
-    both = problem.propagate(problem.context(norms, tighten=False))
+    both = problem.propagate(context)
     box = {name: _without_ball(state) for name, state in both.items()}
 
     def minimum(C: Tensor | None, sign: int) -> Tensor:
         return torch.maximum(last_step(problem, ball, C, sign), last_step(problem, box, C, sign))
 
-    return problem.both_sides(minimum)
+    return problem.result(context, minimum)
 
 
 def _without_ball(state: State) -> State:

@@ -9,20 +9,20 @@ docstring, registered in one line, and checked below by sampling.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm
 from lirpa_ext.domain.ball_box import BallBox
-from lirpa_ext.rules import RULES, Context, Rule, State, register_rule
+from lirpa_ext.engine import Node
+from lirpa_ext.rules import RULES, Context, SetRule, State, register_rule
 
 
-class LogRule(Rule):
+class LogRule(SetRule):
     """log increases, hence the box; on [l, u] its slope is at most 1 / l, hence the radius rho / min l."""
 
-    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+    def propagate(self, node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         (state,) = inputs
         lower, upper = state.box()
         if (lower <= 0).any():
@@ -55,7 +55,10 @@ def main() -> None:
     register_rule("BoundLogarithm", LogRule(), overwrite=True)  # a class without a rule needs no overwrite
     try:
         lower, upper = bounded.compute_bounds(method="bcp")
-        print(f"this rule: mean width {float((upper - lower).mean()):.3f}; nodes without one: {bounded.fallbacks}")
+        print(
+            f"this rule: mean width {float((upper - lower).mean()):.3f}; "
+            f"nodes without one: {bounded.last_result.fallbacks}"
+        )
     finally:
         register_rule("BoundLogarithm", own, overwrite=True)  # only so that this example leaves the table as it was
 

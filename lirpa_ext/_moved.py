@@ -54,7 +54,7 @@ MOVED = {
     "preprocessing": "models.preprocessing",
     "products": "domain.products",
     "propagation": "passes.ball_box",
-    "quotients": "nodes.quotients",
+    "quotients": "rules.quotients",
     "radii": "certification.radii",
     "randomized.evaluation": "certification.robust_accuracy",
     "relaxations": "nodes.relaxations",
@@ -102,7 +102,9 @@ class _Mover(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         package, _, old = name.partition(".")
-        return importlib.util.spec_from_loader(name, self) if package == __package__ and old in MOVED else None
+        if package != __package__ or old not in MOVED:
+            return None
+        return importlib.util.spec_from_loader(name, self, is_package=True)  # its modules come here too
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         old = spec.name.partition(".")[2]
@@ -113,7 +115,7 @@ class _Mover(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             alias = ModuleType(spec.name, module.__doc__)
         else:
             alias = _Function(spec.name, module.__doc__)
-        alias.__dict__.update({key: value for key, value in vars(module).items() if key not in vars(alias)})
+        alias.__dict__.update({key: value for key, value in vars(module).items() if not key.startswith("__")})
         return alias
 
     def exec_module(self, module: ModuleType) -> None:

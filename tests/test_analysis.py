@@ -481,8 +481,8 @@ class TestLowerSlopes:
         for row in found.shares:
             ball = BoundedTensor(x.double(), PerturbationLpNorm(row["eps"]))
             bounded.compute_bounds(x=(ball,), method="sparse-slope", labels=y, seed=0)
-            assert row["zero"] == pytest.approx(bounded.last_relaxation.sparsity)
-            assert row["idle"] == pytest.approx(bounded.last_relaxation.zero_gradients)
+            assert row["zero"] == pytest.approx(bounded.last_result.relaxation.sparsity)
+            assert row["idle"] == pytest.approx(bounded.last_result.relaxation.zero_gradients)
             # A slope strictly between 0 and 1 is one that no step has moved.
             assert row["between"] <= row["idle"] + 1e-12
             assert row["zero"] + row["between"] + row["one"] == pytest.approx(1)

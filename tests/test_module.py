@@ -134,15 +134,15 @@ class Picked(nn.Module):
 def test_which_nodes_took_the_fallback_is_visible(model, x):
     points, product = torch.rand(2, 4, dtype=torch.float64), Picked().double()
     graph = BoundedModule(product, points)
-    assert graph.fallbacks == {}
+    assert graph.last_result.fallbacks == {}
     bounds = graph.compute_bounds(x=(ball(points, 0.1),), method="bcp")
-    ((name, kind),) = graph.fallbacks.items()
+    ((name, kind),) = graph.last_result.fallbacks.items()
     assert kind == "BoundGatherElements"
     assert type(graph._modules[name]).__name__ == kind
     assert_sound(product, points, PerturbationLpNorm(0.1, 2), bounds)
     plain = BoundedModule(model, x)
     plain.compute_bounds(x=(ball(x),), method="bcp")
-    assert plain.fallbacks == {}
+    assert plain.last_result.fallbacks == {}
 
 
 def test_train_and_eval_are_the_models(model, x):
@@ -461,6 +461,6 @@ def test_wrn_on_64x64_stays_under_4_gib():
             lower, upper = graph.compute_bounds(x=(ball,), C=C, method="bcp")
             clean = torch.einsum("bso,bo->bs", C, model(x))
         assert torch.isfinite(lower).all() and (lower <= clean).all() and (clean <= upper).all()
-        assert not graph.fallbacks, graph.fallbacks
+        assert not graph.last_result.fallbacks, graph.last_result.fallbacks
     """)
     assert peak < 4, f"{peak:.2f} GiB"

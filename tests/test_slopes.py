@@ -24,7 +24,6 @@ from lirpa_ext import (  # fmt: skip
     worst_case_logits,
 )
 from lirpa_ext.data import load_data
-from lirpa_ext.domain.norms import NormCache
 from lirpa_ext.domain.specifications import margin_rows
 from lirpa_ext.errors import InvalidInputError, LirpaExtError, OptionError, TrainModeError, UnknownMethodError
 from lirpa_ext.passes.backward import BackwardPass
@@ -178,11 +177,11 @@ def test_sparsity_rises_with_eps_and_exceeds_that_of_crown(reference):
     ours = []
     for eps in (0.01, 0.1, 0.2):  # beyond that it stays: 0.780 at 0.2, 0.779 at 0.3
         reference.margins("slope:crown", eps)
-        crown = reference.graph.last_relaxation.sparsity
+        crown = reference.graph.last_result.relaxation.sparsity
         shares = []
         for seed in range(3):
             reference.margins("sparse-slope", eps, seed=seed)
-            shares.append(reference.graph.last_relaxation.sparsity)
+            shares.append(reference.graph.last_result.relaxation.sparsity)
         assert min(shares) > crown + 0.1
         ours.append(sum(shares) / 3)
     assert ours == sorted(ours)
@@ -238,7 +237,7 @@ def test_any_slopes_in_the_unit_interval_are_sound(name, x):
     model = network(name)
     graph = BoundedModule(model, x)
     graph.compute_bounds(x=(ball(x, 0.3),), method="slope:crown")
-    shapes = {key: value.shape for key, value in graph.last_relaxation.slopes.items()}
+    shapes = {key: value.shape for key, value in graph.last_result.relaxation.slopes.items()}
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
         slopes = {key: torch.rand(shape, generator=generator, dtype=x.dtype) for key, shape in shapes.items()}
@@ -317,7 +316,7 @@ def test_cap_is_fast_lin(norm, eps, dual, x):
 def test_after_the_step_slopes_are_0_or_1_wherever_the_gradient_is_not_0(name, x):
     graph = BoundedModule(network(name), x)
     graph.compute_bounds(x=(ball(x, 0.3),), method="sparse-slope", labels=Y, seed=0)
-    found = graph.last_relaxation
+    found = graph.last_result.relaxation
     moved = 0
     for key, slope in found.slopes.items():
         sign, unstable = found.gradients[key], found.unstable[key]
@@ -336,7 +335,7 @@ def test_its_signs_are_those_of_finite_differences(name, x):
     graph, C = BoundedModule(network(name), x), margin_rows(Y, 3)
     start = torch.Generator().manual_seed(5)
     graph.compute_bounds(x=(ball(x, 0.3),), method="sparse-slope", labels=Y, generator=start)
-    found = graph.last_relaxation
+    found = graph.last_result.relaxation
     again, slopes = torch.Generator().manual_seed(5), {}
     for key, value in found.slopes.items():
         slopes[key] = torch.rand(value.shape, generator=again, dtype=value.dtype)
@@ -365,8 +364,8 @@ def test_its_signs_are_those_of_finite_differences(name, x):
 class PlainPass(BackwardPass):
     """The backward pass with the two lines of each activation, by torch's own functions."""
 
-    def __init__(self, graph, states, slopes):
-        super().__init__(graph, states)
+    def __init__(self, graph, states, context, slopes):
+        super().__init__(graph, states, context)
         self.slopes = slopes
 
     def _step(self, node, a, relax):
@@ -389,17 +388,18 @@ def test_its_signs_are_those_of_plain_autograd(name, fused, x):
     more = {"loss_fusion": True, "bound_lower": False} if fused else {}
     more["outward"] = False
     graph.compute_bounds(x=(ball(x, 0.3),), method="sparse-slope", labels=Y, generator=start.manual_seed(5), **more)
-    found, rows = graph.last_relaxation, margin_rows(Y, 3)
+    found, rows = graph.last_result.relaxation, margin_rows(Y, 3)
     start.manual_seed(5)
     slopes = {
         key: torch.rand(value.shape, generator=start, dtype=x.dtype).requires_grad_()
         for key, value in found.slopes.items()
     }
-    states = propagate_intervals(graph, Context(NormCache(), {}))
-    boxes = SlopePass(graph, states, {})
+    context = Context()
+    states = propagate_intervals(graph, context)
+    boxes = SlopePass(graph, states, context, {})
     if fused:
         rows = chords_of_margins(boxes, rows).detach().rows(rows)
-    loss = (-PlainPass(graph, states, slopes).bound(rows)).logsumexp(1).sum()
+    loss = (-PlainPass(graph, states, context, slopes).bound(rows)).logsumexp(1).sum()
     for key, gradient in zip(slopes, torch.autograd.grad(loss, list(slopes.values())), strict=True):
         clear = found.unstable[key] & (gradient.abs() > 1e-12)
         assert torch.equal(found.gradients[key][clear], gradient[clear].sign())
@@ -416,7 +416,7 @@ def test_its_signs_survive_margins_that_are_verified_by_far(x):
         lower, _ = graph.compute_bounds(
             x=(ball(x, 0.3),), C=margin_rows(labels, 3), method="sparse-slope", labels=labels, seed=0
         )
-        signs.append(torch.cat([sign.flatten() for sign in graph.last_relaxation.gradients.values()]))
+        signs.append(torch.cat([sign.flatten() for sign in graph.last_result.relaxation.gradients.values()]))
     assert float(F.cross_entropy(F.pad(-lower.detach(), (1, 0)), labels)) == 0
     assert (signs[0] != 0).any()
     assert ((signs[0] * signs[1]) >= 0).all()
@@ -428,7 +428,7 @@ def test_slopes_are_shared_by_rows_and_given_back_alike(x):
     graph = BoundedModule(network("residual"), x)
     C = torch.randn(4, 2, 3, dtype=x.dtype)
     expected = graph.compute_bounds(x=(ball(x),), C=C, method="sparse-slope", labels=Y, seed=3)
-    slopes = graph.last_relaxation.slopes
+    slopes = graph.last_result.relaxation.slopes
     for given in (slopes, list(slopes.values())):
         again = graph.compute_bounds(x=(ball(x),), C=C, method="slope:same", slopes=given)
         torch.testing.assert_close(again, expected)
@@ -444,7 +444,7 @@ def test_variants_draw_as_they_say(x):
     graph = BoundedModule(network("conv"), x)
     boxes = graph.activation_bounds(ball(x, 0.3))
     graph.compute_bounds(x=(ball(x, 0.3),), method="slope:0.25,0.75", seed=1)
-    found = graph.last_relaxation
+    found = graph.last_result.relaxation
     counts = {True: [], False: []}
     for key, slope in found.slopes.items():
         lower, upper = boxes[key]
@@ -528,7 +528,7 @@ def test_gradients_in_the_weights_with_slopes_held(name, norm, x):
     graph = BoundedModule(model, x)
     bounded = ball(x, 0.1 if norm == math.inf else 0.4, norm)
     graph.compute_bounds(x=(bounded,), method="sparse-slope", labels=y, seed=0)
-    slopes = graph.last_relaxation.slopes
+    slopes = graph.last_result.relaxation.slopes
 
     def lower(*_):
         return graph.compute_bounds(
@@ -549,7 +549,7 @@ def test_gradients_of_the_step_are_those_of_its_slopes_held(x):
         return torch.autograd.grad(lower.exp().sum(), list(model.parameters()))
 
     stepped = gradient("sparse-slope", labels=Y, seed=0)
-    held = gradient("slope:same", slopes=graph.last_relaxation.slopes)
+    held = gradient("slope:same", slopes=graph.last_result.relaxation.slopes)
     torch.testing.assert_close(stepped, held)
 
 
@@ -624,7 +624,7 @@ def test_gradient_of_the_fused_bound(x):
         return fused_cross_entropy(graph, x, Y, 0.1, "slope:same", math.inf, slopes=slopes, outward=False)
 
     fused_cross_entropy(graph, x, Y, 0.1, "sparse-slope", math.inf, seed=0)
-    slopes = graph.last_relaxation.slopes
+    slopes = graph.last_result.relaxation.slopes
     assert torch.autograd.gradcheck(bound, list(model.parameters()), eps=1e-6, atol=1e-5, fast_mode=True)
 
 
@@ -721,7 +721,7 @@ def test_nothing_of_a_call_holds_a_graph(x):
     graph = BoundedModule(network("conv"), x)
     lower, _ = graph.compute_bounds(x=(ball(x),), method="sparse-slope", labels=Y, seed=0)
     assert lower.requires_grad
-    found = graph.last_relaxation
+    found = graph.last_result.relaxation
     for table in (found.slopes, found.unstable, found.gradients):
         assert not any(value.requires_grad for value in table.values())
 
@@ -849,7 +849,7 @@ def test_errors_say_what_is_wrong(method, given, error, match, x):
 def test_given_slopes_that_are_none(change, match, x):
     graph = BoundedModule(network("conv"), x)
     graph.compute_bounds(x=(ball(x),), method="slope:random", seed=0)
-    slopes = dict(graph.last_relaxation.slopes)
+    slopes = dict(graph.last_result.relaxation.slopes)
     name = next(iter(slopes))
     slopes[name] = change(slopes[name])
     with pytest.raises(InvalidInputError, match=match):

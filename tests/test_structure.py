@@ -193,7 +193,7 @@ def test_every_method_is_sound_or_refuses(name, inside):
             assert_contains(bounds, found, f"({method} {options}, {setting})")
             if setting.batch == 3:  # one set for each sample: the last one's is a point
                 torch.testing.assert_close(bounds[0][2], model(x)[2], rtol=1e-6, atol=1e-6)
-    assert not graph.fallbacks
+    assert not graph.last_result.fallbacks
 
 
 def test_a_batch_on_another_axis_is_refused_by_every_method():
@@ -284,7 +284,7 @@ def test_constants_of_each_sample_multiply_their_own(join, own, batch):
         for method, options in METHODS:
             bounds = graph.compute_bounds(x=(BoundedTensor(x, perturbation), constant), method=method, **options)
             assert_contains(bounds, found, f"({method}, l{norm})")
-        assert not graph.fallbacks
+        assert not graph.last_result.fallbacks
 
 
 # --- the batch axis ----------------------------------------------------------------------------------------------
@@ -448,10 +448,10 @@ def test_a_weight_used_at_two_sizes_has_a_norm_for_each():
     for _ in range(300):
         graph.compute_bounds(x=given, method="lipschitz", norms="estimate")
     assert set(graph.power_iterations) == names
-    found = graph.last_context.norms
+    found = graph.last_result.norms
     graph.compute_bounds(x=given, method="lipschitz")
     for name in names:
-        assert float(found[name]) == pytest.approx(float(graph.last_context.norms[name]), rel=1e-3), name
+        assert float(found[name]) == pytest.approx(float(graph.last_result.norms[name]), rel=1e-3), name
     other = BoundedModule(TwoSizes().double(), x)
     other.load_state_dict(graph.state_dict())
     assert all(torch.equal(other.power_iterations[n].u, graph.power_iterations[n].u) for n in names)

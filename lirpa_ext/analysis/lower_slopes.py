@@ -130,8 +130,9 @@ def _shares(subject: Subject, eps: float, method: str, options: dict[str, Any]) 
     for x, y in subject.batches():
         rows = torch.eye(subject.classes, dtype=x.dtype, device=x.device)[y].unsqueeze(1)
         subject.lower(x, y, eps, rows, method, options)
-        relaxation = subject.graph(x).last_relaxation
-        assert relaxation is not None
+        result = subject.graph(x).last_result
+        assert result is not None and result.relaxation is not None
+        relaxation = result.relaxation
         for name, mask in relaxation.unstable.items():
             slopes = relaxation.slopes[name][mask]
             zero, one = (slopes == 0).sum().cpu(), (slopes == 1).sum().cpu()

@@ -16,11 +16,12 @@ from ..domain.linear_maps import LinearMap
 from ..domain.norms import PowerIteration, key_of, spectral_norm_bound
 from ..domain.perturbation import PerturbationLpNorm
 from ..module.bounded_module import BoundedModule
-from ..nodes.softmax import LogSoftmax, Softmax
 from ..rules import RULES, State
-from ..rules.base import ITERABLE, only_perturbed, weight_name
+from ..rules.base import only_perturbed
+from ..rules.context import ITERABLE, weight_name
 from ..rules.elementwise import Elementwise
 from ..rules.linear import Affine, TimesConstant, differs_by_sample
+from ..rules.softmax import LogSoftmax, Softmax
 from ..rules.structure import Concat, Monotone, Negation, Sum
 
 _FAR = 1e150  # stands for infinity where a slope is looked at, so that products of it are numbers

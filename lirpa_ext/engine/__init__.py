@@ -37,6 +37,7 @@ from .compatibility import (
     unregister_custom_op,
 )
 from .graph import (
+    Node,
     Snapshot,
     aligned_constants,
     ancestors_in_order,
@@ -48,6 +49,7 @@ from .graph import (
     free_graphs,
     honest_bias,
     is_shape,
+    kind,
     learn_relu,
     parameters,
     reads_old_values,
@@ -88,6 +90,7 @@ __all__ = [
     "LinearBound",
     "LiveBuffers",
     "LiveParams",
+    "Node",
     "Patches",
     "Snapshot",
     "aligned_constants",
@@ -108,6 +111,7 @@ __all__ = [
     "free_graphs",
     "honest_bias",
     "is_shape",
+    "kind",
     "learn_relu",
     "make_live",
     "parameters",

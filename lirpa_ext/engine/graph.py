@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .compatibility import IS_LEGACY, BoundedTensor, BoundInput, bound_ops
+
+
+class Node(Protocol):
+    """A node of the graph, as rules and passes see it: what all nodes have, and further attributes of its kind.
+
+    Attributes:
+        name: Its name in the graph.
+        inputs: The nodes that it reads.
+        perturbed: Whether it depends on a perturbed input.
+        output_shape: Shape of its value, with the batch.
+    """
+
+    name: str
+    inputs: list[Node]
+    perturbed: bool
+    output_shape: torch.Size
+
+    def forward(self, *x: Any) -> Any:
+        """Its value, for values of its inputs."""
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of its kind, such as an axis or a stride."""
+
+
+def kind(node: Any) -> str:
+    """The exact name of a node's class, by which tables know it."""
+    return type(node).__name__
 
 
 def set_input(module: nn.Module, *x: Tensor) -> None:

@@ -146,9 +146,9 @@ def _try(model: ImportedModel, methods: Sequence[str], timeout: float) -> list[T
             fallbacks: dict[str, str] = {}
             try:
                 with Deadline(start + timeout), memory_limit(spare_memory()), torch.no_grad():
-                    bounds = graph.compute_bounds(x=(ball,), method=method)  # type: ignore[union-attr]
-                fallbacks = graph.fallbacks if method in ("bcp", "bcp-crown") else {}  # type: ignore[union-attr]
-                if not all(bound.isfinite().all() for bound in bounds):
+                    result = graph.bound((ball,), None, method)  # type: ignore[union-attr]
+                fallbacks = result.fallbacks if method in ("bcp", "bcp-crown") else {}
+                if not all(bound is not None and bound.isfinite().all() for bound in result):
                     reason = "its bounds are not finite"
             except OutOfTime:
                 reason = f"took more than {timeout:g} s"

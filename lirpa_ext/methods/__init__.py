@@ -3,7 +3,10 @@
 from . import bcp, bcp_crown, cap, slopes  # noqa: F401  (they fill the table)
 from .base import (
     METHODS,
+    BoundOptions,
+    BoundResult,
     Bounds,
+    Graph,
     Method,
     Problem,
     check_options,
@@ -15,14 +18,19 @@ from .base import (
     register_method,
 )
 from .bcp import LastLayer
+from .relaxation import Relaxation
 from .run import check_request, method_of, run_activation_bounds, run_last_layer, run_method
 
 __all__ = [
     "METHODS",
+    "BoundOptions",
+    "BoundResult",
     "Bounds",
+    "Graph",
     "LastLayer",
     "Method",
     "Problem",
+    "Relaxation",
     "check_options",
     "check_request",
     "check_specification",

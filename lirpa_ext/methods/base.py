@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,43 +14,126 @@ from torch import Tensor, nn
 from .. import engine
 from ..domain.ball_box import BallBox
 from ..domain.norms import NormCache, PowerIteration
-from ..domain.perturbation import PerturbationLpNorm
 from ..domain.scalar_functions import scalar_function
 from ..errors import InvalidInputError, OptionError, RegistrationError, UnknownMethodError
 from ..nodes.softmax import BoundStableLogSoftmax
 from ..passes.ball_box import propagate
 from ..rules import Context, State
+from .relaxation import Relaxation
 
-Bounds = tuple[Tensor | None, Tensor | None]
+Bounds = tuple[Tensor | None, Tensor | None]  # lower and upper; None for a side that was not asked
 
 
-@dataclass
-class Problem:
-    """What a method is asked: bounds of C f(x') for every x' in the perturbation set.
+@dataclass(frozen=True)
+class BoundOptions:
+    """What a call asks of a method, whichever it is: bounds of C f(x') for every x' in the perturbation set.
+
+    Attributes:
+        method: Name of the method, for messages.
+        C: Specification rows, (B, S, outputs) or (1, S, outputs), or None for the outputs themselves.
+        lower: Whether the lower side is asked.
+        upper: Whether the upper side is asked.
+    """
+
+    method: str
+    C: Tensor | None = None
+    lower: bool = True
+    upper: bool = True
+
+
+@dataclass(frozen=True)
+class BoundResult:
+    """What a method found.
+
+    Attributes:
+        lower: Lower bounds, (B, S) or of the output's shape; None if that side was not asked.
+        upper: Upper bounds, likewise.
+        relaxation: Slopes of the activations, of the methods that choose some.
+        fallbacks: Nodes (name: class) that the engine's interval rule bounded, there being none of ours.
+        ended_rows: Nodes (name: why) at which coefficient rows ended early, at the minimum over the node's set.
+        norms: Norm that each linear node was propagated with, by the name of its weight.
+        estimate: Whether the norms are estimates, for training; the bounds are then no certificate.
+        clean: f(x), (B, ...), where it was computed on the way.
+    """
+
+    lower: Tensor | None
+    upper: Tensor | None
+    relaxation: Relaxation | None = None
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    ended_rows: dict[str, str] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    estimate: bool = False
+    clean: Tensor | None = None
+
+    @property
+    def sides(self) -> Bounds:
+        """Lower and upper bounds."""
+        return self.lower, self.upper
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        """``lower, upper = result``."""
+        return iter(self.sides)
+
+    def detached(self) -> BoundResult:
+        """The same without autograd graphs."""
+        lower, upper, clean = (t if t is None else t.detach() for t in (*self.sides, self.clean))
+        return replace(self, lower=lower, upper=upper, clean=clean)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph of the engine's, and the norms of its layers.
 
     Attributes:
         module: The graph, with the input set on it.
-        C: Specification rows, (B, S, c) or (1, S, c), or None for the outputs themselves.
-        lower: Whether the lower side is asked.
-        upper: Whether the upper side is asked.
-        cache: Norm bounds of this module.
-        power_iterations: Power iterations of this module.
-        training: Whether the model is in training mode.
+        cache: Norm bounds of its layers.
+        power_iterations: Their power iterations, which estimate norms in training.
+        training: Whether the model is in training mode, where the power iterations move.
     """
 
     module: nn.Module
-    C: Tensor | None
-    lower: bool
-    upper: bool
-    cache: NormCache
-    power_iterations: dict[str, PowerIteration]
-    training: bool
+    cache: NormCache = field(default_factory=NormCache)
+    power_iterations: dict[str, PowerIteration] = field(default_factory=dict)
+    training: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A graph, and what is asked of it: the argument of every method.
+
+    Attributes:
+        graph: The graph, with the input set on it.
+        options: What is asked.
+    """
+
+    graph: Graph
+    options: BoundOptions
+
+    @property
+    def module(self) -> Any:
+        """The engine's BoundedModule."""
+        return self.graph.module
+
+    @property
+    def C(self) -> Tensor | None:
+        """Specification rows."""
+        return self.options.C
+
+    @property
+    def lower(self) -> bool:
+        """Whether the lower side is asked."""
+        return self.options.lower
+
+    @property
+    def upper(self) -> bool:
+        """Whether the upper side is asked."""
+        return self.options.upper
 
     @property
     def final(self) -> Any:
         """The node that C is of: the graph's output, or where that is log p of a vector the logits before it, if the
         rows of C sum to 0: C log p = C z - (C 1) LSE(z)."""
-        node = self.module.final_node()  # type: ignore[operator]
+        node = self.module.final_node()
         log_p = type(node) is BoundStableLogSoftmax and len(node.output_shape) == 2
         return node.inputs[0] if log_p and self.C is not None and not self.C.sum(2).any() else node
 
@@ -68,17 +152,17 @@ class Problem:
         if outward is None:
             outward = not estimate and (self._dtype() == torch.float64 or self._has_gaps())
         return Context(
-            self.cache,
-            self.power_iterations,
+            self.graph.cache,
+            self.graph.power_iterations,
             estimate=estimate,
-            training=self.training,
+            training=self.graph.training,
             outward=outward,
             **switches,
         )
 
     def _dtype(self) -> torch.dtype:
         """Type that the bounds are computed in: that of the perturbed input, not torch's global default."""
-        nodes = engine.ancestors_in_order(self.module.final_node())  # type: ignore[operator]
+        nodes = engine.ancestors_in_order(self.module.final_node())
         return next(node.value.dtype for node in nodes if node.perturbed and type(node) is engine.BoundInput)
 
     def _has_gaps(self) -> bool:
@@ -87,19 +171,40 @@ class Problem:
         return any(function is not None and function.has_gaps for function in functions)
 
     def propagate(self, context: Context, keep: bool = False) -> dict[str, State]:
-        """Sets of the nodes; the report of fallbacks and norms stays on the module for the user to see."""
-        states = propagate(self.module, context, keep, None if keep else self.final)
-        object.__setattr__(self.module, "last_context", context)
-        return states
+        """Ball and box of the nodes: of all with `keep`, else of the final node and its inputs."""
+        return propagate(self.module, context, keep, None if keep else self.final)
 
     def both_sides(self, minimum: Callable[[Tensor | None, int], Tensor]) -> Bounds:
-        """The asked sides, each as a minimum: min C f, and max C f = -min -C f."""
+        """The sides of `result`, without what a propagation wrote down. Deprecated."""
+        warnings.warn("Problem.both_sides is Problem.result(context, minimum) now", DeprecationWarning, stacklevel=2)
+        return self.result(Context(), minimum).sides
+
+    def result(
+        self, context: Context, minimum: Callable[[Tensor | None, int], Tensor], relaxation: Relaxation | None = None
+    ) -> BoundResult:
+        """The asked sides, each as a minimum: min C f, and max C f = -min -C f.
+
+        Args:
+            context: Of the propagation, which knows the norms it used and the nodes without a rule.
+            minimum: (rows C, 1) or (rows -C, -1) -> the minimum of each row, (B, S). The rows are None where the
+                outputs themselves are asked, times 1 or -1.
+            relaxation: Slopes that the method chose.
+        """
         lower = minimum(self.C, 1) if self.lower else None
         upper = -minimum(self.C if self.C is None else -self.C, -1) if self.upper else None
-        return lower, upper
+        return context_result(context, lower, upper, relaxation)
 
 
-Method = Callable[..., Bounds]
+def context_result(
+    context: Context, lower: Tensor | None, upper: Tensor | None, relaxation: Relaxation | None = None
+) -> BoundResult:
+    """These bounds, with what the propagation wrote down."""
+    return BoundResult(
+        lower, upper, relaxation, dict(context.fallbacks), dict(context.ended), dict(context.norms), context.estimate
+    )
+
+
+Method = Callable[..., BoundResult]
 METHODS: dict[str, Method] = {}
 
 
@@ -124,8 +229,8 @@ def register_method(name: str, function: Method, overwrite: bool = False) -> Non
 
     Args:
         name: Name of the method; lower case.
-        function: ``function(problem, *, option=default, ...) -> (lower, upper)``; a side that was not asked is
-            None. Its keyword-only arguments are the method's options.
+        function: ``function(problem, *, option=default, ...)`` of a `Problem`, which returns a `BoundResult` or
+            (lower, upper), None for a side that was not asked. Its keyword-only arguments are the method's options.
         overwrite: Replace a method that exists.
 
     Raises:
@@ -203,6 +308,3 @@ def check_specification(C: Tensor, x: Tensor, outputs: int) -> None:
 def set_of(state: State) -> BallBox:
     """The set of a node that may be constant."""
     return state if isinstance(state, BallBox) else BallBox.point(state)
-
-
-__all__ = ["FAMILIES", "METHODS", "Bounds", "Family", "Method", "PerturbationLpNorm", "Problem", "register_method"]

@@ -18,9 +18,10 @@ from ..domain.ball_box_min import ball_box_min, merged_min
 from ..domain.lengths import flat, length
 from ..domain.linear_maps import Dense
 from ..domain.rounding import gamma, row_slack
+from ..engine import kind
 from ..rules import RULES
 from ..rules.linear import Affine
-from .base import Bounds, Problem, register_method, set_of
+from .base import BoundResult, Problem, register_method, set_of
 
 # Above this many outputs, bounds without C come from the output's own box: C would be the identity.
 _LARGEST_IDENTITY = 1024
@@ -48,7 +49,7 @@ def bcp(
     outward: bool | None = None,
     solver: str = "exact",
     max_steps: int | None = None,
-) -> Bounds:
+) -> BoundResult:
     """Bounds from a ball and a box propagated together.
 
     Args:
@@ -68,10 +69,12 @@ def bcp(
     states = problem.propagate(context)
     if tighten:
         states = tightened(states)
-    return problem.both_sides(lambda C, sign: last_step(problem, states, C, sign, solver, max_steps, context.outward))
+    return problem.result(
+        context, lambda C, sign: last_step(problem, states, C, sign, solver, max_steps, context.outward)
+    )
 
 
-def lipschitz(problem: Problem, *, norms: str = "bound", outward: bool | None = None) -> Bounds:
+def lipschitz(problem: Problem, *, norms: str = "bound", outward: bool | None = None) -> BoundResult:
     """Bounds from the ball alone: a product of the layers' Lipschitz constants (LMT).
 
     Args:
@@ -84,7 +87,7 @@ def lipschitz(problem: Problem, *, norms: str = "bound", outward: bool | None = 
     """
     context = problem.context(norms, outward, ball_only=True, tighten=False)
     states = problem.propagate(context)
-    return problem.both_sides(lambda C, sign: last_step(problem, states, C, sign, outward=context.outward))
+    return problem.result(context, lambda C, sign: last_step(problem, states, C, sign, outward=context.outward))
 
 
 def tightened(states: dict[str, BallBox | Tensor]) -> dict[str, BallBox | Tensor]:
@@ -143,7 +146,7 @@ def dense_last_layer(problem: Problem, states: dict[str, BallBox | Tensor]) -> L
     """The last layer, if the output is a dense layer of one perturbed vector."""
     final = problem.final
     state, *constants = (states[parent.name] for parent in final.inputs)
-    rule = RULES.get(type(final).__name__)
+    rule = RULES.get(kind(final))
     if not isinstance(rule, Affine) or not isinstance(state, BallBox) or state.center.dim() != 2:
         return None
     tensors = [value for value in constants if isinstance(value, Tensor)]

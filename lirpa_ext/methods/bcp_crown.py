@@ -6,23 +6,24 @@ the box together. Soundness: see `lirpa_ext.passes.backward`; every candidate be
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..domain.ball_box import BallBox
 from ..domain.ball_box_min import relu_ball_box_min, relu_ball_box_value
 from ..domain.lengths import flat
+from ..engine import Node
 from ..errors import OptionError
 from ..passes.backward import BackwardPass, Part
-from .base import Bounds, Problem, register_method, set_of
+from .base import BoundResult, Problem, register_method, set_of
 from .bcp import last_step, tightened
 
 _MOST_ELEMENTS = 2**20  # of one coefficient tensor: rows beyond it go in turns, which also keeps to the caches
 
 
-def bcp_crown(problem: Problem, *, norms: str = "bound", tighten: bool = True, outward: bool | None = None) -> Bounds:
+def bcp_crown(
+    problem: Problem, *, norms: str = "bound", tighten: bool = True, outward: bool | None = None
+) -> BoundResult:
     """Best of BCP, of CROWN's slopes over ball and box, and of stopping at the last ReLU; per row.
 
     Never looser than `bcp`; on networks of ReLUs and linear layers never looser than CROWN on the same boxes.
@@ -40,8 +41,8 @@ def bcp_crown(problem: Problem, *, norms: str = "bound", tighten: bool = True, o
     states = problem.propagate(context, keep=True)
     if tighten:
         states = tightened(states)
-    return problem.both_sides(
-        lambda C, sign: _best_of_fixed(problem, BackwardPass(problem.module, states, outward=context.outward), C, sign)
+    return problem.result(
+        context, lambda C, sign: _best_of_fixed(problem, BackwardPass(problem.module, states, context), C, sign)
     )
 
 
@@ -54,7 +55,7 @@ def bcp_alpha_crown(
     steps: int = 40,
     step_size: float = 0.2,
     early_stop: bool = True,
-) -> Bounds:
+) -> BoundResult:
     """`bcp_crown`, then gradient ascent on the rows lam and the multipliers of every ReLU; the best value counts.
 
     Args:
@@ -78,7 +79,7 @@ def bcp_alpha_crown(
         states = tightened(states)
 
     def minimum(C: Tensor | None, sign: int) -> Tensor:
-        backward = BackwardPass(problem.module, states, outward=context.outward)
+        backward = BackwardPass(problem.module, states, context)
         bound = _best_of_fixed(problem, backward, C, sign)
         rows = _rows(problem, states, C, sign)
         best = flat(bound.detach()).clone()
@@ -97,7 +98,7 @@ def bcp_alpha_crown(
             best[sample, row] = torch.maximum(best[sample, row], found)
         return best.view_as(bound)
 
-    return problem.both_sides(minimum)
+    return problem.result(context, minimum)
 
 
 def _rows(problem: Problem, states: dict[str, BallBox | Tensor], C: Tensor | None, sign: int) -> Tensor:
@@ -122,7 +123,7 @@ def _best_of_fixed(problem: Problem, backward: BackwardPass, C: Tensor | None, s
     return torch.maximum(bcp, torch.cat(bounds, dim=1).view_as(bcp))
 
 
-def _crown(node: Any, a: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+def _crown(node: Node, a: Tensor, part: Part) -> tuple[Tensor, Tensor]:
     """lam = slope * a with CROWN's slopes: the upper line's where a < 0, the adaptive lower one's elsewhere."""
     _, _, lower, upper = part.set
     line = upper / (upper - lower)
@@ -138,14 +139,14 @@ def _ascend(backward: BackwardPass, rows: Tensor, steps: int, step_size: float, 
     lam: dict[str, Tensor] = {}
     log_mu: dict[str, Tensor] = {}
 
-    def search(node: Any, a: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    def search(node: Node, a: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         """The lam at hand (at first the ReLU's slope at the center) with the best multiplier for it."""
         passed = lam.get(node.name, a * (part.set[0] > 0).unsqueeze(1))
         bias, log_mu[node.name] = relu_ball_box_min(a, passed, *part.set)
         lam[node.name] = passed
         return passed, bias
 
-    def evaluate(node: Any, a: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    def evaluate(node: Node, a: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         passed = lam[node.name]
         return passed, relu_ball_box_value(a, passed, *part.set, log_mu[node.name].exp())
 

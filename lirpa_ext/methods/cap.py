@@ -14,13 +14,15 @@ import torch
 from .. import engine
 from ..domain.ball_box import BallBox
 from ..domain.batch_axis import merges_batch
+from ..engine import Node, kind
 from ..errors import OptionError
 from ..passes.intervals import propagate_intervals
 from ..passes.slopes import ACTIVATIONS, SlopePass
-from .base import Bounds, Problem, register_method, set_of
+from ..rules import Context
+from .base import BoundResult, Problem, register_method, set_of
 from .bcp import tightened
 from .projections import Projections
-from .slopes import both_sides, chord, random_source, uniform
+from .slopes import chord, random_source, slope_result, uniform
 
 # Rows that one pass carries from a hidden layer, of which each neuron is one.
 _ROWS_AT_ONCE = 64
@@ -33,7 +35,7 @@ def cap(
     projections: int | None = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
-) -> Bounds:
+) -> BoundResult:
     """Fast-Lin, the bound of CAP (Wong and Kolter 2018): both lines parallel, for the hidden layers' boxes too.
 
     Args:
@@ -52,9 +54,7 @@ def cap(
         raise OptionError(f"projections must be a whole number from 1, the source takes 50, got {projections}")
     context = problem.context("bound", False if projections else outward)
     activations = [
-        node
-        for node in engine.ancestors_in_order(problem.final)
-        if type(node).__name__ in ACTIVATIONS and node.perturbed
+        node for node in engine.ancestors_in_order(problem.final) if kind(node) in ACTIVATIONS and node.perturbed
     ]
     # The boxes before the first activations are exact (but for a cut lp ball): nothing to gain there.
     names = frozenset(
@@ -66,13 +66,13 @@ def cap(
     source = random_source(generator, seed)
     sums = Projections(problem.module, projections, lambda like: uniform(like, source)) if projections else None
 
-    def refine(node: Any, states: dict[str, Any]) -> BallBox:
+    def refine(node: Node, states: dict[str, Any]) -> BallBox:
         if sums is not None:
             return sums.box(node, states)
         known = states[node.name]
         if merges_batch(node):  # rows are of whole samples
             return known
-        chosen = _parallel(problem, tightened(states) if context.outward else states, context.outward, node)
+        chosen = _parallel(problem, tightened(states) if context.outward else states, context, node)
         size, total = known.center[0].numel(), known.center.shape
         eye = torch.eye(size, dtype=known.center.dtype, device=known.center.device)
         ends = []
@@ -84,12 +84,12 @@ def cap(
 
     states = propagate_intervals(problem.module, context, (refine, names))
     states = tightened(states) if context.outward else states
-    return both_sides(problem, _parallel(problem, states, context.outward))
+    return slope_result(problem, _parallel(problem, states, context))
 
 
-def _parallel(problem: Problem, states: dict[str, Any], outward: bool, final: Any = None) -> SlopePass:
+def _parallel(problem: Problem, states: dict[str, Any], context: Context, final: Node | None = None) -> SlopePass:
     """The pass whose lower lines are parallel to the upper ones."""
-    plain = SlopePass(problem.module, states, {}, outward=outward, final=final)
+    plain = SlopePass(problem.module, states, context, {}, final=final)
     return plain.with_slopes(
         {node.name: chord(set_of(plain.states[node.inputs[0].name]).box()) for node in plain.activations}
     )

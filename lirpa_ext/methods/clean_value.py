@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import engine
+from ..engine import Node
 from ..errors import SoundnessError
 
 Bounds = tuple[Tensor | None, Tensor | None]
@@ -102,7 +103,7 @@ def _values(
     return values
 
 
-def _place(node: Any, place: float | torch.Generator | None) -> Tensor | None:
+def _place(node: Node, place: float | torch.Generator | None) -> Tensor | None:
     """A point of the box of a perturbed input: that share of its width in every entry, or a corner at random."""
     perturbation = getattr(node, "perturbation", None)
     if place is None or perturbation is None or not hasattr(perturbation, "box"):

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import engine
+from ..engine import Node
 from ..engine.configuration import kind
 from ..engine.limits import is_out_of_memory
 from ..engine.positive_list import Gap, gaps
@@ -95,7 +96,7 @@ def _data(nodes: list[Any]) -> list[Any]:
     ]
 
 
-def _reads_the_ball(node: Any) -> bool:
+def _reads_the_ball(node: Node) -> bool:
     """Whether a reader of an input knows its ball: a dense layer does, a 2-D convolution if p is 2."""
     ball = node.inputs[0]
     if kind(node) == "BoundConv":
@@ -103,7 +104,7 @@ def _reads_the_ball(node: Any) -> bool:
     return kind(node) == "BoundLinear" and _is_ball(ball)
 
 
-def _is_ball(node: Any) -> bool:
+def _is_ball(node: Node) -> bool:
     perturbation = getattr(node, "perturbation", None)
     return perturbation is not None and perturbation.norm != math.inf
 
@@ -117,15 +118,15 @@ def _of_the_graph(nodes: list[Any], final: Any) -> list[Gap]:
     found = []
     for node in nodes:
         if isinstance(node, (engine.BoundParams, engine.BoundBuffers)) and node.perturbed:
-            found.append(Gap(node.name, type(node).__name__, "perturbed weights"))
+            found.append(Gap(node.name, kind(node), "perturbed weights"))
     data = _data(nodes)
     if len(data) != 1:
-        found += [Gap(node.name, type(node).__name__, f"one of {len(data)} inputs") for node in data]
+        found += [Gap(node.name, kind(node), f"one of {len(data)} inputs") for node in data]
     for node in [*data, final]:
         if len(node.output_shape) < 2:
-            found.append(Gap(node.name, type(node).__name__, "one number for each sample, of shape (B,)"))
+            found.append(Gap(node.name, kind(node), "one number for each sample, of shape (B,)"))
     if len(final.output_shape) > 2:
-        found.append(Gap(final.name, type(final).__name__, f"an output of rank {len(final.output_shape)}"))
+        found.append(Gap(final.name, kind(final), f"an output of rank {len(final.output_shape)}"))
     return found
 
 
@@ -157,12 +158,12 @@ def substitute(
     )
 
 
-def as_ours(error: Exception, method: str, node: Any = None) -> LirpaExtError:
+def as_ours(error: Exception, method: str, node: Node | None = None) -> LirpaExtError:
     """An error of the engine as one of this package's: its exceptions are of every kind."""
     if isinstance(error, LirpaExtError):
         return error
     text = f"{type(error).__name__}: {error}".strip().rstrip(":")
-    where = "" if node is None else f" at node {node.name!r} ({type(node).__name__})"
+    where = "" if node is None else f" at node {node.name!r} ({kind(node)})"
     if is_out_of_memory(error):
         return OutOfMemoryError(f"method {method!r} ran out of memory{where}: {text}")
     if isinstance(error, TypeError | ValueError) and node is None and "argument" in str(error):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 from .. import engine
 from ..domain.ball_box import BallBox, per_sample
 from ..domain.perturbation import PerturbationLpNorm
+from ..engine import Node, kind
 from ..passes.slopes import ACTIVATIONS, Lines
-from ..rules import RULES, State
+from ..rules import RULES, AffineRule, State
 from ..rules.base import apply
 from .base import set_of
 
@@ -56,24 +56,24 @@ class Projections:
         self.module, self.count, self.draw = module, count, draw
         self.sums: dict[str, Sums] = {}
 
-    def box(self, node: Any, states: dict[str, State]) -> BallBox:
+    def box(self, node: Node, states: dict[str, State]) -> BallBox:
         """The estimated box of a node; `states` has the sets of the nodes up to it."""
         for other in engine.ancestors_in_order(node):
             if other.perturbed and other.name not in self.sums:
                 self.sums[other.name] = self._of(other, states)
         return self.sums[node.name].box()
 
-    def _of(self, node: Any, states: dict[str, State]) -> Sums:
+    def _of(self, node: Node, states: dict[str, State]) -> Sums:
         inputs, own = [states[parent.name] for parent in node.inputs], set_of(states[node.name])
         if isinstance(node, engine.BoundInput) and PerturbationLpNorm.of(node.perturbation).norm == 2:
             return self._ball(own)
-        if type(node).__name__ in ACTIVATIONS:
+        if kind(node) in ACTIVATIONS:
             lines, before = Lines.of(node, set_of(inputs[0])), self.sums[node.inputs[0].name]
             half = 0.5 * lines.offset  # of the strip between the lines
             cauchy = lines.line * before.cauchy + half * self._cauchy(half)
             return Sums(lines.line * before.middle + half, cauchy, lines.line * before.normal)
-        rule, rows = RULES.get(type(node).__name__), own.center.new_zeros(1, *own.center.shape)
-        if not inputs or rule is None or rule.adjoint(node, inputs, rows) is None:
+        rule, rows = RULES.get(kind(node)), own.center.new_zeros(1, *own.center.shape)
+        if not inputs or not isinstance(rule, AffineRule) or rule.adjoint(node, inputs, rows) is None:
             return self._of_box(own)
         # affine in its perturbed inputs
         known = [self.sums[parent.name] for parent in node.inputs if parent.perturbed]

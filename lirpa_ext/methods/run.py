@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import engine
-from ..domain.norms import NormCache, PowerIteration
+from ..engine import kind
 from ..errors import InvalidInputError, OptionError
 from ..passes.ball_box import propagate
 from ..passes.intervals import propagate_intervals
 from ..passes.slopes import ACTIVATIONS
 from ..rules import Context
-from .base import Bounds, Method, Problem, check_specification, find_method, set_of
+from .base import (
+    BoundOptions,
+    BoundResult,
+    Bounds,
+    Graph,
+    Method,
+    Problem,
+    check_specification,
+    find_method,
+    set_of,
+)
 from .bcp import LastLayer, dense_last_layer, tightened
 from .clean_value import held
 
@@ -26,71 +37,54 @@ def method_of(name: str, options: dict[str, Any]) -> Method:
     return functools.partial(find_method(name), **options)
 
 
-def run_method(
-    module: nn.Module,
-    name: str,
-    function: Method,
-    inputs: tuple[Tensor, ...],
-    C: Tensor | None,
-    bound_lower: bool,
-    bound_upper: bool,
-    cache: NormCache,
-    power_iterations: dict[str, PowerIteration],
-    training: bool,
-    collected: list[Tensor] | None = None,
-) -> Bounds:
+def run_method(graph: Graph, method: Method, inputs: tuple[Tensor, ...], options: BoundOptions) -> BoundResult:
     """Run one of the package's methods on a graph of ours or of the engine's, and free what it leaves there.
 
     Args:
-        module: The graph.
-        name: Name of the method, for messages.
-        function: The method, with its options (`method_of`).
+        graph: The graph, and its norms.
+        method: The method, with its options (`method_of`).
         inputs: Inputs, at least one a `BoundedTensor`.
-        C: Specification rows or None.
-        bound_lower: Whether the lower side is asked.
-        bound_upper: Whether the upper side is asked.
-        cache: Norm bounds of the module.
-        power_iterations: Power iterations of the module.
-        training: Whether they may move.
-        collected: Takes the clean output, if the method computes it.
+        options: What is asked.
 
     Returns:
-        (lower, upper).
+        Bounds, and what the method did on its way.
 
     Raises:
+        InvalidInputError: No input is perturbed, or the specification has a wrong shape.
         SoundnessError: The clean value lies outside of the bounds.
     """
-    check_request(inputs, C, bound_lower, bound_upper, None)
+    check_request(inputs, options.C, options.lower, options.upper, None)
+    module: Any = graph.module
     try:
         engine.set_input(module, *inputs)
-        final: Any = module.final_node()  # type: ignore[operator]
+        final, C = module.final_node(), options.C
         if C is not None:
             check_specification(C, inputs[0], math.prod(final.output_shape[1:]))
-            C = C.clone() if C.is_inference() else C
-        bounds = function(Problem(module, C, bound_lower, bound_upper, cache, power_iterations, training))
-        output = getattr(final, "forward_value", None)
-        if collected is not None and output is not None:
-            collected.append(output)
-        if getattr(function, "keywords", {}).get("loss_fusion"):
-            return bounds  # of the cross entropy
-        recording = training and any(bound is not None and bound.requires_grad for bound in bounds)
-        bounds = _guarded(module, bounds, output, C, name, recording)
-        ours = getattr(function, "func", function).__module__.partition(".")[0] == "lirpa_ext"
-        return _open(bounds, module) if ours and not recording else bounds
+            options = replace(options, C=C.clone() if C.is_inference() else C)
+        found = method(Problem(graph, options))
+        result = found if isinstance(found, BoundResult) else BoundResult(*found)
+        result = replace(result, clean=getattr(final, "forward_value", None))
+        if getattr(method, "keywords", {}).get("loss_fusion"):
+            return result  # of the cross entropy
+        recording = graph.training and any(bound is not None and bound.requires_grad for bound in result.sides)
+        bounds = result.sides
+        if not (result.estimate or (recording and result.clean is None)):
+            bounds = held(bounds, _clean(module, result), options.C, options.method, module, recording)
+        if _is_of_the_package(method) and not recording:
+            bounds = _open(bounds, module)
+        return replace(result, lower=bounds[0], upper=bounds[1])
     finally:
         engine.free_graphs(module)
 
 
-def _guarded(
-    module: Any, bounds: Bounds, output: Tensor | None, C: Tensor | None, name: str, recording: bool
-) -> Bounds:
-    """The bounds after the guard on the clean value; in training only where the method computed that on its way."""
-    context = getattr(module, "last_context", None)
-    if (recording and output is None) or (context is not None and context.estimate):
-        return bounds
+def _clean(module: Any, result: BoundResult) -> Tensor:
+    """f(x), computed unless the method has done so."""
     with torch.no_grad():
-        clean = module.get_forward_value(module.final_node()) if output is None else output
-    return held(bounds, clean, C, name, module, recording)
+        return module.get_forward_value(module.final_node()) if result.clean is None else result.clean
+
+
+def _is_of_the_package(method: Any) -> bool:
+    return getattr(method, "func", method).__module__.partition(".")[0] == "lirpa_ext"
 
 
 def _open(bounds: Bounds, module: Any) -> Bounds:
@@ -130,31 +124,31 @@ def check_request(inputs: tuple[Tensor, ...], C: Tensor | None, lower: bool, upp
 
 
 def run_activation_bounds(
-    module: nn.Module, inputs: tuple[Tensor, ...], cache: NormCache, intermediate: str = "ibp"
+    graph: Graph, inputs: tuple[Tensor, ...], intermediate: str = "ibp"
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Boxes of the inputs of the graph's ReLUs and LeakyReLUs, by the activation's name."""
     if intermediate not in ("ibp", "bcp"):
         raise OptionError(f'intermediate must be "ibp" or "bcp", got {intermediate!r}')
     _check_perturbed(inputs)
+    module: Any = graph.module
     try:
         engine.set_input(module, *inputs)
-        context = Context(cache, {})
+        context = Context(graph.cache)
         states = propagate(module, context, True) if intermediate == "bcp" else propagate_intervals(module, context)
-        order = engine.ancestors_in_order(module.final_node())  # type: ignore[operator]
-        activations = [node for node in order if node.perturbed and type(node).__name__ in ACTIVATIONS]
+        order = engine.ancestors_in_order(module.final_node())
+        activations = [node for node in order if node.perturbed and kind(node) in ACTIVATIONS]
         return {node.name: set_of(states[node.inputs[0].name]).box() for node in activations}
     finally:
         engine.free_graphs(module)
 
 
-def run_last_layer(
-    module: nn.Module, inputs: tuple[Tensor, ...], cache: NormCache, tighten: bool = True
-) -> LastLayer | None:
+def run_last_layer(graph: Graph, inputs: tuple[Tensor, ...], tighten: bool = True) -> LastLayer | None:
     """The dense last layer with the ball and the box of "bcp" before it, or None where the output is no such layer."""
     _check_perturbed(inputs)
+    module: Any = graph.module
     try:
         engine.set_input(module, *inputs)
-        problem = Problem(module, None, True, True, cache, {}, False)
+        problem = Problem(replace(graph, training=False), BoundOptions("bcp"))
         states = problem.propagate(problem.context(tighten=tighten))
         return dense_last_layer(problem, tightened(states) if tighten else states)
     finally:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,50 +18,19 @@ from torch import Tensor
 
 from ..domain.ball_box import BallBox
 from ..domain.specifications import check_labels, margin_rows
+from ..engine import Node
 from ..errors import InvalidInputError, OptionError, UnknownMethodError
 from ..passes.fusion import chords_of_margins, cross_entropy_bound
 from ..passes.intervals import propagate_intervals
 from ..passes.slopes import Lines, SlopePass, Slopes
-from .base import FAMILIES, Bounds, Family, Method, Problem, set_of
+from .base import FAMILIES, BoundResult, Family, Method, Problem, context_result, set_of
 from .bcp import tightened
+from .relaxation import Relaxation
 
 # Without C the bounds of so many outputs are those of a box, as in "bcp".
 _LARGEST_IDENTITY = 1024
 
 VARIANTS = ("slope:crown", "slope:cap", "slope:random", "slope:P,Q", "slope:ibp", "slope:same")
-
-
-@dataclass(frozen=True)
-class Relaxation:
-    """The slopes that a call used; the graph keeps that of its last call as `BoundedModule.last_relaxation`.
-
-    Attributes:
-        slopes: Parameters of the lower lines in [0, 1], by the activation's name in the order of the graph, each of
-            the shape of its input (B, ...), without gradient. To be given to ``method="slope:same"``.
-        unstable: Neurons whose box contains 0 inside, likewise, bool: only their slopes count.
-        gradients: Signs of the last step's gradient, likewise; None for slopes that took no step.
-    """
-
-    slopes: dict[str, Tensor]
-    unstable: dict[str, Tensor]
-    gradients: dict[str, Tensor] | None = None
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the unstable neurons whose slope is 0; NaN if there is none."""
-        return self._share({name: slope == 0 for name, slope in self.slopes.items()})
-
-    @property
-    def zero_gradients(self) -> float:
-        """Share of the unstable neurons whose gradient was 0, and whose slope was left as it was; NaN if none."""
-        if self.gradients is None:
-            return float("nan")
-        return self._share({name: sign == 0 for name, sign in self.gradients.items()})
-
-    def _share(self, marked: dict[str, Tensor]) -> float:
-        unstable = sum(int(mask.sum()) for mask in self.unstable.values())
-        found = sum(int((marked[name] & mask).sum()) for name, mask in self.unstable.items())
-        return found / unstable if unstable else float("nan")
 
 
 def sparse_slope(
@@ -78,7 +46,7 @@ def sparse_slope(
     norms: str = "bound",
     outward: bool | None = None,
     loss_fusion: bool = False,
-) -> Bounds:
+) -> BoundResult:
     """Slopes by one projected sign-gradient step of the cross entropy of the upper margins, (3.3.24) and (C.8.7).
 
     a0 ~ U[0, 1]; a = clip(a0 - eta sign(d CE / d a0), 0, 1); the bound has gradients in the weights, through the
@@ -109,7 +77,7 @@ def sparse_slope(
         raise OptionError(f"eta must be at least 1, for slopes of 0 or 1, got {eta}; for smaller steps: steps, alpha")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1 or not alpha > 0:
         raise OptionError(f"steps must be a whole number from 1 and alpha positive, got {steps} and {alpha}")
-    work = _Work(problem, labels, intermediate, norms, outward, loss_fusion)
+    work = _SlopeBound(problem, labels, intermediate, norms, outward, loss_fusion)
     source = random_source(generator, seed)
     slopes = {node.name: uniform(work.lines(node).line, source) for node in work.plain.activations}
     signs: dict[str, Tensor] = {}
@@ -131,8 +99,8 @@ def _fixed(choose: Callable[[tuple[Tensor, Tensor]], Tensor]) -> Method:
         norms: str = "bound",
         outward: bool | None = None,
         loss_fusion: bool = False,
-    ) -> Bounds:
-        work = _Work(problem, labels, intermediate, norms, outward, loss_fusion)
+    ) -> BoundResult:
+        work = _SlopeBound(problem, labels, intermediate, norms, outward, loss_fusion)
         return work.bounds({node.name: choose(work.box(node)) for node in work.plain.activations})
 
     return method
@@ -151,8 +119,8 @@ def _drawn(draw: Callable[[tuple[Tensor, Tensor], torch.Generator | None], Tenso
         norms: str = "bound",
         outward: bool | None = None,
         loss_fusion: bool = False,
-    ) -> Bounds:
-        work = _Work(problem, labels, intermediate, norms, outward, loss_fusion)
+    ) -> BoundResult:
+        work = _SlopeBound(problem, labels, intermediate, norms, outward, loss_fusion)
         source = random_source(generator, seed)
         return work.bounds({node.name: draw(work.box(node), source) for node in work.plain.activations})
 
@@ -168,7 +136,7 @@ def slope_same(
     norms: str = "bound",
     outward: bool | None = None,
     loss_fusion: bool = False,
-) -> Bounds:
+) -> BoundResult:
     """The slopes that the caller gives.
 
     Args:
@@ -184,7 +152,7 @@ def slope_same(
     Returns:
         As `sparse_slope`.
     """
-    work = _Work(problem, labels, intermediate, norms, outward, loss_fusion)
+    work = _SlopeBound(problem, labels, intermediate, norms, outward, loss_fusion)
     shapes = {node.name: work.lines(node).line.shape for node in work.plain.activations}
     if slopes is None:
         raise OptionError(f'"slope:same" needs slopes=, for {", ".join(shapes) or "no activation at all"}')
@@ -199,13 +167,13 @@ def slope_same(
     return work.bounds({name: named[name].detach().to(work.output) for name in shapes})
 
 
-def slope_ibp(problem: Problem, *, outward: bool | None = None) -> Bounds:
+def slope_ibp(problem: Problem, *, outward: bool | None = None) -> BoundResult:
     """Interval bound propagation with the last layer merged into C: both lines level (3.3.2)."""
-    return _Work(problem, None, "ibp", "bound", outward, False).bounds(None)
+    return _SlopeBound(problem, None, "ibp", "bound", outward, False).bounds(None)
 
 
-class _Work:
-    """Boxes of the hidden layers, and what is done on them."""
+class _SlopeBound:
+    """A bound by slopes on fixed boxes of the hidden layers: and its gradient in the slopes."""
 
     def __init__(
         self,
@@ -234,8 +202,8 @@ class _Work:
         else:
             states = propagate_intervals(problem.module, context)
             states = tightened(states) if context.outward else states
-            object.__setattr__(problem.module, "last_context", context)
-        self.plain = SlopePass(problem.module, states, {}, outward=context.outward)
+        self.context = context
+        self.plain = SlopePass(problem.module, states, context, {})
         self.output: Tensor = states[problem.final.name].center  # type: ignore[union-attr]
         if labels is not None:
             self.margins = margin_rows(labels, output[1], self.output.dtype, self.output.device)
@@ -248,12 +216,12 @@ class _Work:
         with _saveable():
             return self.plain.detached()
 
-    def lines(self, node: Any) -> Lines:
+    def lines(self, node: Node) -> Lines:
         """Relaxation of an activation, without gradient."""
         with _saveable():
             return self.detached.lines(node)
 
-    def box(self, node: Any) -> tuple[Tensor, Tensor]:
+    def box(self, node: Node) -> tuple[Tensor, Tensor]:
         """Box of an activation's input, without gradient."""
         return set_of(self.detached.states[node.inputs[0].name]).box()
 
@@ -277,20 +245,21 @@ class _Work:
                     signs[node.name].append(sign)
         return {name: torch.cat(values) for name, values in signs.items()}
 
-    def bounds(self, slopes: Slopes | None, signs: dict[str, Tensor] | None = None) -> Bounds:
-        """What was asked, with these slopes; they stay on the module."""
+    def bounds(self, slopes: Slopes | None, signs: dict[str, Tensor] | None = None) -> BoundResult:
+        """What was asked, with these slopes."""
+        relaxation = None
         if slopes is not None:
             unstable = {node.name: self.lines(node).unstable for node in self.plain.activations}
             relaxation = Relaxation(dict(slopes), unstable, signs)
-            object.__setattr__(self.problem.module, "last_relaxation", relaxation)
         chosen = self.plain.with_slopes(slopes)
         if self.loss_fusion:
-            return None, cross_entropy_bound(chosen, self.chords, self.margins).unsqueeze(1)
-        return both_sides(self.problem, chosen)
+            upper = cross_entropy_bound(chosen, self.chords, self.margins).unsqueeze(1)
+            return context_result(self.context, None, upper, relaxation)
+        return slope_result(self.problem, chosen, relaxation)
 
 
-def both_sides(problem: Problem, chosen: SlopePass) -> Bounds:
-    """The asked sides of C f, or of f."""
+def slope_result(problem: Problem, chosen: SlopePass, relaxation: Relaxation | None = None) -> BoundResult:
+    """The asked sides of C f, or of f, by a pass with slopes."""
     output = chosen.states[problem.final.name]
     assert isinstance(output, BallBox)
     shape = output.center.shape
@@ -305,7 +274,7 @@ def both_sides(problem: Problem, chosen: SlopePass) -> Bounds:
         eye = sign * torch.eye(outputs, dtype=output.center.dtype, device=output.center.device)
         return chosen.lower(eye.expand(shape[0], -1, -1)).view(shape)
 
-    return problem.both_sides(minimum)
+    return problem.result(chosen.context, minimum, relaxation)
 
 
 def _saveable() -> contextlib.AbstractContextManager[Any]:

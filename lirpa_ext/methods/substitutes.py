@@ -16,13 +16,14 @@ from torch import Tensor
 
 from .. import engine
 from ..domain.ball_box import BallBox
+from ..engine import Node, kind
 from ..errors import OptionError
 from ..passes.intervals import propagate_intervals
 from ..passes.slopes import SlopePass
-from ..rules import RULES, State
-from .base import FAMILIES, Bounds, Problem, set_of
+from ..rules import RULES, AffineRule, State
+from .base import FAMILIES, BoundResult, Problem, context_result, set_of
 from .bcp import tightened
-from .slopes import adaptive, both_sides, slope_ibp
+from .slopes import adaptive, slope_ibp, slope_result
 
 _ROWS_AT_ONCE = 64  # of one pass from a hidden layer
 _ELEMENTS_AT_ONCE = 2**21  # of one coefficient tensor while slopes are optimized
@@ -69,25 +70,25 @@ def request(method: str | None, options: dict[str, Any]) -> Request:
     return _NAMES["crown-ibp"] if flags["IBP"] and known.name == "CROWN" else known
 
 
-def ibp(problem: Problem) -> Bounds:
+def ibp(problem: Problem) -> BoundResult:
     """Interval bound propagation; with C, the last layer is merged with it."""
     return slope_ibp(problem)
 
 
-def crown_ibp(problem: Problem) -> Bounds:
+def crown_ibp(problem: Problem) -> BoundResult:
     """One backward pass on the boxes of IBP."""
     return FAMILIES["slope"].find("crown")(problem)
 
 
-def crown(problem: Problem) -> Bounds:
+def crown(problem: Problem) -> BoundResult:
     """Backward passes for the boxes of hidden layers, then from the output."""
     context = problem.context()
     states = _refined(problem, context)
-    plain = SlopePass(problem.module, states, {}, outward=context.outward, final=problem.final)
-    return both_sides(problem, plain.with_slopes(_adaptive_slopes(plain)))
+    plain = SlopePass(problem.module, states, context, {}, final=problem.final)
+    return slope_result(problem, plain.with_slopes(_adaptive_slopes(plain)))
 
 
-def alpha_crown(problem: Problem) -> Bounds:
+def alpha_crown(problem: Problem) -> BoundResult:
     """`crown`, then gradient ascent on the slopes of each row; the best value counts.
 
     Steps and their size are those of the engine's option `optimize_bound_args` (`iteration`, `lr_alpha`).
@@ -97,13 +98,13 @@ def alpha_crown(problem: Problem) -> Bounds:
     steps, rate = int(options.get("iteration", 20)), float(options.get("lr_alpha", 0.5))
     with torch.no_grad():
         states = _refined(problem, context)
-        plain = SlopePass(problem.module, states, {}, outward=context.outward, final=problem.final)
-        fixed = both_sides(problem, plain.with_slopes(_adaptive_slopes(plain)))
+        plain = SlopePass(problem.module, states, context, {}, final=problem.final)
+        fixed = slope_result(problem, plain.with_slopes(_adaptive_slopes(plain)))
     if not plain.activations:
         return fixed
     output = set_of(states[problem.final.name]).center
     sides: list[Tensor | None] = []
-    for bound, sign in zip(fixed, (1, -1), strict=True):
+    for bound, sign in zip(fixed.sides, (1, -1), strict=True):
         if bound is None:
             sides.append(None)
             continue
@@ -112,10 +113,10 @@ def alpha_crown(problem: Problem) -> Bounds:
             rows = torch.eye(output[0].numel(), dtype=output.dtype, device=output.device).unsqueeze(0)
         found = _ascend_all(plain, sign * rows.expand(len(output), -1, -1), steps, rate)
         sides.append(sign * torch.fmax(sign * bound, found.view_as(bound)))
-    return sides[0], sides[1]
+    return context_result(context, sides[0], sides[1])
 
 
-SUBSTITUTES: dict[str, Callable[[Problem], Bounds]] = {
+SUBSTITUTES: dict[str, Callable[[Problem], BoundResult]] = {
     "IBP": ibp,
     "CROWN-IBP": crown_ibp,
     "CROWN": crown,
@@ -134,10 +135,10 @@ def _refined(problem: Problem, context: Any) -> dict[str, State]:
         if parent.perturbed and _gains(parent)
     )
 
-    def refine(node: Any, states: dict[str, State]) -> BallBox:
+    def refine(node: Node, states: dict[str, State]) -> BallBox:
         known = set_of(states[node.name])
         before = tightened(states) if context.outward else states
-        plain = SlopePass(problem.module, before, {}, outward=context.outward, final=node)
+        plain = SlopePass(problem.module, before, context, {}, final=node)
         chosen = plain.with_slopes(_adaptive_slopes(plain))
         size = known.center[0].numel()
         eye = torch.eye(size, dtype=known.center.dtype, device=known.center.device)
@@ -149,14 +150,13 @@ def _refined(problem: Problem, context: Any) -> dict[str, State]:
         return BallBox(0.5 * (ends[0] + ends[1]), known.radius, *ends)
 
     states = propagate_intervals(problem.module, context, (refine, names))
-    object.__setattr__(problem.module, "last_context", context)
     return tightened(states) if context.outward else states
 
 
-def _is_affine(node: Any, module: Any) -> bool:
+def _is_affine(node: Node, module: Any) -> bool:
     """Whether rows pass through the node exactly, so that no box is read there."""
-    rule = RULES.get(type(node).__name__)
-    if rule is None:
+    rule = RULES.get(kind(node))
+    if not isinstance(rule, AffineRule):
         return False
     device = getattr(module, "device", "cpu")
     inputs: list[State] = [
@@ -166,7 +166,7 @@ def _is_affine(node: Any, module: Any) -> bool:
     return rule.adjoint(node, inputs, torch.zeros(1, *node.output_shape, device=device)) is not None
 
 
-def _gains(node: Any) -> bool:
+def _gains(node: Node) -> bool:
     """Whether a backward pass from the node can say more than interval arithmetic: more than one layer is before it."""
     before = [other for other in engine.ancestors_in_order(node) if other.perturbed]
     return len(before) > 3
@@ -190,7 +190,7 @@ def _ascend_all(plain: SlopePass, rows: Tensor, steps: int, rate: float) -> Tens
 def _repeated(plain: SlopePass, index: Tensor) -> SlopePass:
     """The pass for these samples; an index may repeat."""
     some = plain.take(index)
-    return SlopePass(some.module, some.states, {}, some.perturbations, some.outward, some.final)
+    return SlopePass(some.module, some.states, some.context, {}, some.perturbations, some.final)
 
 
 def _ascend(some: SlopePass, rows: Tensor, steps: int, rate: float) -> Tensor:

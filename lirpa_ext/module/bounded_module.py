@@ -8,6 +8,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,12 @@ from ..engine.positive_list import Gap
 from ..engine.precision import full_precision
 from ..errors import OptionError, TraceError, UnsupportedNodeError
 from ..methods import (
+    BoundOptions,
+    BoundResult,
+    Graph,
     LastLayer,
     Method,
+    Relaxation,
     check_options,
     check_request,
     engine_methods,
@@ -31,11 +36,8 @@ from ..methods import (
     run_method,
 )
 from ..methods.clean_value import held
-from ..methods.slopes import Relaxation
 from ..methods.substitutes import Request, request
-from ..nodes import matmul, powers, quotients, repairs, softmax, transcendental  # noqa: F401  (which fill CUSTOM_OPS)
-from ..nodes.activations import as_nodes
-from ..nodes.operators import CUSTOM_OPS, BoundBallBoxRelu, BoundPowerIteration
+from ..nodes import CUSTOM_OPS, BoundBallBoxRelu, BoundPowerIteration, as_nodes
 from ..rules.linear import power_iterable
 from . import faithful
 from .agreement import Agreement
@@ -59,8 +61,8 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         custom_ops: Further custom operators of the engine, by ONNX op name.
 
     Attributes:
-        last_relaxation: Slopes of the last call of "sparse-slope" or "slope:...", None before
-            (`lirpa_ext.methods.slopes.Relaxation`).
+        last_result: What the last call found and did (`lirpa_ext.methods.BoundResult`), without autograd graphs; None
+            before the first call, and while one fails.
 
     Raises:
         TraceError: The engine cannot build the graph, or its graph computes something else than the model; the samples
@@ -78,7 +80,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         True
     """
 
-    last_relaxation: Relaxation | None = None
+    last_result: BoundResult | None = None
 
     @one_at_a_time
     def __init__(
@@ -99,7 +101,6 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         set_attribute(self, "power_iterations", {})
         set_attribute(self, "_inside", False)  # calls of the engine to itself pass through our overrides
         set_attribute(self, "_uncovered", {})
-        set_attribute(self, "_collected", None)
         set_attribute(self, "_agreement", Agreement())
         self._build(tuple(with_our_perturbation(tensor) for tensor in as_tuple(x)))
 
@@ -227,42 +228,47 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
             return super().compute_bounds(
                 x, aux, C, method, *args, bound_lower=bound_lower, bound_upper=bound_upper, **options
             )
-        object.__setattr__(self, "last_context", None)
-        if not _is_engines(method):
-            check_options(str(method), find_method(str(method)), options)
-            if args or aux is not None:
-                raise OptionError(f"method {method!r} takes its options by name")
-            self._set_inputs(x)
-            return self._bounds(method_of(str(method), options), str(method), C, bound_lower, bound_upper)
-        given = engine_methods.named(args, options)
-        asked = request(method, given)
-        self._set_inputs(x)
-        missing = self._uncovered_by(asked)
-        if missing:
-            if aux is not None:
-                given["aux"] = aux
-            substitute = engine_methods.substitute(asked, missing, given)
-            return self._bounds(substitute, asked.name, C, bound_lower, bound_upper)
-        try:
-            return self._run_engine(asked.name, aux, C, method, bound_lower, bound_upper, given)
-        except UnsupportedNodeError as error:
-            substitute = engine_methods.substitute(asked, error, given)
-        return self._bounds(substitute, asked.name, C, bound_lower, bound_upper)
+        if _is_engines(method):
+            asked = BoundOptions(str(method), C, bound_lower, bound_upper)
+            return self._engine_bounds(x, aux, method, asked, engine_methods.named(args, options))
+        if args or aux is not None:
+            raise OptionError(f"method {method!r} takes its options by name")
+        return self.bound(x, C, str(method), bound_lower=bound_lower, bound_upper=bound_upper, **options).sides
 
-    @contextlib.contextmanager
-    def collecting_outputs(self) -> Iterator[list[Tensor]]:
-        """Collect the clean outputs f(x), (B, ...), that the calls inside compute on their way.
+    @one_at_a_time
+    def bound(
+        self,
+        x: Tensor | tuple[Tensor, ...] | None = None,
+        C: Tensor | None = None,
+        method: str = "bcp",
+        *,
+        bound_lower: bool = True,
+        bound_upper: bool = True,
+        **options: Any,
+    ) -> BoundResult:
+        """Bounds as of `compute_bounds`, and what the method did on its way.
 
-        Methods that propagate a ball ("bcp", "lipschitz", ...) do; a training step saves a forward pass. They hold
-        their autograd graph.
+        Args:
+            x: As in `compute_bounds`.
+            C: As in `compute_bounds`.
+            method: As in `compute_bounds`.
+            bound_lower: As in `compute_bounds`.
+            bound_upper: As in `compute_bounds`.
+            **options: Options of the method.
+
+        Returns:
+            The bounds; slopes, norms and the clean output where the method has them; nodes without a rule.
+
+        Raises:
+            As `compute_bounds`.
         """
-        before = self._collected
-        outputs: list[Tensor] = []
-        object.__setattr__(self, "_collected", outputs)
-        try:
-            yield outputs
-        finally:
-            object.__setattr__(self, "_collected", before)
+        asked = BoundOptions(str(method), C, bound_lower, bound_upper)
+        if _is_engines(method):
+            return BoundResult(*self._engine_bounds(x, None, method, asked, engine_methods.named((), options))[:2])
+        object.__setattr__(self, "last_result", None)
+        check_options(method, find_method(method), options)
+        self._set_inputs(x)
+        return self._run(method_of(method, options), asked)
 
     @one_at_a_time
     def activation_bounds(
@@ -282,7 +288,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         """
         self._set_inputs(x)
         with self._computing():
-            return run_activation_bounds(self, self._inputs, self.norm_cache, intermediate)
+            return run_activation_bounds(self._graph, self._inputs, intermediate)
 
     @one_at_a_time
     def last_layer(self, x: Tensor | tuple[Tensor, ...] | None = None, tighten: bool = True) -> LastLayer | None:
@@ -297,7 +303,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         """
         self._set_inputs(x)
         with self._computing():
-            return run_last_layer(self, self._inputs, self.norm_cache, tighten)
+            return run_last_layer(self._graph, self._inputs, tighten)
 
     @one_at_a_time
     def forward(self, *x: Tensor, **kwargs: Any) -> Tensor:
@@ -334,15 +340,32 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
                 self._check_same_function(shadow, faithful.of_set(inputs), defined=False)
                 engine.forget_values(self)
 
-    def _bounds(
-        self, function: Method, name: str, C: Tensor | None, bound_lower: bool, bound_upper: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
+    @property
+    def _graph(self) -> Graph:
+        return Graph(self, self.norm_cache, self.power_iterations, self.source.training)
+
+    def _run(self, method: Method, asked: BoundOptions) -> BoundResult:
         """Bounds by a method of this package."""
         with self._computing():
-            return run_method(
-                self, name, function, self._inputs, C, bound_lower, bound_upper,
-                self.norm_cache, self.power_iterations, self.source.training, self._collected,
-            )  # fmt: skip
+            result = run_method(self._graph, method, self._inputs, asked)
+        object.__setattr__(self, "last_result", result.detached())
+        return result
+
+    def _engine_bounds(self, x: Any, aux: Any, method: str | None, asked: BoundOptions, given: dict[str, Any]) -> Any:
+        """Bounds by a method of the engine: by the engine where its list covers the graph, else by our operators."""
+        object.__setattr__(self, "last_result", None)
+        wanted = request(method, given)
+        asked = replace(asked, method=wanted.name)
+        self._set_inputs(x)
+        missing: list[Gap] | UnsupportedNodeError = self._uncovered_by(wanted)
+        if not missing:
+            try:
+                return self._run_engine(aux, method, asked, given)
+            except UnsupportedNodeError as error:
+                missing = error
+        elif aux is not None:
+            given["aux"] = aux
+        return self._run(engine_methods.substitute(wanted, missing, given), asked).sides
 
     def _uncovered_by(self, asked: Request) -> list[Gap]:
         """What of the graph the engine may not bound; looked at once for each kind of request and of inputs."""
@@ -356,11 +379,9 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
                 object.__setattr__(self, "_fresh", engine.snapshot(self))
         return self._uncovered[key]
 
-    def _run_engine(
-        self, name: str, aux: Any, C: Any, method: str | None, lower: bool, upper: bool, options: dict[str, Any]
-    ) -> Any:
+    def _run_engine(self, aux: Any, method: str | None, asked: BoundOptions, options: dict[str, Any]) -> Any:
         """Bounds by the engine, of a graph that its list covers."""
-        inputs = self._inputs
+        inputs, name, C, lower, upper = self._inputs, asked.method, asked.C, asked.lower, asked.upper
         if name.lower().startswith("dynamic"):
             inputs = tuple(
                 engine.BoundedTensor(plain(x), x.ptb.engines_box(x)) if getattr(x, "ptb", None) is not None else x
@@ -375,11 +396,14 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         try:
             with self._computing(), engine.untouched(self.source):
                 found = super().compute_bounds(inputs, aux, C, method, bound_lower=lower, bound_upper=upper, **options)
-                return self._checked(found, C, name)
+                found = self._checked(found, C, name)
         except Exception as error:
             raise engine_methods.as_ours(error, name) from error
         finally:
             engine.free_graphs(self, keep_bounds=True)
+        if isinstance(found, tuple):
+            object.__setattr__(self, "last_result", BoundResult(*found[:2]).detached())
+        return found
 
     def IBP_general(self, node: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The engine's; a node that is not perturbed has its value, which 0.3 would bound by a wrong rule."""
@@ -446,15 +470,22 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
 
     @property
     def fallbacks(self) -> dict[str, str]:
-        """Nodes (name: class) that the last call bounded by the engine's interval rule, having none of ours."""
-        context = getattr(self, "last_context", None)
-        return {} if context is None else dict(context.fallbacks)
+        """Deprecated: `last_result.fallbacks`."""
+        return self._last("fallbacks", "fallbacks") or {}
 
     @property
     def ended_rows(self) -> dict[str, str]:
-        """Nodes at which coefficient rows of the last call ended early, at the minimum over the node's set, and why."""
-        context = getattr(self, "last_context", None)
-        return {} if context is None else dict(context.ended)
+        """Deprecated: `last_result.ended_rows`."""
+        return self._last("ended_rows", "ended_rows") or {}
+
+    @property
+    def last_relaxation(self) -> Relaxation | None:
+        """Deprecated: `last_result.relaxation`."""
+        return self._last("last_relaxation", "relaxation")
+
+    def _last(self, old: str, new: str) -> Any:
+        warnings.warn(f"BoundedModule.{old} is last_result.{new} now", DeprecationWarning, stacklevel=3)
+        return None if self.last_result is None else getattr(self.last_result, new)
 
 
 def _is_engines(method: str | None) -> bool:

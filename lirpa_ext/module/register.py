@@ -14,7 +14,7 @@ from ..domain.norms import NormCache, PowerIteration
 from ..domain.perturbation import PerturbationLpNorm
 from ..engine.precision import full_precision
 from ..errors import OptionError, TraceError, UnsupportedNodeError
-from ..methods import check_options, find_method, is_ours, method_of, run_method
+from ..methods import BoundOptions, Graph, check_options, find_method, is_ours, method_of, run_method
 from ..methods.engine_methods import check_covered
 from ..methods.substitutes import request
 from .samples import check_batch_apart
@@ -170,7 +170,6 @@ def _compute_bounds(
         raise UnsupportedNodeError(f"method {method!r}: a LeakyReLU's slope leaves [0, 1], where no bound holds")
     cache, power_iterations = _norms.setdefault(module, (NormCache(), {}))
     with engine.untouched(module), full_precision():
-        return run_method(
-            module, method, method_of(method, options), inputs, C, bound_lower, bound_upper,
-            cache, power_iterations, module.training,
-        )  # fmt: skip
+        graph = Graph(module, cache, power_iterations, module.training)
+        asked = BoundOptions(method, C, bound_lower, bound_upper)
+        return run_method(graph, method_of(method, options), inputs, asked).sides

@@ -17,9 +17,6 @@ from torch.overrides import TorchFunctionMode
 
 from .. import engine
 from ..domain.scalar_functions import FUNCTIONS, ScalarFunction
-from ..rules import register_rule
-from ..rules.elementwise import Elementwise
-from .operators import CUSTOM_OPS
 from .padding import circular
 from .relaxations import BoundScalar
 
@@ -294,10 +291,6 @@ class BoundMish(BoundScalar):
         return gate + x * (1 - gate**2) * torch.sigmoid(x)
 
 
-def _clip(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
-    return Clamp.of(node).steepest(lower, upper)
-
-
 def _elu(attr: Any, inputs: Any, output_index: int, options: Any) -> BoundElu:
     return BoundElu(attr, inputs, output_index, options, alpha=attr.get("alpha", 1.0))
 
@@ -383,15 +376,10 @@ class as_nodes(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-for kind in (BoundErf, BoundStableSoftplus, BoundElu, BoundPRelu, BoundHardSigmoid, BoundHardSwish, BoundExactGelu,
-             BoundTanhGelu, BoundSilu, BoundMish):  # fmt: skip
-    register_rule(kind.__name__, Elementwise.of_function())
-register_rule("BoundHardTanh", Elementwise(_clip, exact=True))
-register_rule("BoundClip", Elementwise(_clip, exact=True))
 FUNCTIONS |= {"BoundHardTanh": Clamp.of, "BoundClip": Clamp.of}
 for engines, own in (("BoundSigmoid", Sigmoid()), ("BoundTanh", Tanh()), ("BoundAtan", ArcTangent())):
     FUNCTIONS[engines] = lambda node, own=own: own  # type: ignore[misc]
-CUSTOM_OPS |= {
+OPS: dict[str, Any] = {
     "onnx::Erf": BoundErf, "onnx::Softplus": BoundStableSoftplus, "onnx::Elu": _elu,
     "onnx::Selu": _selu, "lirpa_ext::PRelu": BoundPRelu, "onnx::HardSigmoid": BoundHardSigmoid,
     "lirpa_ext::HardSwish": BoundHardSwish, "lirpa_ext::Gelu": BoundExactGelu, "lirpa_ext::TanhGelu": BoundTanhGelu,

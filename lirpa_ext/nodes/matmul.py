@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import engine
 from ..domain.lengths import flat
-from ..rules import RULES, adjoint_and_bias, register_rule
-from .operators import CUSTOM_OPS, flat_rows
+from ..rules import adjoint_and_bias
+from .operators import flat_rows
 from .repairs import affine_backward, shapes_of_inputs
 
 
@@ -74,5 +74,4 @@ class BoundMatMulByAdjoint(engine.bound_ops.BoundMatMul):  # type: ignore[misc, 
         return super().bound_backward(last_lA, last_uA, *x, **kwargs)
 
 
-register_rule("BoundMatMulByAdjoint", RULES["BoundMatMul"])
-CUSTOM_OPS["onnx::MatMul"] = BoundMatMulByAdjoint
+OPS: dict[str, Any] = {"onnx::MatMul": BoundMatMulByAdjoint}

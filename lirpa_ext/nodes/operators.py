@@ -203,7 +203,7 @@ class BoundPowerIteration(engine.Bound):  # type: ignore[misc]
         return estimate.value
 
 
-CUSTOM_OPS: dict[str, Any] = {
+OPS: dict[str, Any] = {
     "lirpa_ext::PerturbedInput": BoundPerturbedInput,
     "onnx::Relu": BoundBallBoxRelu,
     "onnx::Gemm": BoundBallBoxLinear,

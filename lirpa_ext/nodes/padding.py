@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UnsupportedNodeError
-from .operators import CUSTOM_OPS
-from .repairs import BoundAffine
+from .repairs import BoundAffine, pad
 
 # Names in ONNX and in torch.
 MODES = {"wrap": "circular", "edge": "replicate", "reflect": "reflect"}
@@ -85,13 +84,10 @@ def circular(input: Tensor, pad: Sequence[int], *_: Any, **__: Any) -> Tensor:
     return CircularPad.apply(input, tuple(pad))
 
 
-_constant_pad = CUSTOM_OPS["onnx::Pad"]
-
-
 def _pad(attr: Any, inputs: Any, output_index: int, options: Any) -> Any:
     """Our own padding by values of the map; that by a constant as before."""
-    make = _constant_pad if _mode(attr) == "constant" else BoundRepeatingPad
+    make = pad if _mode(attr) == "constant" else BoundRepeatingPad
     return make(attr, inputs, output_index, options)
 
 
-CUSTOM_OPS["onnx::Pad"] = _pad
+OPS: dict[str, Any] = {"onnx::Pad": _pad}

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import engine
 from ..domain.ball_box import BallBox
-from ..rules import RULES, State, adjoint_and_bias, register_rule
-from ..rules.linear import Affine, quotient_box
-from .operators import CUSTOM_OPS
+from ..rules import RULES, State, adjoint_and_bias
+from ..rules.linear import Affine
+from ..rules.quotients import quotient_box
 
 
 class BoundAffine(engine.Bound):  # type: ignore[misc]
@@ -140,7 +140,7 @@ def _conv_transpose(attr: Any, inputs: Any, output_index: int, options: Any) -> 
     return BoundAnyConvTranspose(attr, inputs, output_index, options)
 
 
-def _pad(attr: Any, inputs: Any, output_index: int, options: Any) -> Any:
+def pad(attr: Any, inputs: Any, output_index: int, options: Any) -> Any:
     if attr.get("mode", "constant") not in ("constant", b"constant"):
         return engine.bound_ops.BoundPad(attr, inputs, output_index, options)
     return BoundAnyPad(attr, inputs, output_index, options)
@@ -160,9 +160,7 @@ def _by_adjoint(base: type) -> type:
                 return affine_backward(self, last_lA, last_uA)
         return base.bound_backward(self, last_lA, last_uA, *x, **kwargs)  # type: ignore[attr-defined]
 
-    made = type(f"{base.__name__}ByAdjoint", (base,), {"bound_backward": bound_backward})
-    register_rule(made.__name__, RULES[base.__name__], overwrite=True)
-    return made
+    return type(f"{base.__name__}ByAdjoint", (base,), {"bound_backward": bound_backward})
 
 
 def _quotient(base: Any) -> type:
@@ -185,18 +183,12 @@ def _quotient(base: Any) -> type:
     return type(base.__name__, (base,), functions)
 
 
-for ours, theirs in (
-    ("BoundConv1d", "BoundConv"),
-    ("BoundAnyConvTranspose", "BoundConvTranspose"),
-    ("BoundAnyPad", "BoundPad"),
-):
-    register_rule(ours, RULES[theirs])
-CUSTOM_OPS |= {
-    "onnx::Conv": _conv, "onnx::ConvTranspose": _conv_transpose, "onnx::Pad": _pad, "onnx::Tile": BoundTile,
+OPS: dict[str, Any] = {
+    "onnx::Conv": _conv, "onnx::ConvTranspose": _conv_transpose, "onnx::Pad": pad, "onnx::Tile": BoundTile,
     "onnx::Slice": BoundSlice,
 }  # fmt: skip
 if engine.IS_LEGACY:
-    CUSTOM_OPS["onnx::ConstantOfShape"] = BoundFill
+    OPS["onnx::ConstantOfShape"] = BoundFill
     for op in ("Add", "Sub", "Mul", "Div"):
-        CUSTOM_OPS[f"onnx::{op}"] = _by_adjoint(getattr(engine.bound_ops, f"Bound{op}"))
-    CUSTOM_OPS["onnx::Div"] = _quotient(CUSTOM_OPS["onnx::Div"])
+        OPS[f"onnx::{op}"] = _by_adjoint(getattr(engine.bound_ops, f"Bound{op}"))
+    OPS["onnx::Div"] = _quotient(OPS["onnx::Div"])

@@ -6,18 +6,12 @@ with S the sum of the chords of exp, affine in x (D. Wei et al., Convex bounds o
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..domain.ball_box import BallBox
-from ..domain.lengths import flat, length
-from ..rules import Context, Rule, State, register_rule
-from .operators import CUSTOM_OPS
 from .relaxations import BoundRelaxed
 
 
@@ -115,32 +109,4 @@ class BoundStableSoftmax(BoundStableLogSoftmax):
         return passed.movedim(-1, axis + 1), bias.reshape(*rows.shape[:2], -1).sum(2)
 
 
-class Softmax(Rule):
-    """Softmax along an axis: the Jacobian diag(p) - pp' has rows that sum, absolutely, to 2 p_k (1 - p_k) <= 1/2."""
-
-    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
-        (state,) = inputs
-        assert isinstance(state, BallBox)
-        lower, upper = node.interval_propagate(state.box())
-        nearest = torch.minimum(torch.maximum(lower, torch.full_like(lower, 0.5)), upper)
-        slope = 2 * nearest * (1 - nearest)
-        return BallBox(center, state.radius * flat(slope).amax(1), lower, upper)
-
-
-class LogSoftmax(Rule):
-    """Log-softmax along an axis of size n: ||I - 1p'|| = sqrt(n) ||p||, the norm of the projection 1p'."""
-
-    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
-        (state,) = inputs
-        assert isinstance(state, BallBox)
-        lower, upper = node.interval_propagate(state.box())
-        n = center.shape[node.axis]
-        if n == 1:
-            return BallBox(center, torch.zeros_like(state.radius), lower, upper)
-        norm = length(upper.exp(), node.axis).clamp(max=1.0)
-        return BallBox(center, state.radius * math.sqrt(n) * flat(norm).amax(1), lower, upper)
-
-
-register_rule("BoundStableSoftmax", Softmax())
-register_rule("BoundStableLogSoftmax", LogSoftmax())
-CUSTOM_OPS |= {"onnx::Softmax": BoundStableSoftmax, "onnx::LogSoftmax": BoundStableLogSoftmax}
+OPS: dict[str, Any] = {"onnx::Softmax": BoundStableSoftmax, "onnx::LogSoftmax": BoundStableLogSoftmax}

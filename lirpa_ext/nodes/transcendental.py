@@ -13,9 +13,6 @@ from torch import Tensor
 
 from .. import engine
 from ..domain.scalar_functions import FUNCTIONS, ScalarFunction
-from ..rules import register_rule
-from ..rules.elementwise import Elementwise
-from .operators import CUSTOM_OPS
 from .relaxations import BoundScalar
 
 
@@ -183,14 +180,11 @@ def _unless_fused(name: str, ours: type[BoundScalar]) -> Any:
     return make
 
 
-for kind in (BoundExponential, BoundLogarithm, BoundSine, BoundCosine, BoundTangent):
-    register_rule(kind.__name__, Elementwise.of_function())
 for theirs, function in {
     "BoundExp": Exponential(), "BoundLog": Logarithm(), "BoundSin": Sine(), "BoundCos": Cosine(), "BoundTan": Tangent(),
 }.items():  # fmt: skip
-    register_rule(theirs, Elementwise.of_function())
     FUNCTIONS[theirs] = lambda node, function=function: function  # type: ignore[misc]
-CUSTOM_OPS |= {
+OPS: dict[str, Any] = {
     "onnx::Exp": _unless_fused("BoundExp", BoundExponential), "onnx::Log": _unless_fused("BoundLog", BoundLogarithm),
     "onnx::Sin": BoundSine, "onnx::Cos": BoundCosine, "onnx::Tan": BoundTangent,
 }  # fmt: skip

@@ -17,10 +17,11 @@ from ..domain.lengths import flat
 from ..domain.perturbation import PerturbationLpNorm
 from ..domain.rounding import row_slack
 from ..domain.scalar_functions import scalar_function
+from ..engine import Node, kind
 from ..engine.limits import is_out_of_memory
 from ..engine.positive_list import is_listed, is_ours
 from ..nodes.operators import flat_rows, flat_set
-from ..rules import RULES, State, adjoint_and_bias, frobenius
+from ..rules import RULES, Context, RelaxedRule, State, adjoint_and_bias, frobenius
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,10 @@ class BackwardPass:
     Args:
         module: The graph, with the input set on it.
         states: Sets of all nodes (`propagate(..., keep=True)`).
+        context: Switches; with `outward`, what the sums with rows may lose in floating-point arithmetic is subtracted.
+            Where rows end early is written down there.
         perturbations: Perturbation of each input node, default what the graph holds.
         all_coordinates: Let rows be chosen at every coordinate of a ReLU, not at the open ones alone.
-        outward: Subtract what the sums with rows may lose in floating-point arithmetic.
         final: The node whose value is bounded, default the graph's output.
     """
 
@@ -90,15 +92,16 @@ class BackwardPass:
         self,
         module: nn.Module,
         states: dict[str, State],
+        context: Context,
         perturbations: dict[str, PerturbationLpNorm] | None = None,
         all_coordinates: bool = False,
-        outward: bool = False,
-        final: Any = None,
+        final: Node | None = None,
     ) -> None:
         self.module = module
         self.states = states
         self.all_coordinates = all_coordinates
-        self.outward = outward
+        self.context = context
+        self.outward = context.outward
         self.final = module.final_node() if final is None else final  # type: ignore[operator]
         self.order = engine.ancestors_in_order(self.final)
         self._parts: dict[str, Part] = {}
@@ -121,7 +124,7 @@ class BackwardPass:
 
         batched = self._batched()
 
-        def some(node: Any) -> State:
+        def some(node: Node) -> State:
             state = self.states[node.name]
             if isinstance(state, BallBox):
                 return state.take(positions(index, len(state.center), self.batch))
@@ -132,7 +135,7 @@ class BackwardPass:
             name: perturbation.take(index, self.states[name].center)  # type: ignore[union-attr]
             for name, perturbation in self.perturbations.items()
         }
-        return BackwardPass(self.module, states, perturbations, all_coordinates, self.outward, self.final)
+        return BackwardPass(self.module, states, self.context, perturbations, all_coordinates, self.final)
 
     def _batched(self) -> set[str]:
         """Names of the constants that differ by sample."""
@@ -191,9 +194,9 @@ class BackwardPass:
                         rows[parent.name] = coefficients if known is None else known + coefficients
         return total
 
-    def _step(self, node: Any, a: Tensor, relax: Relax | None) -> tuple[list[Tensor | None], Tensor]:
+    def _step(self, node: Node, a: Tensor, relax: Relax | None) -> tuple[list[Tensor | None], Tensor]:
         """Rows of the node's inputs, and the bound on what they leave out."""
-        name = type(node).__name__
+        name = kind(node)
         if name in RELU_CLASSES:
             return self._relu(node, a, relax)
         inputs = [self.states[parent.name] for parent in node.inputs]
@@ -205,7 +208,7 @@ class BackwardPass:
             passed, bias = function.below(a, *inputs[0].box())
             return [passed], bias
         rule = RULES.get(name)
-        relaxed = None if rule is None else rule.relax(node, inputs, a)
+        relaxed = rule.relax(node, inputs, a) if isinstance(rule, RelaxedRule) else None
         if relaxed is not None:
             return relaxed
         own = is_ours(node, "bound_backward")
@@ -228,16 +231,14 @@ class BackwardPass:
                 return self._end(node, a, f"the engine's rows have the shape {tuple(coefficients.shape)}")
         return rows, torch.as_tensor(offset, dtype=a.dtype, device=a.device).expand(a.shape[:2])
 
-    def _end(self, node: Any, a: Tensor, why: str) -> tuple[list[Tensor | None], Tensor]:
+    def _end(self, node: Node, a: Tensor, why: str) -> tuple[list[Tensor | None], Tensor]:
         """Rows end at a node, at their minimum over its own set; which the caller of the method is told."""
-        context = getattr(self.module, "last_context", None)
-        if context is not None:
-            context.ended[node.name] = f"{type(node).__name__}: {why}"
+        self.context.ended[node.name] = f"{kind(node)}: {why}"
         output = self.states[node.name]
         assert isinstance(output, BallBox)
         return [], ball_box_min(flat_rows(a), *flat_set(output)).t()
 
-    def _slack(self, node: Any, a: Tensor, batch: int) -> Tensor:
+    def _slack(self, node: Node, a: Tensor, batch: int) -> Tensor:
         """What the products with rows a (S, B, ...) at this node may lose, (S, B).
 
         The rows passed on err by e with |e| <= gamma |a| |W|, and |e.v| <= gamma ||a|| ||W||_F ||v||.
@@ -255,7 +256,7 @@ class BackwardPass:
         slack = torch.stack([row_slack(rows, state, terms) for state in sets]).sum(0)
         return slack.t() * (1 + size)
 
-    def _relu(self, node: Any, a: Tensor, relax: Relax | None) -> tuple[list[Tensor | None], Tensor]:
+    def _relu(self, node: Node, a: Tensor, relax: Relax | None) -> tuple[list[Tensor | None], Tensor]:
         state = self.states[node.inputs[0].name]
         assert isinstance(state, BallBox)
         rows = flat_rows(a)

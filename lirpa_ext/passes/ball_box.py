@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,11 +12,12 @@ from ..domain.ball_box import BallBox
 from ..domain.batch_axis import batch_size, check_has_batch, check_is_batch
 from ..domain.perturbation import PerturbationLpNorm
 from ..domain.rounding import widened
+from ..engine import Node
 from ..errors import InvalidInputError
 from ..rules import Context, State, propagate_node
 
 
-def propagate(module: nn.Module, context: Context, keep: bool = False, final: Any = None) -> dict[str, State]:
+def propagate(module: nn.Module, context: Context, keep: bool = False, final: Node | None = None) -> dict[str, State]:
     """Sets of the graph's nodes for the input that the graph holds.
 
     Args:
@@ -62,7 +62,7 @@ def propagate(module: nn.Module, context: Context, keep: bool = False, final: An
     return states
 
 
-def input_set(node: Any, context: Context) -> BallBox:
+def input_set(node: Node, context: Context) -> BallBox:
     """Ball and box of an input node's perturbation."""
     if isinstance(node, (engine.BoundParams, engine.BoundBuffers)):
         raise InvalidInputError(f"{node.ori_name!r} is perturbed; the ball-box methods take perturbed inputs only")

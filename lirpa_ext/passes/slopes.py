@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from ..domain.ball_box import BallBox
 from ..domain.lengths import flat
 from ..domain.linear_maps import Dense
 from ..domain.perturbation import PerturbationLpNorm
+from ..engine import Node, kind
 from ..nodes.operators import flat_rows
-from ..rules import RULES, State, rows_times_constant
+from ..rules import RULES, Context, State, rows_times_constant
 from ..rules.base import only_perturbed
 from ..rules.linear import Affine
 from .backward import RELU_CLASSES, BackwardPass
@@ -53,7 +54,7 @@ class Lines:
     leak: float
 
     @classmethod
-    def of(cls, node: Any, state: BallBox) -> Lines:
+    def of(cls, node: Node, state: BallBox) -> Lines:
         """Of a ReLU or LeakyReLU node, on the box of its input's set."""
         lower, upper = (_dense(end) for end in state.box())
         leak = engine.slope_below_zero(node)
@@ -183,11 +184,11 @@ class SlopePass(BackwardPass):
     Args:
         module: The graph, with the input set on it.
         states: Sets of all nodes; of a set only the box is used.
+        context: As in `BackwardPass`.
         slopes: Parameters a of the lower lines by the activation's name, each of the shape of its input (B, ...);
             None ends the rows at the last activations instead, at the minimum over their boxes (IBP with the
             last layer merged).
         perturbations: As in `BackwardPass`.
-        outward: As in `BackwardPass`.
         final: As in `BackwardPass`.
     """
 
@@ -195,22 +196,22 @@ class SlopePass(BackwardPass):
         self,
         module: nn.Module,
         states: dict[str, State],
+        context: Context,
         slopes: Slopes | None,
         perturbations: dict[str, PerturbationLpNorm] | None = None,
-        outward: bool = False,
-        final: Any = None,
+        final: Node | None = None,
     ) -> None:
-        super().__init__(module, states, perturbations, outward=outward, final=final)
+        super().__init__(module, states, context, perturbations, final=final)
         self.slopes = slopes
         self._lines: dict[str, Lines] = {}
         self._weights: dict[str, Tensor] = {}
 
     @property
-    def activations(self) -> list[Any]:
+    def activations(self) -> list[Node]:
         """The nodes that are relaxed, inputs before users."""
-        return [node for node in self.order if node.perturbed and type(node).__name__ in ACTIVATIONS]
+        return [node for node in self.order if node.perturbed and kind(node) in ACTIVATIONS]
 
-    def lines(self, node: Any) -> Lines:
+    def lines(self, node: Node) -> Lines:
         """The relaxation of an activation."""
         if node.name not in self._lines:
             state = self.states[node.inputs[0].name]
@@ -222,13 +223,15 @@ class SlopePass(BackwardPass):
         """The same pass without gradients in weights and boxes, and without outward rounding."""
 
         states = {name: _mapped(state, _cut) for name, state in self.states.items()}
-        other = SlopePass(self.module, states, self.slopes, self.perturbations, False, self.final)
+        other = SlopePass(
+            self.module, states, replace(self.context, outward=False), self.slopes, self.perturbations, self.final
+        )
         other._lines = {node.name: self.lines(node).detach() for node in self.activations}
         return other
 
     def with_slopes(self, slopes: Slopes | None) -> SlopePass:
         """The same pass with other slopes."""
-        other = SlopePass(self.module, self.states, slopes, self.perturbations, self.outward, self.final)
+        other = SlopePass(self.module, self.states, self.context, slopes, self.perturbations, self.final)
         other._lines, other._weights = self._lines, self._weights
         return other
 
@@ -263,7 +266,7 @@ class SlopePass(BackwardPass):
                 for name, perturbation in self.perturbations.items()
             }
             some = None if self.slopes is None else own
-            passes.append(SlopePass(self.module, states, some, perturbations, self.outward, self.final))
+            passes.append(SlopePass(self.module, states, self.context, some, perturbations, self.final))
             passes[-1]._weights = self._weights
             passes[-1]._lines = {name: parts[len(passes) - 1] for name, parts in lines.items()}
         return list(zip(passes, rows, strict=True))
@@ -277,8 +280,8 @@ class SlopePass(BackwardPass):
             bound.register_hook(_without_denormals)
         return bound
 
-    def _step(self, node: Any, a: Tensor, relax: Any) -> tuple[list[Tensor | None], Tensor]:
-        if type(node).__name__ in ACTIVATIONS and node.perturbed:
+    def _step(self, node: Node, a: Tensor, relax: Any) -> tuple[list[Tensor | None], Tensor]:
+        if kind(node) in ACTIVATIONS and node.perturbed:
             if self.slopes is None:
                 state = self.states[node.name]
                 assert isinstance(state, BallBox)
@@ -297,17 +300,17 @@ class SlopePass(BackwardPass):
             return [passed], rows_times_constant(node, inputs, a)
         return super()._step(node, _dense_rows(a), relax)
 
-    def _flattened(self, node: Any) -> torch.Size | None:
+    def _flattened(self, node: Node) -> torch.Size | None:
         """Shape (C, H, W) of the image that a dense layer reads flattened, if nothing else reads that; else None.
 
         Its rows then leave the layer as rows of the image with channels last, and the reshape has nothing to do.
         """
-        rule = RULES.get(type(node).__name__)
+        rule = RULES.get(kind(node))
         if self.outward or not isinstance(rule, Affine) or not node.perturbed:
             return None
         parent = node.inputs[0]
         users = [other for other in self.order if parent in other.inputs]
-        if len(users) != 1 or type(parent).__name__ not in ("BoundFlatten", "BoundReshape"):
+        if len(users) != 1 or kind(parent) not in ("BoundFlatten", "BoundReshape"):
             return None
         inputs = [self.states[other.name] for other in node.inputs]
         layer = rule.linear_map(node, inputs, 0) if only_perturbed(inputs) == 0 else None

@@ -1,28 +1,24 @@
-"""The rules of the ball-box domain: a table from the class name of an engine's node to its rule.
+"""The rules of the ball-box domain, in one table from the kind of a node to its rule (`table`).
 
-`linear`, `products`, `bilinear`, `elementwise`, `structure`, `maxima` and `pairs` fill the table; a node without one,
-or whose rule declines, takes the engine's interval arithmetic and the ball around its box. `register_rule` adds one.
+`base` says what a rule is, each further file is a family of them, `applied` uses the table. A node without a rule, or
+whose rule declines, takes the engine's interval arithmetic and the ball around its box. `register_rule` adds one.
 """
 
-from . import bilinear, elementwise, linear, maxima, pairs, products, structure  # noqa: F401  (they fill the table)
-from .base import (
-    RULES,
-    Context,
-    Rule,
-    State,
-    adjoint_and_bias,
-    frobenius,
-    propagate_node,
-    register_rule,
-    rows_times_constant,
-)
+from .applied import adjoint_and_bias, frobenius, propagate_node, rows_times_constant
+from .base import AffineRule, RelaxedRule, Rule, SetRule, State
+from .context import Context
+from .table import RULES, check_table, register_rule
 
 __all__ = [
     "RULES",
+    "AffineRule",
     "Context",
+    "RelaxedRule",
     "Rule",
+    "SetRule",
     "State",
     "adjoint_and_bias",
+    "check_table",
     "frobenius",
     "propagate_node",
     "register_rule",

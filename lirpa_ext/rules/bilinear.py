@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..domain.ball_box import BallBox
 from ..domain.lengths import flat
-from .base import Context, State, register_rule
+from ..engine import Node
+from .base import RelaxedRule, Rows, State
+from .context import Context
 from .linear import Scaling, sum_to
 from .structure import copies
 
 
-class Multiplication(Scaling):
+class Multiplication(Scaling, RelaxedRule):
     """x y: scaling where one operand is constant, else the product of two sets."""
 
     def __init__(self) -> None:
         super().__init__(inverse=False)
 
-    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+    def propagate(self, node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         x, y = inputs
         if isinstance(x, BallBox) and isinstance(y, BallBox):
             whole = len(x.center) == len(y.center) == len(center)
             return product_set(x, y, center, node.inputs[0] is node.inputs[1]) if whole else None
         return super().propagate(node, inputs, center, context)
 
-    def relax(self, node: Any, inputs: Sequence[State], rows: Tensor) -> tuple[list[Tensor | None], Tensor] | None:
+    def relax(self, node: Node, inputs: Sequence[State], rows: Tensor) -> tuple[Rows, Tensor] | None:
         x, y = inputs
         if not isinstance(x, BallBox) or not isinstance(y, BallBox):
             return None
@@ -92,6 +93,3 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
 def _reach(size: Tensor, radius: Tensor) -> Tensor:
     largest = flat(size).amax(1)
     return torch.where(radius == 0, 0.0, largest * radius)
-
-
-register_rule("BoundMul", Multiplication())

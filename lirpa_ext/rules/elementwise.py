@@ -14,10 +14,12 @@ from ..domain.ball_box import BallBox, box_radius
 from ..domain.lengths import flat, length, stretched
 from ..domain.rounding import ULPS, outward_box, widened
 from ..domain.scalar_functions import ScalarFunction, scalar_function
-from .base import Context, Rule, State, only_perturbed, propagate_interval, register_rule
+from ..engine import Node
+from .base import SetRule, State, only_perturbed, propagate_interval
+from .context import Context
 
 
-class Elementwise(Rule):
+class Elementwise(SetRule):
     """Rule of a node that applies one function to each element.
 
     ||f(v) - f(z)||_2 <= max_i L_i ||v - z||_2 with L_i a bound on |f'| over [l_i, u_i]. Where f has no such bound, or
@@ -33,7 +35,7 @@ class Elementwise(Rule):
 
     def __init__(
         self,
-        slope: Callable[[Any, Tensor, Tensor], Tensor],
+        slope: Callable[[Node, Tensor, Tensor], Tensor],
         monotone: bool = True,
         exact: bool = False,
         span: tuple[float, float] = (-math.inf, math.inf),
@@ -47,11 +49,11 @@ class Elementwise(Rule):
     @classmethod
     def of_function(cls, exact: bool = False) -> Elementwise:
         """The rule of a node with a `scalar_function`, which gives box, slope and range."""
-        rule = cls(_steepest, monotone=False, exact=exact)
+        rule = cls(steepest, monotone=False, exact=exact)
         rule.function = scalar_function
         return rule
 
-    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+    def propagate(self, node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         if only_perturbed(inputs) != 0 or center.shape != inputs[0].center.shape:  # type: ignore[union-attr]
             return None
         state, function = inputs[0], self.function(node)
@@ -78,7 +80,7 @@ class Elementwise(Rule):
             radius = torch.where(radius.isfinite(), radius, box_radius(center, low, high))
         return BallBox(center, radius, low, high)
 
-    def widened(self, node: Any, state: BallBox) -> BallBox:
+    def widened(self, node: Node, state: BallBox) -> BallBox:
         """Larger by what the function's rounding may lose, but inside of its range."""
         state, function = widened(state), self.function(node)
         least, most = self.span if function is None else (function.least, function.most)
@@ -101,11 +103,11 @@ def _noise(function: ScalarFunction, center: Tensor) -> Tensor | float:
     return ULPS * torch.finfo(center.dtype).eps * length(flat(loss), 1)
 
 
-def _unknown(node: Any) -> None:
+def _unknown(node: Node) -> None:
     return None
 
 
-def _steepest(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
+def steepest(node: Node, lower: Tensor, upper: Tensor) -> Tensor:
     function = scalar_function(node)
     assert function is not None
     return function.steepest(lower, upper)
@@ -116,32 +118,24 @@ def _nearest_to_zero(lower: Tensor, upper: Tensor) -> Tensor:
     return torch.minimum(lower.clamp(min=0) + upper.clamp(max=0), upper)
 
 
-def _relu(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
+def relu(node: Node, lower: Tensor, upper: Tensor) -> Tensor:
     """1 where the box reaches above 0 (or is NaN), else the slope below 0 (0 for a plain ReLU)."""
     leak = engine.slope_below_zero(node)
     dead = upper <= 0
     return torch.where(dead, torch.full_like(upper, leak), max(1.0, leak)) if leak else (~dead).to(upper)
 
 
-def _sigmoid(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
+def sigmoid(node: Node, lower: Tensor, upper: Tensor) -> Tensor:
     """s(x) s(-x): 1 - s(x) would be 0 from x = 37 on, in float32 from 17."""
     nearest = _nearest_to_zero(lower, upper)
     return torch.sigmoid(nearest) * torch.sigmoid(-nearest)
 
 
-def _tanh(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
+def tanh(node: Node, lower: Tensor, upper: Tensor) -> Tensor:
     """1 - tanh(x)^2 = 4 s(2x) s(-2x)."""
     nearest = 2 * _nearest_to_zero(lower, upper)
     return 4 * torch.sigmoid(nearest) * torch.sigmoid(-nearest)
 
 
-def _atan(node: Any, lower: Tensor, upper: Tensor) -> Tensor:
+def atan(node: Node, lower: Tensor, upper: Tensor) -> Tensor:
     return 1 / (1 + _nearest_to_zero(lower, upper) ** 2)
-
-
-register_rule("BoundRelu", Elementwise(_relu, exact=True))
-register_rule("BoundBallBoxRelu", Elementwise(_relu, exact=True))
-register_rule("BoundLeakyRelu", Elementwise(_relu))
-register_rule("BoundSigmoid", Elementwise(_sigmoid, span=(0.0, 1.0)))
-register_rule("BoundTanh", Elementwise(_tanh, span=(-1.0, 1.0)))
-register_rule("BoundAtan", Elementwise(_atan))

@@ -20,11 +20,13 @@ from ..domain.lengths import flat
 from ..domain.linear_maps import Conv, ConvTranspose, Dense, LinearMap, NonNegative, Scale, Selection
 from ..domain.products import Product
 from ..domain.rounding import gamma, input_of_affine, output_of_affine, sign_kept, summands
-from .base import Context, Rule, State, apply, only_perturbed, register_rule, weight_name
+from ..engine import Node, kind
+from .base import AffineRule, Rows, State, apply, only_perturbed
+from .context import Context, weight_name
 from .cut import Cut
 
 
-class Affine(Rule):
+class Affine(AffineRule):
     """Rule of a node that is affine in its one perturbed input.
 
     Args:
@@ -38,7 +40,7 @@ class Affine(Rule):
 
     def __init__(
         self,
-        linear_map: Callable[[Any, Sequence[State], int], LinearMap | None],
+        linear_map: Callable[[Node, Sequence[State], int], LinearMap | None],
         by_channel: bool = False,
         weight: int | None = None,
     ) -> None:
@@ -46,7 +48,7 @@ class Affine(Rule):
         self.by_channel = by_channel
         self.weight = weight
 
-    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+    def propagate(self, node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         index = only_perturbed(inputs)
         linear_map = None if index is None else self.linear_map(node, inputs, index)
         if index is None or linear_map is None:
@@ -74,7 +76,7 @@ class Affine(Rule):
 
     @staticmethod
     def _image(
-        node: Any,
+        node: Node,
         inputs: Sequence[State],
         state: BallBox,
         center: Tensor,
@@ -96,7 +98,7 @@ class Affine(Rule):
         spread = linear_map.abs()(0.5 * (state.upper - state.lower))
         return BallBox(center, radius, *Cut.apply(middle, spread, center, rows, state.radius))
 
-    def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None] | None:
+    def adjoint(self, node: Node, inputs: Sequence[State], rows: Tensor) -> Rows | None:
         index = only_perturbed(inputs)
         linear_map = None if index is None else self.linear_map(node, inputs, index)
         if linear_map is None or linear_map.output_shape != rows.shape[2:]:
@@ -104,9 +106,7 @@ class Affine(Rule):
         passed = linear_map.adjoint(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
         return [passed if i == index else None for i in range(len(inputs))]
 
-    def adjoint_and_sums(
-        self, node: Any, inputs: Sequence[State], rows: Tensor
-    ) -> tuple[list[Tensor | None] | None, Tensor]:
+    def adjoint_and_sums(self, node: Node, inputs: Sequence[State], rows: Tensor) -> tuple[Rows | None, Tensor]:
         index = only_perturbed(inputs)
         linear_map = None if index is None else self.linear_map(node, inputs, index)
         if not isinstance(linear_map, Conv) or linear_map.output_shape != rows.shape[2:]:
@@ -144,13 +144,13 @@ class TimesConstant(Affine):
 
     def __init__(
         self,
-        linear_map: Callable[[Any, Sequence[State], int], LinearMap | None],
-        own: Callable[[Any, Tensor, BallBox, int, Tensor], Own | None],
+        linear_map: Callable[[Node, Sequence[State], int], LinearMap | None],
+        own: Callable[[Node, Tensor, BallBox, int, Tensor], Own | None],
     ) -> None:
         super().__init__(linear_map)
         self.own = own
 
-    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+    def propagate(self, node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         index = only_perturbed(inputs)
         if index is None:
             return None
@@ -194,7 +194,7 @@ class Scaling(TimesConstant):
         super().__init__(_scaling(inverse), self._own_factor)
         self.inverse = inverse
 
-    def _own_factor(self, node: Any, constant: Tensor, state: BallBox, index: int, center: Tensor) -> Own | None:
+    def _own_factor(self, node: Node, constant: Tensor, state: BallBox, index: int, center: Tensor) -> Own | None:
         if self.inverse and index != 0:
             return None
         factor = constant.to(center.dtype)
@@ -202,7 +202,7 @@ class Scaling(TimesConstant):
         copies = math.sqrt(center[0].numel() / state.center[0].numel())
         return Own(copies * flat(factor).amax(1), factor.expand_as(center), lambda half: half * factor, 1)
 
-    def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None] | None:
+    def adjoint(self, node: Node, inputs: Sequence[State], rows: Tensor) -> Rows | None:
         index = only_perturbed(inputs)
         if index is None or (self.inverse and index != 0):
             return None
@@ -215,31 +215,11 @@ class Scaling(TimesConstant):
         return [passed if i == index else None for i in range(2)]
 
 
-class Quotient(Scaling):
-    """x / y: scaling where y is constant, else interval division, unbounded where y may be 0 (0.3 asserts there)."""
-
-    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
-        scaled = super().propagate(node, inputs, center, context)
-        if scaled is not None:
-            return scaled
-        lower, upper = quotient_box(*(s.box() if isinstance(s, BallBox) else (s, s) for s in inputs))
-        return BallBox.from_box(center, torch.minimum(lower, center), torch.maximum(upper, center))
-
-
-def quotient_box(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Interval division, infinite where y may be 0, NaN where an end is."""
-    signed = (y[0] > 0) | (y[1] < 0)
-    divisors = [end.where(signed | end.isnan(), 1.0) for end in y]  # which leaves no gradient of 1 / 0
-    corners = torch.stack(torch.broadcast_tensors(*(a / b for a in x for b in divisors)))
-    known = signed.expand_as(corners[0]) | corners.isnan().any(0)
-    return corners.amin(0).where(known, -torch.inf), corners.amax(0).where(known, torch.inf)
-
-
 def shape_of(state: State) -> torch.Size:
     return state.center.shape[1:] if isinstance(state, BallBox) else state.shape
 
 
-def _dense(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
+def dense(node: Node, inputs: Sequence[State], index: int) -> LinearMap | None:
     weight = inputs[1]
     if index != 0 or not isinstance(weight, Tensor) or node.transA:
         return None
@@ -248,7 +228,7 @@ def _dense(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
     return Dense(weight if alpha == 1.0 else weight * alpha, shape_of(inputs[0])[:-1])
 
 
-def constant_product(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
+def constant_product(node: Node, inputs: Sequence[State], index: int) -> LinearMap | None:
     """Linear part of a matrix product with a constant that is the same for every sample."""
     weight, shape = inputs[1 - index], shape_of(inputs[index])
     if not isinstance(weight, Tensor):
@@ -262,14 +242,14 @@ def constant_product(node: Any, inputs: Sequence[State], index: int) -> LinearMa
     return Product(weight, shape, left=index == 1)
 
 
-def _conv(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
+def conv(node: Node, inputs: Sequence[State], index: int) -> LinearMap | None:
     weight = inputs[1]
     if index != 0 or not isinstance(weight, Tensor):
         return None
     return Conv(weight, shape_of(inputs[0]), tuple(node.stride), tuple(node.padding), tuple(node.dilation), node.groups)
 
 
-def _conv_transpose(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
+def conv_transpose(node: Node, inputs: Sequence[State], index: int) -> LinearMap | None:
     weight = inputs[1]
     if index != 0 or not isinstance(weight, Tensor):
         return None
@@ -284,7 +264,7 @@ def _conv_transpose(node: Any, inputs: Sequence[State], index: int) -> LinearMap
     )
 
 
-def _batch_norm(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
+def batch_norm(node: Node, inputs: Sequence[State], index: int) -> LinearMap | None:
     if index != 0 or node.training or not (node.use_mean and node.use_var and node.use_affine):
         return None
     _, weight, _, _, variance = inputs
@@ -294,8 +274,8 @@ def _batch_norm(node: Any, inputs: Sequence[State], index: int) -> LinearMap | N
     return Scale(factor, shape)
 
 
-def _scaling(inverse: bool) -> Callable[[Any, Sequence[State], int], LinearMap | None]:
-    def scale(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
+def _scaling(inverse: bool) -> Callable[[Node, Sequence[State], int], LinearMap | None]:
+    def scale(node: Node, inputs: Sequence[State], index: int) -> LinearMap | None:
         factor, shape = inputs[1 - index], shape_of(inputs[index])
         if inverse and index != 0:
             return None  # a constant divided by the input is not linear
@@ -310,17 +290,17 @@ def _scaling(inverse: bool) -> Callable[[Any, Sequence[State], int], LinearMap |
     return scale
 
 
-def _nonnegative(node: Any, inputs: Sequence[State], index: int) -> LinearMap | None:
+def nonnegative(node: Node, inputs: Sequence[State], index: int) -> LinearMap | None:
     """The node itself, where its linear part has no negative entry and it maps 0 to 0, sample by sample."""
     center = _center(inputs[0])
-    if index != 0 or (type(node).__name__ in _ALONG_AXES and moves_samples(node, center.dim())):
+    if index != 0 or (kind(node) in _ALONG_AXES and moves_samples(node, center.dim())):
         return None
 
     def function(x: Tensor) -> Tensor:
         return node.forward(x, *inputs[1:])
 
-    kind = Selection if type(node).__name__ in _SELECTIONS else NonNegative
-    return kind(function, center.shape[1:], center.dtype, center.device)
+    made = Selection if kind(node) in _SELECTIONS else NonNegative
+    return made(function, center.shape[1:], center.dtype, center.device)
 
 
 _SELECTIONS = frozenset({"BoundGather", "BoundTile", "BoundRepeatingPad"})
@@ -342,18 +322,18 @@ def _center(state: State) -> Tensor:
     return state.center if isinstance(state, BallBox) else state
 
 
-def power_iterable(node: Any) -> tuple[str, Any, Callable[[Tensor], LinearMap]] | None:
+def power_iterable(node: Node) -> tuple[str, Any, Callable[[Tensor], LinearMap]] | None:
     """(name, weight node, weight -> linear map) of a dense or convolutional node with a weight of the model."""
     build = {
-        "BoundLinear": _dense,
-        "BoundBallBoxLinear": _dense,
+        "BoundLinear": dense,
+        "BoundBallBoxLinear": dense,
         "BoundMatMul": constant_product,
         "BoundMatMulByAdjoint": constant_product,
-        "BoundConv": _conv,
-        "BoundConv1d": _conv,
-        "BoundConvTranspose": _conv_transpose,
-        "BoundAnyConvTranspose": _conv_transpose,
-    }.get(type(node).__name__)
+        "BoundConv": conv,
+        "BoundConv1d": conv,
+        "BoundConvTranspose": conv_transpose,
+        "BoundAnyConvTranspose": conv_transpose,
+    }.get(kind(node))
     read = [i for i, parent in enumerate(node.inputs[:2]) if _reads_input(parent)] if build is not None else []
     if build is None or len(read) != 1:
         return None
@@ -377,29 +357,10 @@ def power_iterable(node: Any) -> tuple[str, Any, Callable[[Tensor], LinearMap]] 
     return weight_name(node, index), node.inputs[1 - index], linear_map
 
 
-def _reads_input(node: Any) -> bool:
+def _reads_input(node: Node) -> bool:
     """Whether a node depends on an input of the model, perturbed or not, and not on weights and constants alone."""
     weights = (engine.BoundParams, engine.BoundBuffers)
     return any(
         isinstance(leaf, engine.BoundInput) and not isinstance(leaf, weights)
         for leaf in engine.ancestors_in_order(node)
     )
-
-
-register_rule("BoundLinear", Affine(_dense, weight=1))
-register_rule("BoundBallBoxLinear", Affine(_dense, weight=1))
-register_rule("BoundConv", Affine(_conv, by_channel=True, weight=1))
-register_rule("BoundConvTranspose", Affine(_conv_transpose, by_channel=True, weight=1))
-register_rule("BoundBatchNormalization", Affine(_batch_norm))
-register_rule("BoundDiv", Quotient(inverse=True))
-for name in (
-    "BoundAveragePool",
-    "BoundGlobalAveragePool",
-    "BoundReduceMean",
-    "BoundReduceSum",
-    "BoundCumSum",
-    "BoundGather",
-    "BoundTile",
-    "BoundRepeatingPad",
-):
-    register_rule(name, Affine(_nonnegative))

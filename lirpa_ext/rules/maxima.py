@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 from ..domain.ball_box import BallBox
 from ..domain.lengths import flat
-from .base import State, only_perturbed, register_rule
-from .structure import Monotone, along_features, max_pool_factor
+from ..engine import Node
+from .base import RelaxedRule, Rows, State, only_perturbed
+from .structure import Monotone
 
 
-class Maximum(Monotone):
+class Maximum(Monotone, RelaxedRule):
     """The rule of `Monotone`, and the linear relaxation.
 
     Args:
@@ -34,7 +35,7 @@ class Maximum(Monotone):
         self.windows = windows
         self.sign = sign
 
-    def relax(self, node: Any, inputs: Sequence[State], rows: Tensor) -> tuple[list[Tensor | None], Tensor] | None:
+    def relax(self, node: Node, inputs: Sequence[State], rows: Tensor) -> tuple[Rows, Tensor] | None:
         index = only_perturbed(inputs)
         if index is None:
             return None
@@ -66,7 +67,7 @@ def _relaxed(lower: Tensor, upper: Tensor, rows: Tensor, positions: Tensor) -> t
     return rows.new_zeros(*rows.shape[:2], lower.shape[1]).scatter_add(2, target, share), bias
 
 
-def _pool_windows(node: Any, shape: torch.Size) -> Tensor | None:
+def pool_windows(node: Node, shape: torch.Size) -> Tensor | None:
     if len(shape) != 3 or len(node.kernel_size) != 2:
         return None
     channels, height, width = shape
@@ -78,7 +79,7 @@ def _pool_windows(node: Any, shape: torch.Size) -> Tensor | None:
     return torch.where(windows < 0, windows, windows + offset).flatten(0, 1)
 
 
-def _axis_windows(node: Any, shape: torch.Size) -> Tensor | None:
+def axis_windows(node: Node, shape: torch.Size) -> Tensor | None:
     if node.axis is None:
         return None  # of all samples
     axes = node.axis if isinstance(node.axis, (list, tuple)) else [node.axis]
@@ -88,8 +89,3 @@ def _axis_windows(node: Any, shape: torch.Size) -> Tensor | None:
     places = torch.arange(shape.numel()).view(shape)
     rest = [axis for axis in range(len(shape)) if axis not in axes]
     return places.permute(*rest, *axes).reshape(-1, torch.Size([shape[axis] for axis in axes]).numel())
-
-
-register_rule("BoundMaxPool", Maximum(max_pool_factor, _pool_windows))
-for name, sign in (("BoundReduceMax", 1), ("BoundReduceMin", -1)):
-    register_rule(name, Maximum(along_features, _axis_windows, sign))

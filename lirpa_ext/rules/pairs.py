@@ -7,7 +7,6 @@ the maximum. |max(x, y) - max(x', y')|^2 <= |x - x'|^2 + |y - y'|^2, which adds 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +14,13 @@ from torch import Tensor
 from ..domain.ball_box import BallBox
 from ..domain.lengths import length
 from ..domain.rounding import gamma
-from .base import Context, Rule, State, register_rule
+from ..engine import Node
+from .base import RelaxedRule, Rows, State
+from .context import Context
 from .structure import box_of, copies
 
 
-class Larger(Rule):
+class Larger(RelaxedRule):
     """The larger of two.
 
     Args:
@@ -29,7 +30,7 @@ class Larger(Rule):
     def __init__(self, sign: int = 1) -> None:
         self.sign = sign
 
-    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+    def propagate(self, node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         if len(inputs) != 2:
             return None
         sets = [state for state in inputs if isinstance(state, BallBox)]
@@ -42,7 +43,7 @@ class Larger(Rule):
             return BallBox(center, radius)
         return BallBox(center, radius, choose(low_x, low_y), choose(high_x, high_y))
 
-    def relax(self, node: Any, inputs: Sequence[State], rows: Tensor) -> tuple[list[Tensor | None], Tensor] | None:
+    def relax(self, node: Node, inputs: Sequence[State], rows: Tensor) -> tuple[Rows, Tensor] | None:
         sets = [state for state in inputs if isinstance(state, BallBox)]
         if len(inputs) != 2 or any(state.center.shape != rows.shape[1:] for state in sets):
             return None
@@ -72,7 +73,3 @@ class Larger(Rule):
 def flat_sum(rows: Tensor) -> Tensor:
     """Sums of rows (S, B, ...), (S, B)."""
     return rows.reshape(*rows.shape[:2], -1).sum(2)
-
-
-register_rule("BoundMax", Larger())
-register_rule("BoundMin", Larger(-1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,9 @@ from torch import Tensor
 from ..domain.ball_box import BallBox
 from ..domain.products import matrices, product_adjoint
 from ..domain.rounding import gamma
-from .base import Context, State, only_perturbed, register_rule
+from ..engine import Node
+from .base import Rows, State, only_perturbed
+from .context import Context
 from .linear import Own, TimesConstant, constant_product, shape_of, sum_to
 
 
@@ -25,7 +26,7 @@ class MatMul(TimesConstant):
     def __init__(self) -> None:
         super().__init__(constant_product, self._own_matrix)
 
-    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+    def propagate(self, node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         x, y = inputs[0], inputs[1]
         if not isinstance(x, BallBox) or not isinstance(y, BallBox):
             return super().propagate(node, inputs, center, context)
@@ -41,7 +42,7 @@ class MatMul(TimesConstant):
         return BallBox.from_box(center, torch.minimum(middle - reach, center), torch.maximum(middle + reach, center))
 
     @staticmethod
-    def _own_matrix(node: Any, constant: Tensor, state: BallBox, index: int, center: Tensor) -> Own | None:
+    def _own_matrix(node: Node, constant: Tensor, state: BallBox, index: int, center: Tensor) -> Own | None:
         if constant.dim() < 3:
             return None  # one matrix for all, along whose axes samples are
         left = index == 1
@@ -60,7 +61,7 @@ class MatMul(TimesConstant):
 
         return Own(norms * rounded, (sizes * rounded).expand_as(center), spread, exact.shape[-1])
 
-    def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None] | None:
+    def adjoint(self, node: Node, inputs: Sequence[State], rows: Tensor) -> Rows | None:
         index = only_perturbed(inputs)
         if index is None:
             return None
@@ -71,6 +72,3 @@ class MatMul(TimesConstant):
             return super().adjoint(node, inputs, rows)
         passed = sum_to(product_adjoint(constant, rows, index == 1), shape_of(state))
         return [passed if i == index else None for i in range(2)]
-
-
-register_rule("BoundMatMul", MatMul())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +13,14 @@ from ..domain.ball_box import BallBox
 from ..domain.batch_axis import acts_on_axes, moves_samples, regrouped, regroups_samples
 from ..domain.lengths import length
 from ..domain.rounding import gamma
+from ..engine import Node, kind
 from ..errors import UnsupportedNodeError
-from .base import Context, Rule, State, apply, only_perturbed, register_rule
+from .base import AffineRule, Rows, State, apply, only_perturbed
+from .context import Context
 from .linear import sum_to
 
 
-class Monotone(Rule):
+class Monotone(AffineRule):
     """Rule of a node whose every output is a non-decreasing function of its one perturbed input, sample by sample.
 
     The box goes through the function. The ball grows by `factor`, the Lipschitz constant of the node.
@@ -35,15 +36,15 @@ class Monotone(Rule):
 
     def __init__(
         self,
-        factor: Callable[[Any, BallBox, Tensor], float | None],
-        back: Callable[[Any, Tensor, Tensor], Tensor | None] | None = None,
+        factor: Callable[[Node, BallBox, Tensor], float | None],
+        back: Callable[[Node, Tensor, Tensor], Tensor | None] | None = None,
         homogeneous: bool = True,
     ) -> None:
         self.factor = factor
         self.back = back
         self.homogeneous = homogeneous
 
-    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+    def propagate(self, node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         index = only_perturbed(inputs)
         if index is None:
             return None
@@ -57,14 +58,14 @@ class Monotone(Rule):
         lower, upper = (apply(node, inputs, pick) for pick in (_lower, _upper))
         return BallBox(center, radius, lower, upper)
 
-    def radius(self, node: Any, state: BallBox, center: Tensor, context: Context) -> Tensor | None:
+    def radius(self, node: Node, state: BallBox, center: Tensor, context: Context) -> Tensor | None:
         """Radius of the node's ball; None declines."""
         factor = self.factor(node, state, center)
         if factor is None or len(center) != len(state.center):
             return None
         return state.radius if factor == 1 else state.radius * factor
 
-    def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None] | None:
+    def adjoint(self, node: Node, inputs: Sequence[State], rows: Tensor) -> Rows | None:
         index = only_perturbed(inputs)
         if index is None or self.back is None:
             return None
@@ -76,9 +77,9 @@ class Reshape(Monotone):
     """Another shape of the same elements in the same order; where it merges or splits the batch, balls regroup."""
 
     def __init__(self) -> None:
-        super().__init__(_one, _reshape_back)
+        super().__init__(one, _reshape_back)
 
-    def radius(self, node: Any, state: BallBox, center: Tensor, context: Context) -> Tensor | None:
+    def radius(self, node: Node, state: BallBox, center: Tensor, context: Context) -> Tensor | None:
         radius = regrouped(state.radius, len(center))
         if radius is not None and context.outward and len(radius) < len(state.radius):
             radius = radius * (1 + gamma(radius.dtype, len(state.radius)))  # of a sum of squares and a root
@@ -93,25 +94,25 @@ class Cast(Monotone):
     """
 
     def __init__(self) -> None:
-        super().__init__(_one, _same)
+        super().__init__(one, same)
 
-    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+    def propagate(self, node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         dtype = _precision_of_input(node)
         if torch.finfo(center.dtype).eps > torch.finfo(dtype).eps:
             raise UnsupportedNodeError(
-                f"node {node.name!r} ({type(node).__name__}) rounds the perturbed {dtype} input to {center.dtype}, "
+                f"node {node.name!r} ({kind(node)}) rounds the perturbed {dtype} input to {center.dtype}, "
                 "which no bound here counts. Remove the cast from the model, or give the model and its input that type."
             )
         return super().propagate(node, inputs, center, context)
 
 
-def _precision_of_input(node: Any) -> torch.dtype:
+def _precision_of_input(node: Node) -> torch.dtype:
     while not isinstance(node, engine.BoundInput):
         node = next(parent for parent in node.inputs if parent.perturbed)
     return node.value.dtype
 
 
-class Sum(Rule):
+class Sum(AffineRule):
     """a + b or a - b: radii add (B.2.4), boxes by interval arithmetic; constants only shift.
 
     Args:
@@ -121,7 +122,7 @@ class Sum(Rule):
     def __init__(self, sign: int) -> None:
         self.sign = sign
 
-    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox:
+    def propagate(self, node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox:
         sets = [state for state in inputs if isinstance(state, BallBox)]
         (low_a, high_a), (low_b, high_b) = (box_of(state) for state in inputs)
         if self.sign < 0:
@@ -134,7 +135,7 @@ class Sum(Rule):
             return BallBox(center, radius)
         return BallBox(center, radius, low_a + low_b, high_a + high_b)
 
-    def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None] | None:
+    def adjoint(self, node: Node, inputs: Sequence[State], rows: Tensor) -> Rows | None:
         sets = [state for state in inputs if isinstance(state, BallBox)]
         if any(state.center.dim() < rows.dim() - 1 or len(state.center) != rows.shape[1] for state in sets):
             return None
@@ -145,26 +146,26 @@ class Sum(Rule):
         ]
 
 
-class Negation(Rule):
+class Negation(AffineRule):
     """-a."""
 
     exact = True
 
-    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox:
+    def propagate(self, node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox:
         (state,) = inputs
         assert isinstance(state, BallBox)
         if state.lower is None or state.upper is None:
             return BallBox(center, state.radius)
         return BallBox(center, state.radius, -state.upper, -state.lower)
 
-    def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None]:
+    def adjoint(self, node: Node, inputs: Sequence[State], rows: Tensor) -> Rows:
         return [-rows]
 
 
-class Concat(Rule):
+class Concat(AffineRule):
     """Concatenation: rho^2 is the sum of the squares; the box is the concatenation of the boxes."""
 
-    def propagate(self, node: Any, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+    def propagate(self, node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         states = [state for state in inputs if isinstance(state, BallBox)]
         if len(center) != len(states[0].center):
             return None  # along the batch
@@ -174,7 +175,7 @@ class Concat(Rule):
         lower, upper = (apply(node, inputs, pick) for pick in (_lower, _upper))
         return BallBox(center, radius, lower, upper)
 
-    def adjoint(self, node: Any, inputs: Sequence[State], rows: Tensor) -> list[Tensor | None] | None:
+    def adjoint(self, node: Node, inputs: Sequence[State], rows: Tensor) -> Rows | None:
         axis = node.axis if node.axis >= 0 else node.axis + rows.dim() - 1
         if axis == 0:
             return None
@@ -201,28 +202,28 @@ def copies(state: BallBox, center: Tensor) -> float:
     return math.sqrt(center[0].numel() / state.center[0].numel())
 
 
-def _one(node: Any, state: BallBox, center: Tensor) -> float:
+def one(node: Node, state: BallBox, center: Tensor) -> float:
     return 1.0
 
 
-def _expand(node: Any, state: BallBox, center: Tensor) -> float | None:
+def expand(node: Node, state: BallBox, center: Tensor) -> float | None:
     return copies(state, center) if center.dim() == state.center.dim() else None  # else it may move the batch
 
 
-def _transpose(node: Any, state: BallBox, center: Tensor) -> float | None:
+def transpose(node: Node, state: BallBox, center: Tensor) -> float | None:
     return 1.0 if node.perm[0] == 0 else None  # else it moves the batch
 
 
-def along_features(node: Any, state: BallBox, center: Tensor) -> float | None:
+def along_features(node: Node, state: BallBox, center: Tensor) -> float | None:
     return None if moves_samples(node, state.center.dim()) else 1.0
 
 
-def _pad(node: Any, state: BallBox, center: Tensor) -> float | None:
+def pad(node: Node, state: BallBox, center: Tensor) -> float | None:
     constant = node.attr.get("mode", "constant") in ("constant", b"constant")
     return along_features(node, state, center) if constant else None
 
 
-def max_pool_factor(node: Any, state: BallBox, center: Tensor) -> float:
+def max_pool_factor(node: Node, state: BallBox, center: Tensor) -> float:
     """Root of the most windows that an input enters; the maximum over a window is 1-Lipschitz in it.
 
     A window that starts at j s reaches j s + t d for t < k: for one input those t differ by multiples of
@@ -234,28 +235,28 @@ def max_pool_factor(node: Any, state: BallBox, center: Tensor) -> float:
     return math.sqrt(math.prod(math.ceil(k * math.gcd(s, d) / s) for k, s, d in sizes))
 
 
-def _reshape_back(node: Any, center: Tensor, rows: Tensor) -> Tensor | None:
+def _reshape_back(node: Node, center: Tensor, rows: Tensor) -> Tensor | None:
     if not regroups_samples(node):
         return None
     return rows.reshape(len(rows), *center.shape)
 
 
-def _transpose_back(node: Any, center: Tensor, rows: Tensor) -> Tensor | None:
+def transpose_back(node: Node, center: Tensor, rows: Tensor) -> Tensor | None:
     if node.perm[0] != 0:
         return None
     inverse = [node.perm.index(axis) for axis in range(len(node.perm))]
     return rows.permute(0, *(axis + 1 for axis in inverse))
 
 
-def _expand_back(node: Any, center: Tensor, rows: Tensor) -> Tensor | None:
+def expand_back(node: Node, center: Tensor, rows: Tensor) -> Tensor | None:
     return sum_to(rows, center.shape[1:]) if rows.dim() == center.dim() + 1 and rows.shape[1] == len(center) else None
 
 
-def _same(node: Any, center: Tensor, rows: Tensor) -> Tensor:
+def same(node: Node, center: Tensor, rows: Tensor) -> Tensor:
     return rows
 
 
-def _select_back(node: Any, center: Tensor, rows: Tensor) -> Tensor | None:
+def select_back(node: Node, center: Tensor, rows: Tensor) -> Tensor | None:
     """Adjoint of a selection: the positions that the node picks, seen by sending them through it."""
     if rows.shape[1] != len(center) or moves_samples(node, center.dim()):
         return None
@@ -269,19 +270,3 @@ def _select_back(node: Any, center: Tensor, rows: Tensor) -> Tensor | None:
     out = rows.new_zeros(*rows.shape[:2], math.prod(shape) + 1)
     out = out.index_add(2, picked, rows.flatten(2))
     return out[..., 1:].reshape(*rows.shape[:2], *shape)
-
-
-for name in ("BoundReshape", "BoundFlatten", "BoundATenUnflatten", "BoundSqueeze", "BoundUnsqueeze"):
-    register_rule(name, Reshape())
-for name in ("BoundIdentity", "BoundDropout", "BoundPerturbedInput"):
-    register_rule(name, Monotone(_one, _same))
-for name in ("BoundSlice", "BoundSplit"):
-    register_rule(name, Monotone(along_features, _select_back))
-register_rule("BoundCast", Cast())
-register_rule("BoundTranspose", Monotone(_transpose, _transpose_back))
-register_rule("BoundExpand", Monotone(_expand, _expand_back))
-register_rule("BoundPad", Monotone(_pad, _select_back, homogeneous=False))
-register_rule("BoundAdd", Sum(+1))
-register_rule("BoundSub", Sum(-1))
-register_rule("BoundNeg", Negation())
-register_rule("BoundConcat", Concat())

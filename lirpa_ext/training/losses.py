@@ -107,13 +107,14 @@ def clean_and_worst_logits(
     rows = margin_rows(y, classes, x.dtype, x.device)
     perturbed = BoundedTensor(x, PerturbationLpNorm(eps, norm, x_L, x_U))
     options = label_option(method, y) | options
-    with bounded.collecting_outputs() as outputs:
-        margins, _ = bounded.compute_bounds(x=(perturbed,), C=rows, method=method, bound_upper=False, **options)
-    held_already = logits is not None or bool(outputs)  # by the method, or there are other logits than the graph's
+    result = bounded.bound((perturbed,), rows, method, bound_upper=False, **options)
+    margins, clean = result.lower, result.clean
+    held_already = logits is not None or clean is not None  # by the method, or there are other logits than the graph's
     if logits is None:
-        logits = outputs[0] if outputs else bounded.source(x)
+        logits = bounded.source(x) if clean is None else clean
     if not (held_already or options.get("norms") == "estimate" or is_randomized(bounded.source)):
         margins, _ = held((margins, None), logits, rows, method, bounded, recording=True)
+    assert margins is not None
     # The label's own margin, 0, goes back to its place among the others, which are in order of the class.
     own = logits.gather(1, y.to(logits.device, torch.long).unsqueeze(1))
     label = functional.one_hot(y.long(), classes).bool().to(logits.device)

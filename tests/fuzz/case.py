@@ -131,7 +131,7 @@ class Call:
         call = f"lower, upper = bounded.compute_bounds({', '.join([*arguments, *self.options])})"
         if self.method == "slope:same":
             drawn = call.replace('"slope:same"', '"slope:random", seed=3')
-            call = f"{drawn}\n{call[:-1]}, slopes=bounded.last_relaxation.slopes)"
+            call = f"{drawn}\n{call[:-1]}, slopes=bounded.last_result.relaxation.slopes)"
         return f"with {self.mode}:\n{textwrap.indent(call, '    ')}" if self.mode else call
 
 

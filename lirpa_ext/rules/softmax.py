@@ -1,0 +1,41 @@
+"""Softmax and log-softmax along an axis: Lipschitz constants on the box, which the node's own interval rule gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..domain.ball_box import BallBox
+from ..domain.lengths import flat, length
+from ..engine import Node
+from .base import SetRule, State
+from .context import Context
+
+
+class Softmax(SetRule):
+    """Softmax along an axis: the Jacobian diag(p) - pp' has rows that sum, absolutely, to 2 p_k (1 - p_k) <= 1/2."""
+
+    def propagate(self, node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+        (state,) = inputs
+        assert isinstance(state, BallBox)
+        lower, upper = node.interval_propagate(state.box())
+        nearest = torch.minimum(torch.maximum(lower, torch.full_like(lower, 0.5)), upper)
+        slope = 2 * nearest * (1 - nearest)
+        return BallBox(center, state.radius * flat(slope).amax(1), lower, upper)
+
+
+class LogSoftmax(SetRule):
+    """Log-softmax along an axis of size n: ||I - 1p'|| = sqrt(n) ||p||, the norm of the projection 1p'."""
+
+    def propagate(self, node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
+        (state,) = inputs
+        assert isinstance(state, BallBox)
+        lower, upper = node.interval_propagate(state.box())
+        n = center.shape[node.axis]
+        if n == 1:
+            return BallBox(center, torch.zeros_like(state.radius), lower, upper)
+        norm = length(upper.exp(), node.axis).clamp(max=1.0)
+        return BallBox(center, state.radius * math.sqrt(n) * flat(norm).amax(1), lower, upper)
