@@ -31,7 +31,8 @@ from lirpa_ext.training.runs import fit, parse
 
 SAVING = [
     (Trainer, "save_checkpoint"), ("lirpa_ext.training.module.CertifiedClassifier", "_check_loss"),
-    ("lirpa_ext.training.runs", "_state"), ("lirpa_ext.files", "acquire"), ("lirpa_ext.files", "release"),
+    ("lirpa_ext.training.runs", "_state"),
+    ("lirpa_ext.reporting.files", "acquire"), ("lirpa_ext.reporting.files", "release"),
 ]  # fmt: skip
 PLACE = "lirpa_ext.certification"
 KNOWING = [

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lirpa_ext import errors
+from lirpa_ext.attacks import APGD
 from lirpa_ext.certification import certifier as certifier_module
 from lirpa_ext.certification.certify import certify
 from lirpa_ext.certification.report import Report
@@ -48,7 +49,7 @@ def digits():
 
 
 def run(model, data, eps=EPS, **options):
-    defaults = {"x_L": 0.0, "x_U": 1.0, "batch_size": 10, "attack_steps": 5, "progress": False, "radius": False}
+    defaults = {"x_L": 0.0, "x_U": 1.0, "batch_size": 10, "attack": APGD(5, 2), "progress": False, "radius": False}
     return certify(model, data, eps, **(defaults | options))
 
 
@@ -113,7 +114,7 @@ def test_radius_of_a_linear_model_is_the_closed_form(digits, norm, dual):
     y = logits.argmax(1)
     rows = torch.linalg.vector_norm(weight[y].unsqueeze(1) - weight, ord=dual, dim=2)
     expected = ((logits.gather(1, y[:, None]) - logits) / rows).nan_to_num(math.inf).amin(1)
-    report = run(model, (x, y), norm=norm, x_L=None, x_U=None, radius=True, radius_tolerance=1e-6, attack_steps=20)
+    report = run(model, (x, y), norm=norm, x_L=None, x_U=None, radius=1e-6, attack=APGD(20, 2))
     found = torch.tensor([record["radius"] for record in report.records], dtype=torch.float64)
     assert (found <= expected * (1 + 1e-12)).all()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -145,7 +146,7 @@ def test_radius_of_a_constant_classifier_ends(digits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_radius_search_ends_where_floats_do(trained, digits, dtype):
     data = digits[0][:3], digits[1][:3]
-    report = run(trained, data, radius=True, radius_tolerance=1e-30, dtype=dtype)
+    report = run(trained, data, radius=1e-30, dtype=dtype)
     assert all(record["radius"] > 0 for record in report.records)
 
 
@@ -277,7 +278,7 @@ def test_every_kind_of_data_gives_the_same(trained, digits, kind):
 
 
 def test_norm_1_float32_scalar_eps_and_no_attack(trained, digits):
-    report = run(trained, digits, eps=0.05, norm=1, attack_steps=0, dtype=torch.float32)
+    report = run(trained, digits, eps=0.05, norm=1, attack=None, dtype=torch.float32)
     assert report.summary()[0]["pgd"] is None
     assert report.meta["dtype"] == "float32"
     assert set(statuses(report)) <= {"certified", "unknown", "attacked"}
@@ -411,9 +412,9 @@ def test_bad_methods_and_options(trained, digits):
         run(trained, digits, options={"nonsense": 1})
     with pytest.raises(errors.EstimateError, match="estimates"):
         run(trained, digits, options={"norms": "estimate"})
-    for options in ({"norm": 0.5}, {"norm": math.nan}, {"batch_size": 0}, {"attack_steps": -1}, {"dtype": torch.int8},
-                    {"radius_tolerance": 0.0}, {"norm": 1}, {"x_L": 1.0, "x_U": 0.0}, {"x_L": torch.zeros(3, 7)},
-                    {"device": "nonsense"}, {"attack_restarts": 0}, {"seed": 0.5}):  # fmt: skip
+    for options in ({"norm": 0.5}, {"norm": math.nan}, {"batch_size": 0}, {"radius": -1.0}, {"dtype": torch.int8},
+                    {"radius": 0.0}, {"norm": 1}, {"x_L": 1.0, "x_U": 0.0}, {"x_L": torch.zeros(3, 7)},
+                    {"device": "nonsense"}, {"seed": 0.5}):  # fmt: skip
         with pytest.raises(errors.InvalidInputError):
             run(trained, digits, **options)
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lirpa_ext import errors
+from lirpa_ext.attacks import APGD
 from lirpa_ext.certification.certify import certify
 from lirpa_ext.cli import main
 from lirpa_ext.data import load_data, load_digits
@@ -76,7 +77,7 @@ def test_checkpoint_end_to_end(folder, model, capsys):
     x, y = load_digits("test")
     expected = certify(
         model, (x[:12], y[:12]), [0.05, 0.2], options={"tighten": False}, x_L=0.0, x_U=1.0,
-        attack_steps=3, batch_size=5, progress=False,
+        attack=APGD(3, 2), batch_size=5, progress=False,
     )  # fmt: skip
     assert report["records"] == expected.records
     assert report["meta"]["model_hash"] == expected.meta["model_hash"]
@@ -117,7 +118,7 @@ def test_normalization_is_inside_of_the_model(folder, model):
     found = json.loads((folder / "out" / "report.json").read_text())
     x, y = load_digits("test")
     inner = nn.Sequential(Normalization([0.3], [0.5]), model)
-    expected = certify(inner, (x[:12], y[:12]), [0.05, 0.2], x_L=0.0, x_U=1.0, attack_steps=3, radius=False,
+    expected = certify(inner, (x[:12], y[:12]), [0.05, 0.2], x_L=0.0, x_U=1.0, attack=APGD(3, 2), radius=False,
                        progress=False)  # fmt: skip
     assert found["records"] == expected.records
 

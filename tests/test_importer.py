@@ -291,7 +291,7 @@ def test_a_batch_that_cannot_be_freed_is_worked_one_by_one():
     with pytest.raises(Exception, match="single samples"):
         BoundedModule(imported, x)
     labels = imported(x).argmax(1)
-    report = certify(imported, (x, labels), 0.01, attack_steps=2, radius=False, progress=False)
+    report = certify(imported, (x, labels), 0.01, attack="fgsm", radius=False, progress=False)
     assert [record["index"] for record in report.records] == [0, 1, 2, 3]
     assert all(level["status"] != "error" for record in report.records for level in record["levels"])
 

@@ -1,6 +1,7 @@
 """Worst-translated logits against margins computed otherwise, and the certified loss."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn import functional
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, certified_loss, worst_case_logits
 from lirpa_ext.errors import InvalidInputError, LirpaExtError
+from lirpa_ext.methods import BoundResult
 
 
 @pytest.fixture
@@ -145,13 +147,14 @@ def test_a_bound_that_the_clean_value_refutes_is_no_loss(
     drawn: dict[str, Any] = {"seed": 0} if method == "sparse-slope" else {}
     expected = worst_case_logits(BoundedModule(model, x), x, Y, 0.05, method, math.inf, **drawn)
     assert expected.requires_grad and not expected.isnan().any()
-    original = BoundedModule.compute_bounds
+    original = BoundedModule.bound
 
-    def wrong(self: BoundedModule, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        lower, upper = original(self, *args, **options)
-        return lower + torch.eye(5, 3, dtype=lower.dtype) * 100, upper
+    def wrong(self: BoundedModule, *args: Any, **options: Any) -> BoundResult:
+        result = original(self, *args, **options)
+        assert result.lower is not None
+        return replace(result, lower=result.lower + torch.eye(5, 3, dtype=result.lower.dtype) * 100)
 
-    monkeypatch.setattr(BoundedModule, "compute_bounds", wrong)
+    monkeypatch.setattr(BoundedModule, "bound", wrong)
     found = worst_case_logits(BoundedModule(model, x), x, Y, 0.05, method, math.inf, **drawn)
     assert found.isnan().any(1).tolist() == [True, True, True, False, False]
     torch.testing.assert_close(found[~found.isnan()], expected[~found.isnan()])

@@ -20,6 +20,7 @@ import torch
 from lirpa_ext import certify
 from lirpa_ext.analysis.gather import gather
 from lirpa_ext.analysis.page import Page, Picture, Section, drawn_picture, file_picture, markdown, table
+from lirpa_ext.attacks import APGD
 from lirpa_ext.cli import main
 from lirpa_ext.data import load_digits
 from lirpa_ext.errors import DataError, InvalidInputError, ResultsError
@@ -104,7 +105,7 @@ def folder(tmp_path_factory) -> Path:
         method="bcp",
         x_L=0.0,
         x_U=1.0,
-        attack_steps=2,
+        attack=APGD(2, 2),
         radius=False,
         progress=False,
     )

@@ -48,7 +48,7 @@ class Net(nn.Module):
 
 
 def run(model, path, **options):
-    options = {"eps": [0.01], "attack_steps": 0, "radius": False, "progress": False, "method": "IBP"} | options
+    options = {"eps": [0.01], "attack": None, "radius": False, "progress": False, "method": "IBP"} | options
     return certify(model, (X, Y), results=path, **options)
 
 
@@ -92,7 +92,7 @@ def test_a_hash_does_not_depend_on_the_process(tmp_path):
     program = (
         "import torch, lirpa_ext; from torch import nn; torch.manual_seed(0); "
         "m = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)); "
-        "print(lirpa_ext.certify(m, (torch.ones(1, 4), torch.zeros(1, dtype=torch.long)), 0.1, attack_steps=0, "
+        "print(lirpa_ext.certify(m, (torch.ones(1, 4), torch.zeros(1, dtype=torch.long)), 0.1, attack=None, "
         "radius=False, progress=False).meta['model_hash'])"
     )
     found = {subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout for _ in range(2)}

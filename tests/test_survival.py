@@ -306,7 +306,7 @@ def test_a_place_that_cannot_be_written_to_is_told(capsys, place):
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
-    from lirpa_ext.files import locked
+    from lirpa_ext.reporting.files import locked
 
     with locked(tmp_path / "run"):
         assert fit(tmp_path) == 2

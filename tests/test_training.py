@@ -384,7 +384,7 @@ def test_the_network_exports_to_the_same_certificates(trained):
     x, y = lirpa_ext.data.load_digits("test")
     reports = [
         lirpa_ext.certify(
-            model, (x[:40], y[:40]), 0.05, method="bcp", x_L=0.0, x_U=1.0, attack_steps=0, radius=False, progress=False
+            model, (x[:40], y[:40]), 0.05, method="bcp", x_L=0.0, x_U=1.0, attack=None, radius=False, progress=False
         )
         for model in (load_model(trained / "model.pt"), lirpa_ext.load_onnx(trained / "model.onnx"))
     ]

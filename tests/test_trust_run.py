@@ -12,7 +12,7 @@ from soundness import box_of, length, radii
 from torch import nn
 
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine, errors, load_vnnlib, verify
-from lirpa_ext.attacks import Attack
+from lirpa_ext.attacks import APGD, Attack
 from lirpa_ext.certification.certifier import Certifier
 from lirpa_ext.certification.certify import certify
 from lirpa_ext.engine.limits import Deadline, OutOfTime, is_out_of_memory
@@ -86,7 +86,7 @@ def half_the_radius(lower, problem):
 
 
 def run(model, data, eps, **options):
-    defaults = {"attack_steps": 0, "progress": False, "radius": False, "batch_size": BATCH}
+    defaults = {"attack": None, "progress": False, "radius": False, "batch_size": BATCH}
     return certify(model, data, eps, **(defaults | options))
 
 
@@ -321,7 +321,7 @@ def test_accuracies_are_ordered_whatever_a_method_says(method, seed):
         kind = torch.randint(0, 40, lower.shape, generator=source)
         return torch.where(kind < 4, special[kind.clamp(max=3)], lower + noise * (kind > 20))
 
-    report = run(model, data, [0.0, 0.05, 0.2, 0.8], method=method(changed(drawn)), attack_steps=3, radius=True)
+    report = run(model, data, [0.0, 0.05, 0.2, 0.8], method=method(changed(drawn)), attack=APGD(3, 2), radius=True)
     for row in report.summary():
         assert row["verified"] <= row["pgd"] <= row["clean"]
         assert row["certified"] + row["unknown"] + row["attacked"] + row["error"] == BATCH
@@ -608,7 +608,7 @@ def test_the_callers_inference_mode_changes_nothing():
     """Gradients are off in it, which attacks and the engine need; tensors made in it refuse them for ever."""
     with torch.inference_mode():
         model, data = linear()
-        report = run(model, data, 0.01, attack_steps=3)
+        report = run(model, data, 0.01, attack=APGD(3, 2))
         verdict = verify(planar(), load_vnnlib(text([(0, 1)], "(>= Y_0 0.75)")), methods=["IBP"])
     assert statuses(report) == [["certified"]] * BATCH
     assert (verdict.status, verdict.method) == ("violated", "PGD")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..attacks import APGD
 from ..certification.certify import certify
 from ..data import gather
 from ..errors import InvalidInputError
@@ -116,7 +117,7 @@ def verified_curves(
         for method in methods:
             report = certify(
                 model, pair, list(eps), norm, method, options=chosen[method], x_L=x_L, x_U=x_U,
-                attack_steps=attack_steps, attack_restarts=attack_restarts,
+                attack=APGD(attack_steps, attack_restarts) if attack_steps else None,
                 radius=False, batch_size=batch_size, progress=False, seed=seed,
             )  # fmt: skip
             levels += [

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from .._version import __version__
 from ..errors import InvalidInputError, ResultsError
-from ..files import write_whole
+from ..reporting.files import write_whole
 from ..reporting.plots import alt_text, image_size, read_alt, svg
 from ..reporting.results import Row
 

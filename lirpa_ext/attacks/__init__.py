@@ -6,6 +6,12 @@ model (`lirpa_ext.randomized`) each evaluation draws a network, and `EOT` around
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import OptionError
+from ..extensions import add, load_extensions
 from .apgd import APGD
 from .autoattack import AutoAttack
 from .base import Attack, Attacked, Target
@@ -16,6 +22,7 @@ from .search import RandomSearch
 
 __all__ = [
     "APGD",
+    "ATTACKS",
     "EOT",
     "FGM",
     "FGSM",
@@ -27,5 +34,51 @@ __all__ = [
     "AutoAttack",
     "RandomSearch",
     "Target",
+    "make_attack",
     "mean_output",
+    "register_attack",
 ]
+
+ATTACKS: dict[str, Callable[..., Attack]] = {
+    "apgd": APGD,
+    "pgd": PGD,
+    "fgsm": FGSM,
+    "fgm": FGM,
+    "search": RandomSearch,
+}
+"""Attacks by name."""
+
+
+def register_attack(name: str, attack: Callable[..., Attack], overwrite: bool = False) -> None:
+    """Add an attack, to be named in `lirpa_ext.certify`, in configurations and in studies.
+
+    Args:
+        name: Its name.
+        attack: Its class; the arguments are its options.
+        overwrite: Replace one that exists.
+
+    Raises:
+        RegistrationError: The name is taken.
+    """
+    add(ATTACKS, "attack", name, attack, overwrite)
+
+
+def make_attack(name: str, **options: Any) -> Attack:
+    """The attack of a name.
+
+    Args:
+        name: One of `ATTACKS`.
+        **options: Its arguments. ``steps`` and ``restarts`` are left out where it has none.
+
+    Raises:
+        OptionError: There is no attack of that name, or it does not take the options.
+    """
+    load_extensions()
+    if name not in ATTACKS:
+        raise OptionError(f"unknown attack {name!r}; known are {', '.join(ATTACKS)}")
+    known = inspect.signature(ATTACKS[name]).parameters
+    given = {key: value for key, value in options.items() if key in known or key not in ("steps", "restarts")}
+    try:
+        return ATTACKS[name](**given)
+    except TypeError as error:
+        raise OptionError(f"attack {name!r}: {error}") from error

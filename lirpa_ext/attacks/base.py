@@ -309,7 +309,7 @@ class Attack(ABC):
         if perturbation.norm == 1:
             raise InvalidInputError(
                 f"{type(self).__name__} attacks lp balls with p > 1 only, got p = 1; use norm=2 or norm=inf, "
-                "or leave the attack out (attack_steps=0)"
+                "or leave the attack out (attack=None)"
             )
         if not len(x):
             raise InvalidInputError(f"there is no sample to attack: x is of shape {tuple(x.shape)}")

@@ -245,18 +245,16 @@ class Certifier:
             rows = margin_rows(y, self.bounded.final_node().output_shape[-1], self.dtype)
             options = label_option(self.method, y) | self.options
             ball = BoundedTensor(x, self._set(eps))
-            result = self.bounded.bound((ball,), rows, self.method, bound_upper=False, **options)
+            lower, _ = self.bounded.compute_bounds((ball,), C=rows, method=self.method, bound_upper=False, **options)
         except BaseException:
             self.bounded = None  # a graph that failed half-way may hold anything
             raise
-        lower = result.lower
-        assert lower is not None
         if lower.shape not in (rows.shape[:2], (len(x), 1)):
             raise SoundnessError(
                 f"method {self.method!r} gave bounds of shape {tuple(lower.shape)} for {tuple(rows.shape[:2])} rows"
             )
         self.worked = True
-        self.fallbacks = result.fallbacks
+        self.fallbacks = {} if self.bounded.last_result is None else self.bounded.last_result.fallbacks
         return lower.detach()
 
     def by_sample(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from .. import engine
 from .._version import __version__
-from ..attacks import APGD
+from ..attacks import APGD, Attack, make_attack
 from ..data import gather
 from ..domain.perturbation import check_eps
 from ..domain.specifications import check_labels
@@ -38,15 +39,14 @@ def certify(
     x_U: float | Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     batch_size: int = 64,
-    attack_steps: int = 20,
-    attack_restarts: int = 2,
-    radius: bool = True,
-    radius_tolerance: float = 1e-3,
+    attack: Attack | str | None = "apgd",
+    radius: bool | float = 1e-3,
     results: PathLike | None = None,
     resume: bool = True,
     progress: bool = True,
     device: str | torch.device | None = None,
     seed: int = 0,
+    **former: Any,
 ) -> Report:
     """Certify each sample at each eps: is all of {x' : ||x' - x||_p <= eps} classified as its label?
 
@@ -66,17 +66,17 @@ def certify(
         x_U: Upper end.
         dtype: Of the whole computation, default float64.
         batch_size: Samples at a time, default 64. One that the model names (`ImportedModel.batch_size`) rules.
-        attack_steps: Steps of a run of Auto-PGD (`lirpa_ext.attacks.APGD`), default 20; 0 for no attack.
-        attack_restarts: Its runs, default 2: one on cross-entropy, one on the margin.
-        radius: Search the certified radius, the largest eps that the method certifies, default True.
-        radius_tolerance: Width at which its bisection stops, in units of eps (times the largest eps if that
-            is below 1), default 1e-3.
+        attack: An attack of `lirpa_ext.attacks`, or its name; None for none. Default "apgd": Auto-PGD, two runs of 20
+            steps, on cross-entropy and on the margin.
+        radius: Width at which the search for the certified radius, the largest eps that the method certifies, stops: in
+            units of eps (times the largest eps if that is below 1), default 1e-3. False for no search.
         results: File to keep results in as they come, and to resume from. It knows its model by the traced graph with
             all tensors in it and by outputs, and is locked while this runs.
         resume: Go on with that file, default. False puts it aside and starts anew.
         progress: Show a progress bar, default True.
         device: Where to compute, default where the model is.
         seed: Of the attack's random starts, default 0.
+        **former: `attack_steps`, `attack_restarts` and `radius_tolerance`, for one release.
 
     Returns:
         The report: records, accuracies, files and plot.
@@ -91,13 +91,16 @@ def certify(
     options = dict(options or {})
     _check_method(method, options)
     levels = _check_levels(eps)
-    if batch_size < 1 or attack_steps < 0 or not 0 < radius_tolerance < math.inf:
-        raise InvalidInputError("batch_size and radius_tolerance must be positive, attack_steps not negative")
-    if attack_steps and norm == 1:
-        raise InvalidInputError("attacks take lp balls with p > 1 only; pass attack_steps=0 with norm=1")
+    if former:
+        attack, radius = _formerly(attack, radius, former)
+    radius = 1e-3 if radius is True else radius
+    if batch_size < 1 or (radius is not False and not 0 < radius < math.inf):
+        raise InvalidInputError("batch_size and radius must be positive; radius=False for no search")
+    if attack is not None and norm == 1:
+        raise InvalidInputError("attacks take lp balls with p > 1 only; pass attack=None with norm=1")
     if not isinstance(seed, int):
         raise InvalidInputError(f"seed must be a whole number, got {seed!r}")
-    attack = APGD(attack_steps, attack_restarts) if attack_steps else None
+    attack = make_attack(attack) if isinstance(attack, str) else attack
     batch_size = getattr(model, "batch_size", None) or batch_size
     certifier = Certifier(model, method, options, norm, (x_L, x_U), dtype, device)
     x, y = gather(data)
@@ -124,8 +127,8 @@ def certify(
         "samples": len(x),
         "classes": classes,
         "attack": None if attack is None else {"name": type(attack).__name__, **vars(attack)},
-        "radius": radius,
-        "radius_tolerance": radius_tolerance,
+        "radius": radius is not False,
+        "radius_tolerance": radius or 1e-3,
         "seed": seed,
         "batch_size": batch_size,
         "device": str(certifier.device),
@@ -145,12 +148,32 @@ def certify(
                     y[start : batch.stop].long().to(certifier.device),
                 )
                 generator_seed = (seed * 2**32 + start) % 2**64
-                tolerance = radius_tolerance if radius else None
-                records = certifier.certify(batch, inputs, labels, levels, attack, generator_seed, tolerance)
+                records = certifier.certify(batch, inputs, labels, levels, attack, generator_seed, radius or None)
                 file.meta.setdefault("fallbacks", certifier.fallbacks)
                 file.append([record for record in records if record["index"] in missing])
                 bar.update(len(missing))
         return Report(file.meta, file.ordered())
+
+
+def _formerly(
+    attack: Attack | str | None, radius: bool | float, former: dict[str, Any]
+) -> tuple[Attack | str | None, bool | float]:
+    """Attack and radius by the names that they had."""
+    unknown = set(former) - {"attack_steps", "attack_restarts", "radius_tolerance"}
+    if unknown:
+        raise TypeError(f"certify() got an unexpected keyword argument {min(unknown)!r}")
+    warnings.warn(
+        f"{', '.join(former)}: pass attack=APGD(steps, restarts) or attack=None, and radius=TOLERANCE or radius=False",
+        DeprecationWarning,
+        stacklevel=4,
+    )
+    steps, restarts = former.get("attack_steps", 20), former.get("attack_restarts", 2)
+    tolerance = former.get("radius_tolerance", 1e-3)
+    if not 0 < tolerance < math.inf or steps < 0:
+        raise InvalidInputError("radius_tolerance must be positive, attack_steps not negative")
+    if "attack_steps" in former or "attack_restarts" in former:
+        attack = APGD(steps, restarts) if steps else None
+    return attack, tolerance if radius is True or radius == 1e-3 else radius
 
 
 def _check_method(method: str, options: dict[str, Any]) -> None:

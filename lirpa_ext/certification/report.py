@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ResultsError
-from ..files import unwritable, write_whole
+from ..reporting.files import unwritable, write_whole
 from .results_file import STATUSES, Meta, PathLike, Record, check_meta, check_record, loads, read_bytes, read_results
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from ..errors import ResultsError
-from ..files import acquire, release, unwritable
+from ..reporting.files import acquire, release, unwritable
 from .identity import agree
 
 STATUSES = ("certified", "attacked", "unknown", "error")

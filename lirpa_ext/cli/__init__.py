@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..errors import LirpaExtError
+from ..extensions import load_extensions
 from .analyze import add_analyze
 from .certify import add_certify
 from .fit import add_training
@@ -27,8 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 (`verify` has further ones), 2 for an error of ours (told on stderr), 130 for an interruption.
     """
-    arguments = _parser().parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    load_extensions()
+    arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
     except LirpaExtError as error:

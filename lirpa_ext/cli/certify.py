@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attacks import ATTACKS, Attack, make_attack
 from ..certification.certify import certify
 from ..data import SOURCES, load_data
 from ..errors import DataError
@@ -45,7 +46,8 @@ def add_certify(parser: argparse.ArgumentParser) -> None:
         help="certified radius of each sample",
     )
     task.add_argument("--radius-tolerance", type=float, default=1e-3)
-    task.add_argument("--attack-steps", type=int, default=20, help="of a run of Auto-PGD; 0 for none")
+    task.add_argument("--attack", default="apgd", metavar="NAME", help=f"default apgd; {', '.join(ATTACKS)}, none")
+    task.add_argument("--attack-steps", type=int, default=20, help="of a run of the attack; 0 for none")
     task.add_argument("--attack-restarts", type=int, default=2, help="its runs, on cross-entropy and margin in turn")
     task.add_argument("--dtype", choices=_DTYPES, default="float64")
     task.add_argument("--batch-size", type=int, default=64)
@@ -101,10 +103,9 @@ def _certify(arguments: argparse.Namespace) -> int:
     report = certify(
         model, (x, y), arguments.eps, arguments.norm, arguments.method,
         options=options_of(arguments.option), x_L=x_L, x_U=x_U, dtype=_DTYPES[arguments.dtype],
-        batch_size=arguments.batch_size, attack_steps=arguments.attack_steps,
-        attack_restarts=arguments.attack_restarts, radius=arguments.radius,
-        radius_tolerance=arguments.radius_tolerance, results=arguments.out and arguments.out / "results.jsonl",
-        resume=not arguments.no_resume, progress=not arguments.quiet, device=arguments.device, seed=arguments.seed,
+        batch_size=arguments.batch_size, attack=_attack(arguments),
+        radius=arguments.radius and arguments.radius_tolerance,
+        results=arguments.out and arguments.out / "results.jsonl", resume=not arguments.no_resume, progress=not arguments.quiet, device=arguments.device, seed=arguments.seed,
     )  # fmt: skip
     print(
         f"{arguments.model}: {len(report.records)} samples, method {arguments.method}, "
@@ -119,6 +120,12 @@ def _certify(arguments: argparse.Namespace) -> int:
         report.plot(arguments.out / "report.png")
         print(f"written to {arguments.out}")
     return 0
+
+
+def _attack(arguments: argparse.Namespace) -> Attack | None:
+    if arguments.attack == "none" or not arguments.attack_steps:
+        return None
+    return make_attack(arguments.attack, steps=arguments.attack_steps, restarts=arguments.attack_restarts)
 
 
 def numbers(text: str) -> list[float]:

@@ -6,8 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from ..files import write_whole
 from ..importer.inspection import METHODS, Inspection, Trial, inspect_onnx
+from ..reporting.files import write_whole
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:

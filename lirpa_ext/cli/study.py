@@ -24,7 +24,7 @@ from ..analysis.studies.robustness import (  # fmt: skip
     transfer_matrix,
 )
 from ..analysis.studies.training import ConcentrationTrace
-from ..attacks import EOT, FGSM, LOSSES, PGD, Attack, AutoAttack
+from ..attacks import ATTACKS, EOT, FGSM, LOSSES, PGD, Attack, AutoAttack, make_attack
 from ..attacks.eot import AVERAGES, KEPT
 from ..errors import OptionError
 from ..reporting.plots import figure
@@ -55,7 +55,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
 def _add_attack(parser: argparse.ArgumentParser, draws: str = "20") -> None:
     group = parser.add_argument_group("attack")
-    group.add_argument("--attack", choices=("pgd", "fgsm", "autoattack"), default="pgd", help="default pgd")
+    group.add_argument("--attack", default="pgd", metavar="NAME", help=f"default pgd; {', '.join(ATTACKS)}")
     group.add_argument("--steps", type=int, default=20, help="of PGD, default 20")
     group.add_argument("--step-size", type=float, default=0.25, help="of PGD, as a fraction of eps, default 0.25")
     group.add_argument("--restarts", type=int, default=1, help="of PGD, default 1; more start at random points")
@@ -78,6 +78,8 @@ def _attack(arguments: argparse.Namespace) -> Attack:
         return AutoAttack("rand")
     if arguments.attack == "fgsm":
         return FGSM(arguments.loss)
+    if arguments.attack != "pgd":
+        return make_attack(arguments.attack, steps=arguments.steps, restarts=arguments.restarts)
     restarts, start = arguments.restarts, arguments.random_start or arguments.restarts > 1
     return PGD(arguments.steps, restarts, arguments.step_size, arguments.loss, start, arguments.momentum)
 

@@ -16,7 +16,8 @@ import yaml
 from torch import nn
 
 from ..data import Pair, load_data
-from ..errors import DataError, OptionError, RegistrationError
+from ..errors import DataError, OptionError
+from ..extensions import add
 from ..reporting.results import Result
 from ..training.schedules import number
 from .certify import options_of, prepare, read_model
@@ -58,9 +59,7 @@ def register_analysis(name: str, analysis: Analysis, overwrite: bool = False) ->
     Raises:
         RegistrationError: The name is taken.
     """
-    if name in ANALYSES and not overwrite:
-        raise RegistrationError(f"there is an analysis {name!r} already; pass overwrite=True to replace it")
-    ANALYSES[name] = analysis
+    add(ANALYSES, "analysis", name, analysis, overwrite)
 
 
 class Task:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..files import write_whole
 from ..importer import load_onnx
+from ..reporting.files import write_whole
 from ..verification.verify import METHODS, Verdict, verify
 from ..verification.vnnlib import load_vnnlib
 

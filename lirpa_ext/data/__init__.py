@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..errors import DataError
+from ..extensions import add, load_extensions, load_object
 from .archives import find_stl, find_svhn, is_tiny_imagenet, load_stl, load_svhn, load_tiny_imagenet
 from .arrays import Pair, gather, load_arrays, load_digits
 from .cifar import find_cifar, load_cifar
 from .folders import load_idx, load_image_folder, looks_like_images
 
 __all__ = [
+    "DATA",
     "Pair",
     "gather",
     "load_arrays",
@@ -23,11 +28,15 @@ __all__ = [
     "load_stl",
     "load_svhn",
     "load_tiny_imagenet",
+    "register_data",
 ]
 
+DATA: dict[str, Callable[[str], Any]] = {"digits": load_digits}
+"""Data sets by name: split -> inputs and labels, as `gather` takes them."""
+
 SOURCES = (
-    "digits, X.npz, X.npy,Y.npy, a folder of MNIST's IDX files, of CIFAR batches (python or binary), of SVHN, STL-10 "
-    "or Tiny-ImageNet as published, or of images in one folder a class"
+    "digits or another registered name, module:function of a split, X.npz, X.npy,Y.npy, a folder of MNIST's IDX files, "
+    "of CIFAR batches (python or binary), of SVHN, STL-10 or Tiny-ImageNet as published, or of images, a class a folder"
 )
 
 
@@ -35,9 +44,10 @@ def load_data(source: str, split: str = "test", limit: int | None = None) -> Pai
     """Load a data set by name or path.
 
     Args:
-        source: ``digits``; a ``.npz`` with x and y (or images and labels); ``X.npy,Y.npy``; a folder of MNIST's IDX
-            files, of CIFAR-10 or CIFAR-100 batches, of SVHN's ``.mat`` files, STL-10's ``.bin`` files or Tiny-ImageNet
-            as published, or of images, ``[SPLIT/]CLASS/NAME.png``; a CIFAR batch.
+        source: ``digits`` or another name of `DATA`; ``package.module:function`` of a split; a ``.npz`` with x and y
+            (or images and labels); ``X.npy,Y.npy``; a folder of MNIST's IDX files, of CIFAR-10 or CIFAR-100 batches, of
+            SVHN's ``.mat`` files, STL-10's ``.bin`` files or Tiny-ImageNet as published, or of images,
+            ``[SPLIT/]CLASS/NAME.png``; a CIFAR batch.
         split: "train" or "test" (default), where the source has both.
         limit: Only the first so many samples; default all.
 
@@ -52,8 +62,9 @@ def load_data(source: str, split: str = "test", limit: int | None = None) -> Pai
     if limit is not None and limit < 1:
         raise DataError(f"limit must be positive, got {limit}: the data set would be empty")
     path = Path(source)
-    if source == "digits":
-        x, y = load_digits(split)
+    load_extensions()
+    if source in DATA or _names_a_function(source):
+        x, y = _call(source, split)
     elif not os.path.exists(path) and "," not in source:
         raise DataError(f"there is no {source[:200]!r}: give {SOURCES}")
     elif find_cifar(path, split):
@@ -73,3 +84,38 @@ def load_data(source: str, split: str = "test", limit: int | None = None) -> Pai
     else:
         raise DataError(f"{source!r} is no data set: give {SOURCES}")
     return x[:limit], y[:limit]
+
+
+def register_data(name: str, function: Callable[[str], Any], overwrite: bool = False) -> None:
+    """Add a data set, to be named wherever data are read.
+
+    Args:
+        name: Its name.
+        function: split ("train" or "test") -> (x, y), a Dataset, or a DataLoader.
+        overwrite: Replace one that exists.
+
+    Raises:
+        RegistrationError: The name is taken.
+    """
+    add(DATA, "data set", name, function, overwrite)
+
+
+def _names_a_function(source: str) -> bool:
+    """Whether it is package.module:function, not a path (C:\\data has no such module)."""
+    module, colon, name = source.partition(":")
+    return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def _call(source: str, split: str) -> Pair:
+    function = DATA[source] if source in DATA else load_object(source, "the data set")
+    try:
+        takes_split = "split" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # no function, or one of C
+        takes_split = False
+    if not takes_split:
+        raise DataError(f"{source!r} is no function of a `split`, which gives the data of it")
+    try:
+        data = function(split)
+    except Exception as error:  # a user's code
+        raise DataError(f"the data set {source!r} fails: {type(error).__name__}: {error}") from error
+    return gather(data)

@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 from ..engine.limits import Deadline, OutOfTime, one_thread
 from ..errors import InvalidInputError, OnnxError
+from ..extensions import load_extensions
 from .batching import add_batch_axis, add_output_axis, fold_shapes, free_batch, lacks_batch_axis
 from .checking import Check, check
 from .converters import convert, import_onnx2torch
 from .fusion import fuse
 from .graph import Graph
-from .lowering import lower
+from .lowering import lower, register_lowering
 from .opsets import downgrade, upgrade
 from .reading import opset_of, read_onnx
 from .reference import Reference
 from .selection import Selection, select, single_precision
 
-__all__ = ["Check", "ImportedModel", "load_onnx"]
+__all__ = ["Check", "ImportedModel", "load_onnx", "register_lowering"]
 
 _ROUNDS = 8  # of rewriting; each needs the shapes that the one before it made
 _MOST_OPERATIONS = 1000  # in normal form; the engine takes 4 ms and more to build each, twice
@@ -121,6 +122,7 @@ def load_onnx(
         raise InvalidInputError(f"batch_size must be positive, got {batch_size}")
     if timeout is not None and not timeout > 0:
         raise InvalidInputError(f"timeout must be positive, in seconds, got {timeout}")
+    load_extensions()
     import_onnx2torch()  # seconds the first time, which are not the network's
     deadline = Deadline(time.thread_time() + (timeout or math.inf), time.thread_time)
     try:

@@ -1,7 +1,7 @@
 """Rewrites of single nodes into ones that torch and the engine treat rightly. Each is exact, or leaves the node.
 
 A rule takes the graph and a node and returns the nodes to put in its place, or None to leave it; the new nodes
-compute the same output names. `RULES` is the table; some rules are in `windows`, `shaping` and `normalizing`.
+compute the same output names. `LOWERINGS` is the table; some are in `windows`, `shaping` and `normalizing`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Callable
 import numpy as np
 
 from ..errors import OnnxError
+from ..extensions import add
 from . import normalizing, shaping, windows
 from .fusion import fuse_softplus
 from .graph import Graph, Node
 from .shaping import reshape
 
-Rule = Callable[[Graph, Node], "list[Node] | None"]
+Lowering = Callable[[Graph, Node], "list[Node] | None"]
 _FLOATS = (np.float32, np.float64)
 _LARGE = 1e4  # in a + relu(b - a) a larger a costs b its last digits
 
@@ -25,7 +26,7 @@ def lower(graph: Graph) -> list[str]:
     """Apply every rule once to every node, then merge neighbours; notes of what was done."""
     done: dict[str, int] = {}
     for node in graph.each():
-        rule = RULES.get(node.op)
+        rule = LOWERINGS.get(node.op)
         try:
             nodes = rule(graph, node) if rule else None
         except OnnxError:
@@ -275,7 +276,7 @@ def _thresholded_relu(graph: Graph, node: Node) -> list[Node] | None:
     return [Node("Relu", node.inputs, node.outputs)] if node.get("alpha", 1.0) == 0 else None
 
 
-def _variadic(pair: str) -> Rule:
+def _variadic(pair: str) -> Lowering:
     """Of many inputs into pairs."""
 
     def rule(graph: Graph, node: Node) -> list[Node] | None:
@@ -354,7 +355,7 @@ def _where(graph: Graph, node: Node) -> list[Node] | None:
     return [*nodes, Node("Add", terms, node.outputs, name=node.name)]
 
 
-RULES: dict[str, Rule] = {
+LOWERINGS: dict[str, Lowering] = {
     "AveragePool": windows.average_pool,
     "BatchNormalization": _batch_norm,
     "Cast": _cast,
@@ -403,3 +404,17 @@ RULES: dict[str, Rule] = {
     "Upsample": windows.resize,
     "Where": _where,
 }
+
+
+def register_lowering(op: str, lowering: Lowering, overwrite: bool = False) -> None:
+    """Add a rewrite of an ONNX operation into ones that are known.
+
+    Args:
+        op: The operation, such as ``Celu``; of another domain than ONNX's, ``domain::Op``.
+        lowering: (graph, node) -> the nodes in its place, which compute the same outputs; None to leave it.
+        overwrite: Replace what there is.
+
+    Raises:
+        RegistrationError: The operation has a lowering.
+    """
+    add(LOWERINGS, "lowering of", op, lowering, overwrite)

@@ -16,6 +16,7 @@ from ..domain.ball_box import BallBox
 from ..domain.norms import NormCache, PowerIteration
 from ..domain.scalar_functions import scalar_function
 from ..errors import InvalidInputError, OptionError, RegistrationError, UnknownMethodError
+from ..extensions import add, load_extensions
 from ..nodes.softmax import BoundStableLogSoftmax
 from ..passes.ball_box import propagate
 from ..rules import Context, State
@@ -224,7 +225,10 @@ class Family:
 FAMILIES: dict[str, Family] = {}
 
 
-def register_method(name: str, function: Method, overwrite: bool = False) -> None:
+_WRAPPED: dict[Method, str | None] = {}  # methods that hand their further options to another
+
+
+def register_method(name: str, function: Method, overwrite: bool = False, wraps: str | None = None) -> None:
     """Add a bound method, to be used as ``compute_bounds(method=name)``.
 
     Args:
@@ -232,9 +236,11 @@ def register_method(name: str, function: Method, overwrite: bool = False) -> Non
         function: ``function(problem, *, option=default, ...)`` of a `Problem`, which returns a `BoundResult` or
             (lower, upper), None for a side that was not asked. Its keyword-only arguments are the method's options.
         overwrite: Replace a method that exists.
+        wraps: Method that it hands its ``**options`` to, whose options are then its own, too.
 
     Raises:
         RegistrationError: The name is taken, by the engine or here, or is not lower case.
+        UnknownMethodError: There is no method `wraps`.
     """
     if name != name.lower():
         raise RegistrationError(f"method names are lower case, got {name!r}")
@@ -242,13 +248,15 @@ def register_method(name: str, function: Method, overwrite: bool = False) -> Non
         raise RegistrationError(f"{name!r} is a method of the engine")
     if name.partition(":")[0] in FAMILIES:
         raise RegistrationError(f"{name!r} belongs to a family of methods")
-    if name in METHODS and not overwrite:
-        raise RegistrationError(f"method {name!r} exists already; pass overwrite=True to replace it")
-    METHODS[name] = function
+    if wraps is not None:
+        find_method(wraps)
+    add(METHODS, "method", name, function, overwrite)
+    _WRAPPED[function] = wraps
 
 
 def known_methods() -> list[str]:
     """Names of all methods, this package's and the engine's."""
+    load_extensions()
     families = [name for family in FAMILIES.values() for name in family.names]
     return sorted(METHODS) + families + sorted(engine.ENGINE_METHODS)
 
@@ -259,6 +267,7 @@ def find_method(name: str) -> Method:
     Raises:
         UnknownMethodError: Neither the package nor the engine has one.
     """
+    load_extensions()
     if isinstance(name, str):
         if name.lower() in METHODS:
             return METHODS[name.lower()]
@@ -270,12 +279,16 @@ def find_method(name: str) -> Method:
 
 def is_ours(name: Any) -> bool:
     """Whether a method of that name is this package's, not the engine's."""
+    load_extensions()
     return isinstance(name, str) and (name.lower() in METHODS or name.lower().partition(":")[0] in FAMILIES)
 
 
 def option_names(method: Method) -> list[str]:
     """Names of a method's options."""
-    return [p.name for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    parameters = inspect.signature(method).parameters.values()
+    own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    wraps = _WRAPPED.get(method) if any(p.kind is p.VAR_KEYWORD for p in parameters) else None
+    return own if wraps is None else own + [name for name in option_names(find_method(wraps)) if name not in own]
 
 
 def label_option(name: str, labels: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..files import write_tensors
+from ..reporting.files import write_tensors
 
 TRUSTED = ("lirpa_ext.models.architectures:named_network",)
 """What a checkpoint may name by itself: callables that build networks of a fixed list from plain numbers."""

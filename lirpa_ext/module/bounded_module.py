@@ -19,6 +19,7 @@ from ..domain.norms import NormCache, PowerIteration, key_of
 from ..engine.positive_list import Gap
 from ..engine.precision import full_precision
 from ..errors import OptionError, TraceError, UnsupportedNodeError
+from ..extensions import load_extensions
 from ..methods import (
     BoundOptions,
     BoundResult,
@@ -92,6 +93,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         custom_ops: dict[str, type] | None = None,
         **engine_options: Any,
     ) -> None:
+        load_extensions()
         engine_options |= {"bound_opts": bound_opts, "device": device}
         set_attribute = object.__setattr__  # nn.Module's would make graph nodes of modules
         set_attribute(self, "source", model)

@@ -7,21 +7,9 @@ bounded.
 
 from __future__ import annotations
 
-from typing import Any
-
-from .. import engine
-from ..rules import check_table
-from . import activations, matmul, operators, padding, powers, repairs, softmax, transcendental
 from .activations import as_nodes
 from .operators import BoundBallBoxLinear, BoundBallBoxRelu, BoundPerturbedInput, BoundPowerIteration
-
-_FAMILIES = (operators, repairs, padding, matmul, powers, transcendental, softmax, activations)
-
-CUSTOM_OPS: dict[str, Any] = {}
-for _family in _FAMILIES:
-    CUSTOM_OPS |= _family.OPS
-
-check_table({*vars(engine.bound_ops), *(name for _family in _FAMILIES for name in vars(_family))})
+from .table import CUSTOM_OPS, register_activation, register_node
 
 __all__ = [
     "CUSTOM_OPS",
@@ -30,4 +18,6 @@ __all__ = [
     "BoundPerturbedInput",
     "BoundPowerIteration",
     "as_nodes",
+    "register_activation",
+    "register_node",
 ]

@@ -300,7 +300,7 @@ def _selu(attr: Any, inputs: Any, output_index: int, options: Any) -> BoundElu:
     return BoundElu(attr, inputs, output_index, options, alpha=alpha, scale=gamma)
 
 
-def _recorded(name: str, function: Callable[..., Tensor]) -> type[torch.autograd.Function]:
+def recorded(name: str, function: Callable[..., Tensor]) -> type[torch.autograd.Function]:
     """The function, which the tracer records as the node ``lirpa_ext::NAME``."""
 
     def forward(ctx: Any, x: Tensor, *constants: Tensor) -> Tensor:
@@ -314,14 +314,14 @@ def _recorded(name: str, function: Callable[..., Tensor]) -> type[torch.autograd
 
 
 _GELUS = {
-    "none": _recorded("Gelu", F.gelu),
-    "tanh": _recorded("TanhGelu", functools.partial(F.gelu, approximate="tanh")),
+    "none": recorded("Gelu", F.gelu),
+    "tanh": recorded("TanhGelu", functools.partial(F.gelu, approximate="tanh")),
 }
-_PRELU = _recorded("PRelu", lambda x, slope: torch.where(x > 0, x, slope * x))
+_PRELU = recorded("PRelu", lambda x, slope: torch.where(x > 0, x, slope * x))
 _RECORDED = {
-    F.silu: _recorded("Silu", F.silu),
-    F.mish: _recorded("Mish", F.mish),
-    F.hardswish: _recorded("HardSwish", F.hardswish),
+    F.silu: recorded("Silu", F.silu),
+    F.mish: recorded("Mish", F.mish),
+    F.hardswish: recorded("HardSwish", F.hardswish),
 }
 
 
@@ -332,7 +332,7 @@ _SQUARES = {torch.square, torch.Tensor.square}
 _CLAMPS = frozenset(
     getattr(place, name) for place in (torch, Tensor) for name in ("clamp", "clip", "clamp_min", "clamp_max")
 )
-_CLAMP = _recorded("Clamp", lambda x, low, high: x.clamp(low, high))
+_CLAMP = recorded("Clamp", lambda x, low, high: x.clamp(low, high))
 
 
 def _clamped(func: Any, x: Tensor, *ends: Any, **named: Any) -> Tensor:

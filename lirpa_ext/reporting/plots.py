@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError, ResultsError
-from ..files import make_folder, write_whole
+from .files import make_folder, write_whole
 
 if TYPE_CHECKING:
     import numpy as np

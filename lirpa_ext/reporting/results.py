@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ResultsError
-from ..files import make_folder, write_csv, write_whole
+from .files import make_folder, write_csv, write_whole
 
 __all__ = ["FORMAT", "Result", "Row", "read_result", "text_table"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ..errors import RegistrationError
+from ..extensions import add
 from .base import SetRule
 from .bilinear import Multiplication
 from .elementwise import Elementwise, atan, relu, sigmoid, steepest, tanh
@@ -157,6 +158,4 @@ def register_rule(kind: str, rule: SetRule, overwrite: bool = False) -> None:
     """
     if not isinstance(rule, SetRule):
         raise RegistrationError(f"rule for {kind} is {rule!r}, not an instance of lirpa_ext.rules.SetRule")
-    if kind in RULES and not overwrite:
-        raise RegistrationError(f"{kind} has a rule already ({RULES[kind]!r}); pass overwrite=True")
-    RULES[kind] = rule
+    add(RULES, "rule for", kind, rule, overwrite)

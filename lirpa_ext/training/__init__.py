@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..models.architectures import ARCHITECTURES, Network, build
 from .batches import Batches
 from .memory import keep_freed_memory
-from .objectives import OBJECTIVES, Loss, Objective, register_objective
+from .objectives import OBJECTIVES, Loss, Objective, Step, register_loss, register_objective
 from .schedules import Decay, Ramp, Schedule
 
 _OF_LIGHTNING = {
@@ -36,8 +36,10 @@ __all__ = [
     "Optimizer",
     "Ramp",
     "Schedule",
+    "Step",
     "build",
     "keep_freed_memory",
+    "register_loss",
     "register_objective",
     "require_lightning",
 ]

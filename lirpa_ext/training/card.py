@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..files import write_whole
+from ..reporting.files import write_whole
 
 __all__ = ["write_card"]
 

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ..errors import ConfigError, LirpaExtError
-from ..files import write_tensors
+from ..reporting.files import write_tensors
 
 __all__ = ["Best", "Checkpoints", "Last", "State", "cut_short", "read_checkpoint"]
 

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 
 from ..errors import ConfigError, LirpaExtError
-from ..files import write_whole
+from ..reporting.files import write_whole
 from .module import CertifiedClassifier
 
 __all__ = ["differences", "parse", "parser", "write"]

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from ..attacks import APGD
+from ..attacks import Attack, make_attack
 from ..certification.certifier import Certifier
 from ..domain.perturbation import PerturbationLpNorm
 from ..errors import ConfigError, LirpaExtError
@@ -35,12 +35,13 @@ class Evaluation:
         eps: Radius, default that of training.
         method: Bound that verifies, default the loss's own with sound norms.
         options: Options of that method.
-        attack_steps: Steps of Auto-PGD after each epoch of training, default 10; 0 for none.
-        final_attack_steps: Steps of Auto-PGD of the commands, default 100, as in the source.
+        attack_steps: Steps of the attack after each epoch of training, default 10; 0 for none.
+        final_attack_steps: Its steps in the commands, default 100, as in Lee (2021).
         draws: Networks of the ensemble that a randomized network predicts by, default 20.
         attack_draws: Networks of which EOT-PGD averages the gradients after each epoch, default 5.
         final_attack_draws: The same in the commands, default 20.
-        step_size: Of EOT-PGD, as a fraction of eps; default 1/4, as in the source.
+        step_size: Of EOT-PGD, as a fraction of eps; default 1/4, as in Lee (2021).
+        attack: The attack on a network that is not randomized, one of `lirpa_ext.attacks.ATTACKS`, default Auto-PGD.
     """
 
     eps: float | str | None = None
@@ -52,6 +53,7 @@ class Evaluation:
     attack_draws: int = 5
     final_attack_draws: int = 20
     step_size: float = 0.25
+    attack: str = "apgd"
 
 
 class CertifiedClassifier(LightningModule):
@@ -313,7 +315,7 @@ class CertifiedClassifier(LightningModule):
             self._counts += torch.tensor([1.0, row["clean"], row["pgd"], 0.0]) * len(x)
             return
         assert self._certifier is not None
-        attack = APGD(self.evaluation.attack_steps) if self._attacks else None
+        attack = self.attack(self.evaluation.attack_steps)
         with torch.inference_mode(False), torch.enable_grad():
             x = self._certifier.place(x.clone())
             records = self._certifier.certify(range(len(x)), x, y.clone(), [self.evaluation_eps], attack, batch_idx)
@@ -336,8 +338,12 @@ class CertifiedClassifier(LightningModule):
 
     @property
     def _attacks(self) -> bool:
-        """Whether validation runs an attack: PGD has none for l1 balls."""
-        return self.evaluation.attack_steps > 0 and self.norm != 1
+        """Whether validation runs an attack."""
+        return self.attack(self.evaluation.attack_steps) is not None
+
+    def attack(self, steps: int) -> Attack | None:
+        """The attack that evaluates, with so many steps; None for 0, and for l1 balls, for which there is none."""
+        return make_attack(self.evaluation.attack, steps=steps) if steps and self.norm != 1 else None
 
     def _reduced(self, values: Tensor) -> Tensor:
         """Sum over all processes."""

@@ -5,7 +5,10 @@ One table, name -> objective. All of them go through `lirpa_ext.worst_case_logit
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,16 +16,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..attacks import PGD
+from .. import engine
+from ..attacks import make_attack
 from ..domain.perturbation import PerturbationLpNorm
-from ..errors import ConfigError, RegistrationError
+from ..errors import ConfigError
+from ..extensions import add, load_extensions
 from ..methods import check_options, find_method
 from ..module.bounded_module import BoundedModule
 from ..randomized import REGULARIZERS
 from .losses import certified_loss, clean_and_worst_logits, fused_cross_entropy, mixed_loss, relu_stability_loss
 from .schedules import Values
 
-__all__ = ["OBJECTIVES", "Loss", "Objective", "Step", "register_objective", "step_loss"]
+__all__ = ["OBJECTIVES", "Loss", "Objective", "Step", "register_loss", "register_objective", "step_loss"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Objective:
         mixes: Whether beta mixes the bound with IBP's.
         attack: Train on the points of a PGD attack in place of a bound.
         randomized: The network that it trains, an entry of `RANDOMIZED`; "" for a deterministic one.
+        function: The loss itself, for one that is registered: `Step` and options -> mean over the batch. The fields
+            above are then not read, but for `verify`.
     """
 
     method: str = ""
@@ -45,6 +52,7 @@ class Objective:
     mixes: bool = False
     attack: bool = False
     randomized: str = ""
+    function: Callable[..., Tensor] | None = None
 
     def verifier(self, norm: float) -> str:
         """Method that verifies, for the norm of the ball."""
@@ -66,20 +74,34 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def register_objective(name: str, objective: Objective, overwrite: bool = False) -> None:
+def register_loss(name: str, function: Callable[..., Tensor], verify: str = "", overwrite: bool = False) -> None:
     """Add a loss, to be named in a configuration.
+
+    Args:
+        name: Its name.
+        function: ``function(step, **options)`` of a `Step` -> mean over the batch, 0-dim. Its further arguments are the
+            loss's options. It is not asked at eps 0, where the loss is the clean one.
+        verify: Method that verifies the trained network; default the norm's best here.
+        overwrite: Replace one that exists.
 
     Raises:
         RegistrationError: The name is taken.
+        UnknownMethodError: There is no method `verify`.
     """
-    if name in OBJECTIVES and not overwrite:
-        raise RegistrationError(f"objective {name!r} exists already; pass overwrite=True to replace it")
-    OBJECTIVES[name] = objective
+    if verify and verify.lower() not in engine.ENGINE_METHODS:
+        find_method(verify)
+    add(OBJECTIVES, "loss", name, Objective(verify=verify, function=function), overwrite)
+
+
+def register_objective(name: str, objective: Objective, overwrite: bool = False) -> None:
+    """Deprecated: `register_loss`."""
+    warnings.warn("register_objective is register_loss now", DeprecationWarning, stacklevel=2)
+    add(OBJECTIVES, "loss", name, objective, overwrite)
 
 
 @dataclass
 class Loss:
-    """Which loss.
+    """A loss by name, with its options.
 
     Args:
         name: One of `OBJECTIVES`.
@@ -118,10 +140,13 @@ class Loss:
 
     def check(self) -> None:
         """Raise ConfigError for a name that is not there, or options that its method does not have."""
+        load_extensions()
         if self.name not in OBJECTIVES:
             raise ConfigError(f"unknown loss {self.name!r}: known are {', '.join(OBJECTIVES)}")
-        method = self.objective.method
-        if self.options and not method:
+        method, function = self.objective.method, self.objective.function
+        if function is not None:
+            _check_options(self.name, function, self.options)
+        elif self.options and not method:
             raise ConfigError(f"loss {self.name!r} takes no options, got {', '.join(self.options)}")
         try:
             if method:
@@ -175,12 +200,37 @@ class Step:
         """Clean logits, (B, classes)."""
         return self.bounded.source(self.x) if self.logits is None else self.logits
 
-    def worst(self, method: str, logits: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    def worst(self, method: str, **options: Any) -> Tensor:
+        """Worst-case logits of a method (`lirpa_ext.worst_case_logits`), (B, classes)."""
+        return self.clean_and_worst(method, self.logits, **options)[1]
+
+    def clean_and_worst(self, method: str, logits: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
         """Clean logits, those given if any, and worst-case logits of a method, (B, classes) each."""
         return clean_and_worst_logits(
             self.bounded, self.x, self.y, self.values.eps, method, self.norm, self.x_L, self.x_U,
             logits=logits, **options,
         )  # fmt: skip
+
+    def attacked(self, attack: str = "pgd", eps: float | None = None, **options: Any) -> Tensor:
+        """Logits at the points of an attack, (B, classes): adversarial training, which bounds nothing.
+
+        Args:
+            attack: One of `lirpa_ext.attacks.ATTACKS`.
+            eps: Radius, default that of the step.
+            **options: Of the attack.
+        """
+        model = self.bounded.source
+        seed = int(torch.randint(2**62, ()))  # of torch's generator, which the trainer seeds at every step
+        ball = PerturbationLpNorm(self.values.eps if eps is None else eps, self.norm, self.x_L, self.x_U)
+        found = make_attack(attack, **options)(model, self.x, self.y, ball, torch.Generator().manual_seed(seed))
+        return model(found.inputs)
+
+
+def _check_options(name: str, function: Callable[..., Tensor], options: dict[str, Any]) -> None:
+    known = list(inspect.signature(function).parameters)[1:]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise ConfigError(f"loss {name!r} has no option {unknown[0]!r}; its options are {', '.join(known) or 'none'}")
 
 
 def step_loss(loss: Loss, step: Step) -> Tensor:
@@ -206,10 +256,13 @@ def step_loss(loss: Loss, step: Step) -> Tensor:
 
 def _robust_loss(loss: Loss, objective: Objective, step: Step) -> Tensor:
     values, y = step.values, step.y
+    if objective.function is not None and values.eps > 0:
+        return objective.function(step, **loss.options)
     if values.eps == 0 or values.kappa == 1 or (not objective.method and not objective.attack):
         return functional.cross_entropy(step.clean(), y)
     if objective.attack:
-        return certified_loss(step.clean(), _attacked_logits(loss, step), y, 1 - values.kappa)
+        attacked = step.attacked("pgd", steps=loss.attack_steps, loss="cross-entropy")
+        return certified_loss(step.clean(), attacked, y, 1 - values.kappa)
     if loss.fused:
         bound = fused_cross_entropy(
             step.bounded, step.x, y, values.eps, objective.method, step.norm, step.x_L, step.x_U, **loss.options
@@ -217,20 +270,10 @@ def _robust_loss(loss: Loss, objective: Objective, step: Step) -> Tensor:
         return values.kappa * functional.cross_entropy(step.clean(), y) + (1 - values.kappa) * bound.mean()
     options = ({"norms": "estimate"} if objective.estimate else {}) | loss.options
     if not objective.mixes or values.beta == 1:
-        logits, worst = step.worst(objective.method, step.logits, **options)
+        logits, worst = step.clean_and_worst(objective.method, step.logits, **options)
         return certified_loss(logits, worst, y, 1 - values.kappa)
-    logits, interval = step.worst("slope:ibp", step.logits)
+    logits, interval = step.clean_and_worst("slope:ibp", step.logits)
     if values.beta == 0:
         return certified_loss(logits, interval, y, 1 - values.kappa)
-    _, tight = step.worst(objective.method, logits, **options)
+    _, tight = step.clean_and_worst(objective.method, logits, **options)
     return mixed_loss(logits, interval, tight, y, values.kappa, values.beta)
-
-
-def _attacked_logits(loss: Loss, step: Step) -> Tensor:
-    """Logits at the points of a PGD attack: adversarial training, which bounds nothing."""
-    model = step.bounded.source
-    seed = int(torch.randint(2**62, ()))  # of torch's generator, which the trainer seeds at every step
-    attack = PGD(loss.attack_steps, loss="cross-entropy")
-    ball = PerturbationLpNorm(step.values.eps, step.norm, step.x_L, step.x_U)
-    found = attack(model, step.x, step.y, ball, torch.Generator().manual_seed(seed))
-    return model(found.inputs)

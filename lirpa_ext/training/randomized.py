@@ -22,9 +22,9 @@ from ..certification.robust_accuracy import RobustAccuracy, evaluate
 from ..data import Pair
 from ..domain.perturbation import PerturbationLpNorm
 from ..errors import ConfigError
-from ..files import write_whole
 from ..models.architectures import Network
 from ..randomized import REGULARIZERS, elbo_loss, gradients
+from ..reporting.files import write_whole
 from .batchnorm import differs_in_training, fixed_statistics, recorded_statistics
 from .objectives import Loss
 from .schedules import Schedule, Values

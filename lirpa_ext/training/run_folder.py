@@ -30,8 +30,8 @@ from torch import nn
 
 from .. import engine
 from .._version import __version__
-from ..files import replacing, write_csv, write_tensors, write_whole
 from ..models.loading import save_model
+from ..reporting.files import replacing, write_csv, write_tensors, write_whole
 from ..reporting.plots import save
 from .card import write_card
 from .checkpoints import cut_short

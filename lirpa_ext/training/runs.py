@@ -19,7 +19,7 @@ from ..certification.certify import certify
 from ..certification.report import Report
 from ..data import gather
 from ..errors import ConfigError, DataError
-from ..files import locked, make_folder, remove_parts, unwritable
+from ..reporting.files import locked, make_folder, remove_parts, unwritable
 from .batches import resumable
 from .card import write_card
 from .checkpoints import Best, Checkpoints, Last, State, read_checkpoint
@@ -162,11 +162,11 @@ def evaluate(config: Namespace, command: str) -> Report | EnsembleReport:
 def _reported(model: CertifiedClassifier, loader: Any, batch_size: int, progress: bool) -> Report | EnsembleReport:
     if model.randomized:
         return ensemble_report(model, gather(loader), final=True)
+    attack = model.attack(model.evaluation.final_attack_steps)
     return certify(
         model.model.eval(), gather(loader), model.evaluation_eps, model.norm, model.verifier,
         options=model.verifier_options(), x_L=model.data_range[0], x_U=model.data_range[1],
-        attack_steps=0 if model.norm == 1 else model.evaluation.final_attack_steps, radius=False, progress=progress,
-        batch_size=batch_size,
+        attack=attack, radius=False, progress=progress, batch_size=batch_size,
     )  # fmt: skip
 
 

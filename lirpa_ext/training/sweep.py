@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import write_csv
+from ..reporting.files import write_csv
 from .objectives import OBJECTIVES
 
 __all__ = ["Grid", "plot_sweep", "sweep"]

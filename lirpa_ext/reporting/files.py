@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from .errors import ResultsError
+from ..errors import ResultsError
 
 __all__ = [
     "acquire", "locked", "make_folder", "release", "remove_parts", "replacing", "unwritable", "write_csv",
