@@ -16,7 +16,10 @@ from .fit import add_training
 from .inspect import add_inspect
 from .report import add_report
 from .study import add_study
+from .task import Analysis, Task, register_analysis
 from .verify import add_verify
+
+__all__ = ["Analysis", "Task", "main", "register_analysis"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -105,7 +105,8 @@ def _certify(arguments: argparse.Namespace) -> int:
         options=options_of(arguments.option), x_L=x_L, x_U=x_U, dtype=_DTYPES[arguments.dtype],
         batch_size=arguments.batch_size, attack=_attack(arguments),
         radius=arguments.radius and arguments.radius_tolerance,
-        results=arguments.out and arguments.out / "results.jsonl", resume=not arguments.no_resume, progress=not arguments.quiet, device=arguments.device, seed=arguments.seed,
+        results=arguments.out and arguments.out / "results.jsonl", resume=not arguments.no_resume,
+        progress=not arguments.quiet, device=arguments.device, seed=arguments.seed,
     )  # fmt: skip
     print(
         f"{arguments.model}: {len(report.records)} samples, method {arguments.method}, "
