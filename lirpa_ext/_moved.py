@@ -75,7 +75,7 @@ MOVED = {
     "studies.training": "analysis.studies.training",
     "study_cli": "cli.study",
     "support": "domain.ball_box_min",
-    "torchvision_repair": "importer.torchvision_repair",
+    "torchvision_repair": "_torchvision",
     "tracing": "module.tracing",
     "training.architectures": "models.architectures",
     "transcendental": "nodes.transcendental",
@@ -111,7 +111,7 @@ class _Mover(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         moved = f"{__package__}.{MOVED[old]}"
         warnings.warn(f"{spec.name} has moved to {moved}", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(moved)
-        if not callable(getattr(sys.modules[str(__package__)], old, None)):
+        if old not in sys.modules[str(__package__)].__all__:
             alias = ModuleType(spec.name, module.__doc__)
         else:
             alias = _Function(spec.name, module.__doc__)

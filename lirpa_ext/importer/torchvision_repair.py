@@ -1,44 +1,13 @@
-"""A torchvision that was built for another torch, made importable; onnx2torch imports it, and so do users.
-
-The registry's torchvision beside a CPU build of torch fails with "operator torchvision::nms does not exist": its
-compiled library cannot be loaded, and it then describes operators that nobody defined. Declaring them is all it
-takes; what is compiled still fails when called, with torchvision's own message.
-"""
+"""A placeholder for torchvision where it cannot be imported, while onnx2torch is."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
-import re
 import sys
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-import torch
-
-_declared: list[Any] = []  # a torch library lives as long as something holds it
-
-
-def repair_torchvision() -> None:
-    """Declare the operators that torchvision describes, if its compiled library is there and cannot be loaded."""
-    if _declared or "torchvision" in sys.modules:
-        return
-    spec = importlib.util.find_spec("torchvision")
-    folder = Path(spec.origin).parent if spec and spec.origin else None
-    if folder is None or not (folder / "_meta_registrations.py").is_file() or not (folder / "_C.so").is_file():
-        return
-    with contextlib.suppress(OSError):
-        torch.ops.load_library(str(folder / "_C.so"))  # which torchvision does as well, once it is imported
-        return
-    names = re.findall(r'register_fake\("torchvision::(\w+)"\)', (folder / "_meta_registrations.py").read_text())
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    with contextlib.suppress(RuntimeError):  # declared by someone else
-        for name in names:
-            library.define(f"{name}(Tensor a, Tensor b, float c) -> Tensor")
-    _declared.append(library)
 
 
 @contextlib.contextmanager
