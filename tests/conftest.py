@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items):
     """Mark what is thinned as slow."""
     seen = collections.Counter()
     for item in items:
-        name = item.nodeid.partition("[")[0].removeprefix("tests/")
+        name = f"{item.path.name}::{item.originalname}"
         if name in THINNED:
             if seen[name] % THINNED[name]:
                 item.add_marker(pytest.mark.slow)

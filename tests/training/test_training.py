@@ -35,7 +35,7 @@ from lirpa_ext.training.schedules import Decay, Ramp, Schedule, Values
 pytest.importorskip("lightning", reason="training needs Lightning")
 pytest.importorskip("jsonargparse", reason="training needs jsonargparse")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 # The digits at a size that trains in seconds; the ramp ends within the second of three epochs.

@@ -35,7 +35,7 @@ from lirpa_ext.errors import InvalidInputError
 from lirpa_ext.randomized import RandomLayer, evaluate, make_adv_bnn
 from lirpa_ext.reporting.plots import alt_text, figure, save
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Pick(RandomLayer):

@@ -21,7 +21,7 @@ from lirpa_ext.cli import main
 pytest.importorskip("lightning", reason="training needs Lightning")
 pytest.importorskip("jsonargparse", reason="training needs jsonargparse")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # Seven batches an epoch, two of which make a step: four steps, the last of one batch alone.
 QUICK = [
