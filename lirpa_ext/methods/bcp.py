@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import engine
@@ -18,6 +17,7 @@ from ..domain.ball_box_min import ball_box_min, merged_min
 from ..domain.lengths import flat, length
 from ..domain.linear_maps import Dense
 from ..domain.rounding import gamma, row_slack
+from ..domain.specifications import identity_rows
 from ..engine import kind
 from ..rules import RULES
 from ..rules.linear import Affine
@@ -117,7 +117,7 @@ def last_step(
         if outputs > _LARGEST_IDENTITY:
             lower, upper = output.box()
             return lower if sign > 0 else -upper
-        C = sign * torch.eye(outputs, dtype=output.center.dtype, device=output.center.device).unsqueeze(0)
+        C = identity_rows(output.center, sign)
     merged = dense_last_layer(problem, states)
     if merged is None:
         bound = ball_box_min(C, *_flat(output), solver=solver, max_steps=max_steps)

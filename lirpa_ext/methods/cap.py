@@ -22,10 +22,7 @@ from ..rules import Context
 from .base import BoundResult, Problem, register_method, set_of
 from .bcp import tightened
 from .projections import Projections
-from .slopes import chord, random_source, slope_result, uniform
-
-# Rows that one pass carries from a hidden layer, of which each neuron is one.
-_ROWS_AT_ONCE = 64
+from .slopes import box_by_rows, chord, random_source, slope_result, uniform
 
 
 def cap(
@@ -73,14 +70,8 @@ def cap(
         if merges_batch(node):  # rows are of whole samples
             return known
         chosen = _parallel(problem, tightened(states) if context.outward else states, context, node)
-        size, total = known.center[0].numel(), known.center.shape
-        eye = torch.eye(size, dtype=known.center.dtype, device=known.center.device)
-        ends = []
-        for sign in (1, -1):
-            rows = (sign * eye).split(_ROWS_AT_ONCE)
-            bounds = [chosen.lower(some.expand(len(known.center), -1, -1)) for some in rows]
-            ends.append(sign * torch.cat(bounds, dim=1).view(total))
-        return BallBox(0.5 * (ends[0] + ends[1]), known.radius, *ends)
+        lower, upper = box_by_rows(chosen, known.center)
+        return BallBox(0.5 * (lower + upper), known.radius, lower, upper)
 
     states = propagate_intervals(problem.module, context, (refine, names))
     states = tightened(states) if context.outward else states
