@@ -1,4 +1,4 @@
-"""Certified accuracy of a classifier on a data set: samples, results, reports; robust accuracy of randomized networks."""
+"""Certified accuracy of a classifier on a data set: samples, results, reports; robust accuracy of random networks."""
 
 from __future__ import annotations
 

@@ -52,7 +52,9 @@ class Calls:
             return
         file = frame.f_code.co_filename
         name = frame.f_code.co_name
-        if ("lirpa_ext/training/" in file or file.endswith("lirpa_ext/files.py")) and self.chosen(name, frame):
+        if ("lirpa_ext/training/" in file or file.endswith("lirpa_ext/reporting/files.py")) and self.chosen(
+            name, frame
+        ):
             self.count += 1
             if self.count == self.at:
                 os.kill(os.getpid(), signal.SIGKILL)
