@@ -51,9 +51,9 @@ def certify(
     """Certify each sample at each eps: is all of {x' : ||x' - x||_p <= eps} classified as its label?
 
     A sample is *certified* where the method's lower bounds of all z_y - z_j are positive (not 0, not NaN),
-    *attacked* where PGD found a point of the set without a positive margin (a misclassified sample is one),
-    *unknown* where neither, and in *error* where something raised, gave NaN, or contradicted itself.
-    What holds on a set holds on its subsets: a certificate counts at smaller eps too, an attack at larger.
+    *attacked* where the attack found a point of the set without a positive margin (or the sample itself is
+    misclassified), *unknown* where neither happened, and in *error* where the model or the method raised an error, gave
+    NaN, or a point refuted a bound. A certificate at one eps counts at smaller eps too, an attack at larger eps.
 
     Args:
         model: Classifier, (B, ...) -> (B, classes). It is copied, not changed; normalize inside of it.
@@ -61,29 +61,31 @@ def certify(
         eps: One radius or several, in units of the input.
         norm: p of the lp ball, 1 <= p <= inf, default 2.
         method: Any method of `BoundedModule.compute_bounds`, default "bcp".
-        options: Its options.
+        options: Options of the method, default none.
         x_L: Lower end of the data range, a number or a tensor that broadcasts to a sample. Default: no range.
-        x_U: Upper end.
-        dtype: Of the whole computation, default float64.
-        batch_size: Samples at a time, default 64. One that the model names (`ImportedModel.batch_size`) rules.
+        x_U: Upper end of the data range, likewise.
+        dtype: torch.float32 or torch.float64, of the whole computation; default float64.
+        batch_size: Samples at a time, default 64. A batch size of the model (`ImportedModel.batch_size`) replaces it.
         attack: An attack of `lirpa_ext.attacks`, or its name; None for none. Default "apgd": Auto-PGD, two runs of 20
             steps, on cross-entropy and on the margin.
         radius: Width at which the search for the certified radius, the largest eps that the method certifies, stops: in
             units of eps (times the largest eps if that is below 1), default 1e-3. False for no search.
-        results: File to keep results in as they come, and to resume from. It knows its model by the traced graph with
-            all tensors in it and by outputs, and is locked while this runs.
-        resume: Go on with that file, default. False puts it aside and starts anew.
+        results: File to which each result is written as soon as it is known, and from which a stopped run is resumed.
+            The file identifies its model by a hash of the traced graph with all tensors, and by outputs at a few
+            samples. It is locked while `certify` runs.
+        resume: Go on with an existing results file, default True. False renames that file and starts anew.
         progress: Show a progress bar, default True.
         device: Where to compute, default where the model is.
-        seed: Of the attack's random starts, default 0.
-        **former: `attack_steps`, `attack_restarts` and `radius_tolerance`, for one release.
+        seed: Seed of the attack's random starts, default 0.
+        **former: The deprecated arguments `attack_steps`, `attack_restarts` and `radius_tolerance`.
 
     Returns:
         The report: records, accuracies, files and plot.
 
     Raises:
-        UnknownMethodError, OptionError, EstimateError: The method, or an option of it, before any work.
-        InvalidInputError: eps, range, images or labels are not what they should be, before any work.
+        UnknownMethodError, OptionError, EstimateError: The method or one of its options is wrong; raised before any
+            work.
+        InvalidInputError: eps, data range, images or labels are wrong; raised before any work.
         DataError: The data set is empty or unreadable.
         TraceError, TrainModeError, UnsupportedNodeError: The model cannot be bounded.
         ResultsError: The results file is corrupt, of another run, or in use by another process.
@@ -142,7 +144,7 @@ def certify(
                 missing = [index for index in batch if index not in file.records]
                 if not missing:
                     continue
-                # A batch that is partly on file is computed whole, to have the same random starts and rounding.
+                # A batch that is partly in the file is computed whole, for the same random starts and rounding.
                 inputs, labels = (
                     certifier.place(x[start : batch.stop]),
                     y[start : batch.stop].long().to(certifier.device),
@@ -158,7 +160,7 @@ def certify(
 def _formerly(
     attack: Attack | str | None, radius: bool | float, former: dict[str, Any]
 ) -> tuple[Attack | str | None, bool | float]:
-    """Attack and radius by the names that they had."""
+    """Translate the deprecated arguments of `certify` into `attack` and `radius`."""
     unknown = set(former) - {"attack_steps", "attack_restarts", "radius_tolerance"}
     if unknown:
         raise TypeError(f"certify() got an unexpected keyword argument {min(unknown)!r}")
@@ -199,7 +201,7 @@ def _check_levels(eps: float | Sequence[float] | Tensor) -> list[float]:
 
 
 def _check_images(x: Tensor, dtype: torch.dtype, x_L: float | Tensor | None, x_U: float | Tensor | None) -> None:
-    """Raise InvalidInputError, naming the first such sample, unless all are finite and in the data range."""
+    """Raise InvalidInputError, naming the first bad sample, unless all inputs are finite and in the data range."""
     samples = x.to(dtype)
     bad = ~torch.isfinite(samples)
     if bad.any():
@@ -220,7 +222,7 @@ def _check_images(x: Tensor, dtype: torch.dtype, x_L: float | Tensor | None, x_U
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON can hold it."""
+    """A value that JSON can hold; a tensor of more than 16 numbers becomes its hash."""
     if isinstance(value, Tensor):
         if value.numel() == 1:
             return value.item()

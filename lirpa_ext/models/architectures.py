@@ -1,8 +1,9 @@
-"""Networks by the names of the source (A.1, B.3.3, C.1), for images of any size and any number of classes.
+"""Networks by the names of Lee (2021, A.1, B.3.3, C.1), for images of any size and any number of classes.
 
-S. Lee's dissertation (2021); 4C3F is E. Wong et al.'s (2018), Small, Medium and Large are S. Gowal et al.'s (2018).
-Each is a plain torch module, with the per-channel normalization inside: eps is in units of the raw image. Those of A.1
-are named here as the others are: 3C2F (MNIST), VGG16 (CIFAR-10) and 6C1F (STL-10).
+S. Lee's dissertation (2021) describes them; 4C3F is from E. Wong et al. (2018), Small, Medium and Large are from
+S. Gowal et al. (2018). Each is a plain torch module with the per-channel normalization inside, so that eps is in units
+of the raw image. The networks of A.1 have no short names there; here they are called 3C2F (MNIST), VGG16 (CIFAR-10) and
+6C1F (STL-10).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ __all__ = ["ARCHITECTURES", "Network", "Residual", "build", "named_network"]
 
 Conv = tuple[int, int, int, int]  # output channels, kernel, stride, padding
 
-# name -> (convolutions, widths of the hidden dense layers). The source writes C(channels, kernel, stride, padding).
+# name -> (convolutions, widths of the hidden dense layers). Lee (2021) writes C(channels, kernel, stride, padding).
 _PLAIN: dict[str, tuple[list[Conv], list[int]]] = {
     "4C3F": ([(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)], [512, 512]),
     "6C2F": (
@@ -46,8 +47,8 @@ _PLAIN: dict[str, tuple[list[Conv], list[int]]] = {
 }  # fmt: skip
 
 # name -> (activation, batch norm after convolutions, convolutions and poolings, widths of the hidden dense layers).
-# MP and AP halve the sides. The source says "VGG-16" alone: this is the usual one for CIFAR-10, K. Simonyan and
-# A. Zisserman's (2015) convolutions with batch norm and one dense layer, as in the official code of Adv-BNN.
+# MP and AP halve the sides. Lee (2021) says only "VGG-16": this is the usual one for CIFAR-10, the convolutions of
+# K. Simonyan and A. Zisserman (2015) with batch norm and one dense layer, as in the official code of Adv-BNN.
 _POOLED: dict[str, tuple[type[nn.Module], bool, list[Conv | str], list[int]]] = {
     "3C2F": (nn.LeakyReLU, False, [(32, 3, 1, 1), (64, 3, 1, 1), "MP", (128, 3, 1, 1), "MP"], [1024]),
     "VGG16": (
@@ -67,21 +68,21 @@ _POOLED: dict[str, tuple[type[nn.Module], bool, list[Conv | str], list[int]]] = 
 ARCHITECTURES = (*_PLAIN, *_POOLED, "WRN")
 
 RANDOMIZED: dict[str, Callable[..., nn.Module]] = {"adv-bnn": make_adv_bnn, "rse": make_rse}
-"""How a network becomes a randomized one."""
+"""Name -> function that turns a network into a randomized one."""
 
 
 @dataclass
 class Network:
-    """Which network.
+    """Architecture and input of a network, from which `build` makes the torch module.
 
     Args:
         name: One of `ARCHITECTURES`, or ``package.module:callable`` that returns a torch module.
-        input_shape: Of one image, (C, H, W).
+        input_shape: Shape of one image, (C, H, W).
         classes: Number of classes, default 10.
         mean: Per-channel mean, subtracted inside of the network; default none.
-        std: Per-channel standard deviation, likewise.
-        randomized: "adv-bnn" or "rse" (`RANDOMIZED`), default "": not.
-        options: Of `lirpa_ext.randomized.make_adv_bnn` or `make_rse`, such as ``{prior_std: 0.05}``.
+        std: Per-channel standard deviation, by which the network divides its input; default none.
+        randomized: "adv-bnn" or "rse" (`RANDOMIZED`) for a randomized network, default "" for a deterministic one.
+        options: Options of `lirpa_ext.randomized.make_adv_bnn` or `make_rse`, such as ``{prior_std: 0.05}``.
     """
 
     name: str
@@ -94,10 +95,17 @@ class Network:
 
 
 def build(network: Network) -> nn.Module:
-    """The network, with torch's initial weights.
+    """Build a network with torch's default initial weights, in train mode.
+
+    Args:
+        network: Name, input shape, number of classes and normalization.
+
+    Returns:
+        Classifier, (B, C, H, W) -> (B, classes).
 
     Raises:
-        ConfigError: No such name, too small an image, or a callable of the user's that fails.
+        ConfigError: The name is unknown, the image is too small for the network, the output does not have one logit for
+            each class, or the user's callable fails.
     """
     shape = list(network.input_shape)
     if len(shape) != 3 or min(shape) < 1:
@@ -153,10 +161,16 @@ def _randomized(body: nn.Module, network: Network) -> nn.Module:
 
 
 def named_network(**network: Any) -> nn.Module:
-    """`build` for the names of `ARCHITECTURES` alone: what a checkpoint that is not trusted may ask for.
+    """Build a network of `ARCHITECTURES` only; an untrusted checkpoint may call this function and no other.
+
+    Args:
+        **network: The fields of `Network`.
+
+    Returns:
+        Classifier, (B, C, H, W) -> (B, classes), in train mode.
 
     Raises:
-        ConfigError: Another name.
+        ConfigError: The name is not in `ARCHITECTURES`, or as `build`.
     """
     if network.get("name") not in ARCHITECTURES:
         raise ConfigError(f"network {network.get('name')!r} is none of {', '.join(ARCHITECTURES)}")
@@ -211,9 +225,15 @@ def _pooled_net(
 
 
 class Residual(nn.Module):
-    """ReLU(conv(ReLU(conv(x))) + shortcut(x)), without batch norm; the shortcut is a convolution.
+    """Residual block ReLU(conv(ReLU(conv(x))) + shortcut(x)), without batch norm; the shortcut is a convolution.
 
-    With stride 2 the first convolution has a 4 x 4 kernel and the shortcut 2 x 2, else 3 x 3 and 1 x 1.
+    With stride 2 the first convolution has a 4 x 4 kernel and the shortcut 2 x 2, with stride 1 they have 3 x 3 and
+    1 x 1.
+
+    Args:
+        channels: Channels of the input.
+        out: Channels of the output.
+        stride: 1 or 2.
     """
 
     def __init__(self, channels: int, out: int, stride: int) -> None:
@@ -224,13 +244,14 @@ class Residual(nn.Module):
         self.shortcut = nn.Conv2d(channels, out, stride, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) -> (B, out, H / stride, W / stride)."""
         return torch.relu(self.branch(x) + self.shortcut(x))
 
 
 def _wide_residual(shape: Sequence[int], classes: int) -> nn.Module:
-    """The source's WRN: E. Wong et al.'s (2018) residual net of widths 16, 16, 32, 64 and a dense layer of 1000.
+    """The WRN of Lee (2021): E. Wong et al.'s (2018) residual net of widths 16, 16, 32, 64 and a dense layer of 1000.
 
-    The source does not print its layers; these have the 4,214,850 parameters that its Table 3.2 states.
+    Lee (2021) does not print the layers; these have the 4,214,850 parameters that Table 3.2 there states.
     """
     channels, height, width = shape
     if min(height, width) < 4 or height % 4 or width % 4:

@@ -47,7 +47,7 @@ __all__ = [
 
 
 def require_lightning() -> None:
-    """Raise ConfigError, with the command that installs them, unless Lightning and jsonargparse are there."""
+    """Raise ConfigError, with the command to install them, unless Lightning and jsonargparse can be imported."""
     for name in ("lightning", "jsonargparse"):
         try:
             importlib.import_module(name)
