@@ -1,1 +1,1 @@
-"""What is propagated, and the mathematics of it: sets, perturbations, linear maps, norms, rounding."""
+"""The sets that bound methods propagate, and their mathematics: perturbations, linear maps, norms, rounding."""

@@ -1,8 +1,8 @@
-"""Minima over a ball INTERSECT a box: of a linear function, and of one with a ReLU in it.
+"""Minima over the intersection of a ball and a box: of a linear function, and of a linear function of v and relu(v).
 
-Every bound here is a dual value: the ball costs one multiplier mu per row, the box separates by coordinate,
-and by weak duality any mu >= 0 is sound. So the search for the best mu may be inexact and runs without gradient,
-and by the envelope theorem the value's gradient at the best mu is that of the minimum itself.
+Every bound here is a Lagrangian dual value: the ball gets one multiplier mu for each row, and the box separates by
+coordinate. By weak duality every mu >= 0 gives a sound bound, so the search for the best mu may be inexact and needs
+no gradient. By the envelope theorem, the gradient of the value at the best mu is that of the minimum itself.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ __all__ = ["ball_box_min", "merged_min", "relu_ball_box_min", "relu_ball_box_val
 
 # Rows of a network need 4 to 8 steps; geometric breakpoints can cost one step each: from here on, sort them.
 _NEWTON_STEPS = 30
-_LOG_SPAN = 30.0  # log mu is sought within so much of its scale
+_LOG_SPAN = 30.0  # log mu is sought within this distance of its estimated scale
 
 _Multipliers = tuple[Tensor, Tensor]  # mu, and the mu whose active set is in force
 
 
 class _Region(NamedTuple):
-    """A ball INTERSECT a box, in units of a per-sample `length` so that no square over- or underflows."""
+    """A ball intersected with a box, in units of a per-sample `length` so that no square over- or underflows."""
 
     center: Tensor  # (B, n)
     length: Tensor  # (B, 1), detached: min(radius, farthest side of the box)
     radius: Tensor  # (B, 1, 1), at least 1, or 0
     down: Tensor  # (B, 1, n), room below the center, in [0, 3]
-    up: Tensor  # (B, 1, n), room above it
-    unbounded: Tensor  # (B, 1), where neither ball nor box has an end: the rest is then of some bounded part
+    up: Tensor  # (B, 1, n), room above the center
+    unbounded: Tensor  # (B, 1), where the set is unbounded; the other fields then describe a bounded part of the set
 
 
 def ball_box_min(
@@ -54,29 +54,29 @@ def ball_box_min(
     ``c.z - sum_i (|c_i| - e_i) b_i - rho ||e||``. Proof: split c = p + (c - p), |p| = e with the signs of c;
     bound p on the ball and c - p on the box. Where ||e|| = mu rho, one point attains both.
 
-    "exact": in s = 1/mu^2, sum_i min(s c_i^2, b_i^2) is concave, increasing and piecewise linear, so Newton
-    climbs to the s at which it is rho^2 in finitely many steps. "iterative", the source's Algorithm 1, takes
-    the same steps but returns c.p for the active set I before the last. That p minimizes over the ball and the
-    sides of I alone, a larger set: a lower bound too, looser after as many steps, equal at convergence.
-    (Clipping p to the box, which Algorithm 1 and its code do not, would turn it into an upper bound.)
+    "exact": as a function of s = 1/mu^2, sum_i min(s c_i^2, b_i^2) is concave, increasing and piecewise linear, so
+    Newton's method reaches the s at which the sum is rho^2 in finitely many steps. "iterative", Algorithm 1 of Lee
+    (2021), takes the same steps but returns c.p for the active set I before the last one. This p minimizes over the
+    ball and the sides in I alone, a larger set: the result is a lower bound too, looser after equally many steps and
+    equal at convergence. (Clipping p to the box, which Algorithm 1 does not do, would give an upper bound.)
 
     Args:
         c: Rows, (B, S, n), or (1, S, n) or (S, n) for rows shared by the batch.
-        center: z, (B, n). Where it lies outside of the box by rounding, the box is enlarged to contain it.
+        center: z, (B, n). Where z lies outside of the box by rounding, the box is enlarged to contain z.
         radius: rho, (B,), non-negative; infinite for the box alone.
         lower: l, (B, n); None for no lower side. Sides may be infinite where rho is finite.
         upper: u, (B, n); None for no upper side.
-        solver: "exact" or "iterative".
-        max_steps: Stop after so many steps (Algorithm 1: opt_iter); None runs to convergence.
-        chunk: Most elements B * rows * n of a temporary; S is split to keep it, down to one row. With a
-            gradient, the parts are recomputed in the backward pass.
+        solver: "exact" (default) or "iterative".
+        max_steps: Stop after this many steps (opt_iter in Algorithm 1); None (default) runs to convergence.
+        chunk: Largest number of elements B * rows * n of a temporary tensor, default 2^24. The rows are processed in
+            parts to keep this limit, down to one row a part; with gradients, the backward pass recomputes the parts.
 
     Returns:
         (B, S), differentiable in c, center, radius, lower and upper. -inf where a sample's set is unbounded and the
         row not 0; NaN where its input is NaN or its radius negative.
 
     Raises:
-        InvalidInputError: Shapes that do not fit, an unknown solver, negative steps or a chunk below 1.
+        InvalidInputError: Shapes do not fit, the solver is unknown, `max_steps` is negative, or `chunk` is below 1.
 
     >>> z, one = torch.zeros(1, 2), torch.ones(1, 2)
     >>> c, rho = torch.tensor([[3.0, 4.0]]), torch.tensor([1.0])
@@ -97,11 +97,11 @@ def merged_min(
     max_steps: int | None = None,
     chunk: int = 2**24,
 ) -> Tensor:
-    """`ball_box_min` with c = C @ weight, formed part by part: the (B, S, n) rows never exist at once.
+    """`ball_box_min` of the rows c = C @ weight, formed in parts so that all (B, S, n) never exist at once.
 
     Args:
         C: Specification rows on the outputs of a linear layer, (B, S, m) or (1, S, m) or (S, m).
-        weight: The layer's weight, (m, n). Its bias is the caller's: add C @ bias.
+        weight: The layer's weight, (m, n). The caller adds C @ bias for a layer with a bias.
         center, radius, lower, upper, solver, max_steps, chunk: As in `ball_box_min`.
 
     Returns:
@@ -125,12 +125,13 @@ def relu_ball_box_value(
     r"""Lower bound of a.relu(v) - lam.v over ||v - z||_2 <= rho, l <= v <= u, for the given mu >= 0.
 
     ``sum_i min over l_i <= v_i <= u_i of [a_i relu(v_i) - lam_i v_i + mu/2 (v_i - z_i)^2] - mu/2 rho^2``: per
-    coordinate, the better of two clipped parabolas (mu = 0: of corners and kink). Proof: what mu adds is <= 0
-    on the ball. A box that reaches farther than 3 rho from z is cut there first, which loses nothing.
+    coordinate, the smaller of the minima of two clipped parabolas (of corners and kink for mu = 0). Proof: the terms
+    with mu sum to at most 0 on the ball. A box that reaches farther than 3 rho from z is first cut there, which
+    does not change the set.
 
     Args:
         a: Coefficients of relu(v), (B, S, n).
-        lam: Coefficients passed on, (B, S, n).
+        lam: Coefficients of v that a backward pass carries on to the ReLU's input, (B, S, n).
         center: z, (B, n).
         radius: rho, (B,), non-negative; infinite only with mu = 0.
         lower: l, (B, n).
@@ -142,7 +143,7 @@ def relu_ball_box_value(
         as in `ball_box_min`.
 
     Raises:
-        InvalidInputError: Shapes that do not fit.
+        InvalidInputError: Shapes do not fit.
 
     >>> v = torch.tensor([[0.5]])
     >>> args = torch.tensor([[[-1.0]]]), torch.tensor([[[0.0]]]), v, torch.tensor([0.5]), v - 1, v + 1
@@ -164,23 +165,23 @@ def relu_ball_box_min(
     log_mu: Tensor | None = None,
     steps: int = 12,
 ) -> tuple[Tensor, Tensor]:
-    r"""Best `relu_ball_box_value` over mu = 0 and `steps` values of mu: never looser than the box alone.
+    r"""Best `relu_ball_box_value` over mu = 0 and `steps` values of mu > 0, never looser than the box alone.
 
-    The value is concave in mu, with slope (||v - z||^2 - rho^2) / 2 at the minimizing v; the root of that is
-    sought in log mu by regula falsi (Illinois). Proof: every candidate is a bound.
+    The value is concave in mu, with slope (||v - z||^2 - rho^2) / 2 at the minimizing v. The root of this slope is
+    sought in log mu by regula falsi (the Illinois method). Sound, since every candidate is a bound.
 
     Args:
         a: Coefficients of relu(v), (B, S, n).
-        lam: Coefficients passed on, (B, S, n).
-        center, radius, lower, upper: As in `relu_ball_box_value`; an infinite radius is the box alone.
-        log_mu: Start of the search, (B, S), from an earlier call on nearby arguments; None starts afresh.
-        steps: Number of mu > 0 to try: 12 come within 1e-3 mu rho^2 of the best, after a warm start 5.
+        lam: Coefficients of v, (B, S, n).
+        center, radius, lower, upper: As in `relu_ball_box_value`; an infinite radius means the box alone.
+        log_mu: Start of the search, (B, S), from an earlier call on nearby arguments; None (default) starts afresh.
+        steps: Number of mu > 0 to try, default 12. These come within 1e-3 mu rho^2 of the best; with `log_mu`, 5 do.
 
     Returns:
-        The bounds (B, S), differentiable with mu held, and log of the best mu > 0, (B, S), for the next call.
+        The bounds (B, S), differentiable with mu held fixed, and log of the best mu > 0, (B, S), for the next call.
 
     Raises:
-        InvalidInputError: Shapes that do not fit, or steps below 1.
+        InvalidInputError: Shapes do not fit, or `steps` is below 1.
 
     >>> v = torch.tensor([[0.5]])
     >>> args = torch.tensor([[[-1.0]]]), torch.tensor([[[0.0]]]), v, torch.tensor([0.5]), v - 1, v + 1
@@ -199,7 +200,7 @@ def relu_ball_box_min(
 
 
 def _region(center: Tensor, radius: Tensor, lower: Tensor | None, upper: Tensor | None) -> _Region:
-    """Bring the set to unit length; an undefined one (NaN, radius < 0) becomes NaN."""
+    """Scale the set to unit length; a set with NaN or a negative radius becomes NaN."""
     shapes = [tuple(x.shape) for x in (center, lower, upper) if x is not None]
     if center.dim() != 2 or 0 in center.shape or len(set(shapes)) > 1 or radius.shape != center.shape[:1]:
         raise InvalidInputError(f"Center and sides {shapes}: expected (B, n); radius {tuple(radius.shape)}: (B,).")
@@ -207,7 +208,7 @@ def _region(center: Tensor, radius: Tensor, lower: Tensor | None, upper: Tensor 
     down = endless if lower is None else (center - lower).clamp(min=0)
     up = endless if upper is None else (upper - center).clamp(min=0)
     radius = radius.where(radius >= 0, math.nan)
-    with torch.no_grad():  # a NaN in any of the three makes the length NaN, and so all of the sample
+    with torch.no_grad():  # a NaN in any of the three makes the length NaN, and with it the whole sample
         unit = torch.minimum(radius, torch.maximum(down, up).amax(-1)).unsqueeze(-1)
         unbounded = unit == math.inf
         unit = unit.masked_fill((unit == 0) | unbounded, 1)
@@ -245,7 +246,7 @@ def _minimum(
 def _linear_value(
     c: Tensor, region: _Region, iterative: bool, max_steps: int | None, multipliers: _Multipliers | None
 ) -> tuple[Tensor, _Multipliers]:
-    """The bound (B, S), and the multipliers (B, S, 1) that it was found with."""
+    """The bound (B, S), and the multipliers (B, S, 1) at which the bound is the dual value."""
     scale = c.detach().abs().amax(-1, keepdim=True)
     size = c.abs() / scale.masked_fill(scale == 0, 1)
     room = region.down * _indicator(torch.gt, c, 0) + region.up * _indicator(torch.lt, c, 0)
@@ -254,11 +255,11 @@ def _linear_value(
         with torch.no_grad():
             multipliers = _newton(size, fixed, region.radius, iterative, max_steps)
     mu, active = multipliers
-    # The share e of |c| that the ball bears: all of it where the box does not bind.
+    # The part e of |c| that is bounded on the ball: all of |c| where the box does not bind.
     share = mu * fixed
     share = torch.where(size >= active * fixed, share, size) if iterative else torch.minimum(size, share)
     reach = _norm(share)
-    # An infinite radius costs nothing where nothing is shared.
+    # Where e = 0, the ball's term is 0 for an infinite radius too.
     ball = region.radius.where(reach.detach() > 0, 0) * reach
     gain = ((size - share) * room).sum(-1, keepdim=True) + ball
     value = torch.matmul(c, region.center.unsqueeze(-1)) - scale * gain * region.length.unsqueeze(-1)
@@ -271,13 +272,13 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _indicator(compare: Callable[..., Tensor], x: Tensor, y: Tensor | float) -> Tensor:
-    """1 where the comparison holds, else 0, in x's dtype: on a CPU far faster than masks and torch.where."""
+    """1 where the comparison holds, else 0, in the dtype of x; on a CPU far faster than masks and torch.where."""
     with torch.no_grad():
         return compare(x, y, out=torch.empty_like(x))
 
 
 def _newton(size: Tensor, room: Tensor, radius: Tensor, iterative: bool, max_steps: int | None) -> _Multipliers:
-    """mu = s^(-1/2) at the root of sum_i min(s size_i^2, room_i^2) = radius^2, or 0; and one step before."""
+    """mu = s^(-1/2) at the root of sum_i min(s size_i^2, room_i^2) = radius^2 (0 if none), and mu one step earlier."""
     slope, cap, limit = size.square(), room.square(), radius.square()
 
     def step(s: Tensor) -> Tensor:
@@ -288,7 +289,7 @@ def _newton(size: Tensor, room: Tensor, radius: Tensor, iterative: bool, max_ste
 
     total = slope.sum(-1, keepdim=True)
     s = torch.where(total == 0, math.inf, limit / total)
-    if not iterative:  # Algorithm 1 has no such test: it reaches the corner by its own steps
+    if not iterative:  # Algorithm 1 has no such test: its steps reach the corner of the box by themselves
         s = s.masked_fill(cap.sum(-1, keepdim=True) <= limit, math.inf)
     previous = torch.zeros_like(s)
     patience = room.shape[-1] if iterative else _NEWTON_STEPS
@@ -305,7 +306,7 @@ def _newton(size: Tensor, room: Tensor, radius: Tensor, iterative: bool, max_ste
 
 
 def _sorted_root(slope: Tensor, cap: Tensor, limit: Tensor) -> Tensor:
-    """The root from all breakpoints: the function is the least of its linear pieces, its root their last."""
+    """The root from all breakpoints: the function is the minimum of its linear pieces, so its root is their last."""
     order = torch.where(slope > 0, cap / slope, math.inf).argsort(-1)
     slope, cap = slope.gather(-1, order), cap.gather(-1, order)
     free = slope.flip(-1).cumsum(-1).flip(-1)
@@ -319,7 +320,7 @@ def _relu_value(a: Tensor, lam: Tensor, region: _Region, mu: Tensor) -> Tensor:
     mu = torch.where(region.radius == 0, torch.finfo(mu.dtype).max ** 0.5, mu)
     with torch.no_grad():
         move, _ = _relu_minimizer(lam - a, lam, a * _kink(region), region, mu)
-    if region.down.requires_grad or region.up.requires_grad:  # v stays where it is, or on its side of the box
+    if region.down.requires_grad or region.up.requires_grad:  # free v_i are held fixed, clipped ones are sides
         free = move + (center.detach() - center) / length
         move = torch.where(move < region.up, free, region.up).where(move > -region.down, -region.down)
     v = torch.addcmul(center, length, move)
@@ -329,13 +330,13 @@ def _relu_value(a: Tensor, lam: Tensor, region: _Region, mu: Tensor) -> Tensor:
 
 
 def _ball_term(mu: Tensor, region: _Region) -> Tensor:
-    """mu rho^2, and 0 at mu = 0 for an infinite ball too."""
+    """mu rho^2, which is 0 at mu = 0 for an infinite radius too."""
     radius = torch.where((mu == 0) & region.radius.isinf(), 0, region.radius)
     return mu * radius * radius
 
 
 def _kink(region: _Region) -> Tensor:
-    """Where v crosses 0, as a move from the center, clipped to the box: (B, 1, n)."""
+    """The move from the center to v = 0, the kink of the ReLU, clipped to the box: (B, 1, n)."""
     origin = (-region.center / region.length).unsqueeze(1)
     return torch.maximum(torch.minimum(origin, region.up), -region.down)
 
@@ -345,8 +346,8 @@ def _relu_minimizer(
 ) -> tuple[Tensor, Tensor]:
     """The minimizing move (B, S, n), minus the minima of a relu(v) - lam v + mu/2 move^2, less constants.
 
-    Each branch is clipped to its side of the kink, and the kink to the box: an empty branch shrinks to a
-    point that the other one has too, so neither needs a mask. The slopes are those of MINUS the function.
+    Each branch is clipped to its side of the kink, and the kink to the box: an empty branch shrinks to a point of the
+    other one, so that no mask is needed. The slopes are those of minus the function.
     """
     kink, half = _kink(region), mu / 2
     reach = (1 / mu).clamp(max=torch.finfo(mu.dtype).max)
@@ -368,11 +369,12 @@ def _search(a: Tensor, lam: Tensor, region: _Region, start: Tensor | None, steps
         square = torch.linalg.vecdot(move, move).unsqueeze(-1)
         return -gain.sum(-1, keepdim=True) - _ball_term(mu, region) / 2, square
 
-    # ||v - z|| <= (||a|| + ||lam||) / mu: the root lies left of this.
+    # ||v - z|| <= (||a|| + ||lam||) / mu, so that the root lies to the left of this x.
     x = torch.log(_norm(a) + _norm(lam) + tiny) - region.radius.clamp(min=tiny, max=1 / tiny).log()
     if start is not None:
         x = torch.minimum(torch.maximum(start.unsqueeze(-1), x - _LOG_SPAN / 3), x)
-    # Ends not yet evaluated lie on a line of slope -1: x comes first, and a side met twice doubles the step.
+    # Values at the ends are at first those of a line of slope -1 through x: x is tried first, and hitting the same side
+    # twice doubles the step.
     left, right, at_left = x - _LOG_SPAN, x + _LOG_SPAN, torch.full_like(x, _LOG_SPAN)
     at_right, side = -at_left, torch.zeros_like(x)
     best, best_x = torch.full_like(x, -math.inf), x

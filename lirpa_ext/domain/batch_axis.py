@@ -1,9 +1,9 @@
-"""The first axis of a node's value: the samples, or several parts of each of them.
+"""The first axis of a node's value: the samples, or several parts of each sample.
 
-`x.view(B * T, F)` merges the batch with another axis, so that a layer sees each of a sample's T parts as a sample of
-its own, and a later `view` splits them again. A set then has one ball and one box for each part, in the order of the
-samples: part n belongs to sample n // T. Coefficient rows are treated alike, and what they leave behind is summed over
-the parts of a sample (`of_samples`).
+``x.view(B * T, F)`` merges the batch with another axis, so that a layer sees each of a sample's T parts as a sample of
+its own, and a later ``view`` splits them again. A set then has one ball and one box for each part, in the order of the
+samples: part n belongs to sample n // T. Coefficient rows have the same first axis, and the biases that a backward
+pass collects are summed over the parts of a sample (`of_samples`).
 """
 
 from __future__ import annotations
@@ -20,21 +20,25 @@ from .lengths import length
 
 
 def batch_size(node: Any) -> int:
-    """Number of samples of the perturbed input that a node depends on, in the graph as it was last run."""
+    """Number of samples of the perturbed input that a perturbed node depends on, for the input that the graph holds."""
     while not isinstance(node, engine.BoundInput):
         node = next(parent for parent in node.inputs if parent.perturbed and not engine.is_shape(parent))
     return node.value.shape[0]
 
 
 def merges_batch(node: Any) -> bool:
-    """Whether a perturbed node's first axis is not the batch's alone: merged with another one, moved, or dropped."""
+    """Whether the first axis of a perturbed node is not just the batch, which may be merged, moved or dropped."""
     return len(node.output_shape) == 0 or node.output_shape[0] != batch_size(node)
 
 
 def regroups_samples(node: Any) -> bool:
-    """Whether both a reshaping node and its input hold whole samples in order, as merging and splitting the batch do.
+    """Whether the first axes of a reshape's input and output both hold whole samples, or parts of each, in order.
 
-    A reshape keeps the order of all elements, so it does where both first axes are multiples of the batch.
+    A reshape keeps the order of all elements, so this holds if the first axes of its input and output are multiples
+    of the batch size.
+
+    Args:
+        node: A reshape, flatten, squeeze or unsqueeze node.
     """
     first, before = node.output_shape[:1], node.inputs[0].output_shape[:1]
     batch = 1 if first == before else batch_size(node)
@@ -42,22 +46,34 @@ def regroups_samples(node: Any) -> bool:
 
 
 def acts_on_axes(node: Any, dims: int) -> frozenset[int]:
-    """Axes of its first input, of `dims` axes, that a slice, split, gather, reduction, sum, pad or tile acts along."""
+    """Axes of its first input that a slice, split, gather, reduction, sum, pad or tile acts along.
+
+    Args:
+        node: The node.
+        dims: Number of axes of its first input, with the batch.
+
+    Returns:
+        Axes, each from 0 to dims - 1.
+    """
     return _axes(node, dims)[0]
 
 
 def moves_samples(node: Any, dims: int) -> bool:
-    """Whether such a node acts along the first axis, where samples are, and does not keep them as they are there.
+    """Whether a node as in `acts_on_axes` acts along the first axis, that of the samples, and may change their order.
 
-    A slice of all samples, as the tracer writes it for `x[:, 1:]`, keeps them; one that takes fewer of them is told by
-    the length of its value.
+    False for a slice of step 1, which the tracer writes along the batch for ``x[:, 1:]``: whether such a slice drops
+    samples shows in the length of its value.
+
+    Args:
+        node: The node.
+        dims: Number of axes of its first input, with the batch.
     """
     axes, keeps_order = _axes(node, dims)
     return 0 in axes and not keeps_order
 
 
 def _axes(node: Any, dims: int) -> tuple[frozenset[int], bool]:
-    """The axes, and whether the order along each of them is kept; read once from a node's constants."""
+    """The axes of `acts_on_axes`, and whether the node keeps the order along each; read once from its constants."""
     known = node.__dict__.get("_acts_on_axes")
     if known is None:
         known = _read_axes(node, dims)
@@ -88,9 +104,17 @@ def _nonnegative(axes: Any, dims: int) -> frozenset[int]:
 
 
 def regrouped(radius: Tensor, parts: int) -> Tensor | None:
-    """Radii of the same values in `parts` balls instead of len(radius); None where no ball is a group of others.
+    """Radii after a reshape that splits each ball into several parts, or joins consecutive balls.
 
-    A part of a ball lies in a ball of the same radius; of several together the squares add up.
+    A part of a ball lies in a ball of the same radius. Several balls together lie in one whose squared radius is the
+    sum of theirs.
+
+    Args:
+        radius: Radii before, (K,).
+        parts: Number of balls after.
+
+    Returns:
+        (parts,); None if neither number divides the other.
     """
     known = len(radius)
     if parts == known:
@@ -101,24 +125,33 @@ def regrouped(radius: Tensor, parts: int) -> Tensor | None:
 
 
 def of_samples(values: Tensor, batch: int) -> Tensor:
-    """Values (S, B T) of the parts of each sample, summed to those of the samples, (S, B)."""
+    """Values (S, B * T) of the parts of each sample, summed over the T parts: (S, B)."""
     return values if values.shape[1] == batch else values.unflatten(1, (batch, -1)).sum(2)
 
 
 def of_whole_samples(state: BallBox, batch: int) -> BallBox | None:
-    """The ball (B, n) of all parts of each sample together; None where the parts are no whole samples."""
+    """The ball of all parts of each sample together, with a center (B, n); None if the parts are not whole samples."""
     radius = regrouped(state.radius, batch)
     return None if radius is None or len(state.radius) < batch else BallBox(state.center.reshape(batch, -1), radius)
 
 
 def positions(index: Tensor, length: int, batch: int) -> Tensor:
-    """Indices along a first axis of `length` = B T of the parts of some samples, in order; none if it is not theirs."""
+    """Indices of all parts of some samples along a first axis that holds T parts of each.
+
+    Args:
+        index: Samples, (K,).
+        length: Length of the first axis, B * T.
+        batch: B.
+
+    Returns:
+        (K * T,), in order; empty if `length` is not a multiple of `batch`.
+    """
     parts = 0 if length % batch else length // batch
     return index if parts == 1 else (index.unsqueeze(1) * parts + torch.arange(parts, device=index.device)).flatten()
 
 
 def check_has_batch(node: Any) -> None:
-    """Raise UnsupportedNodeError for a perturbed node whose first axis is not one of whole samples."""
+    """Raise UnsupportedNodeError for a perturbed node whose first axis does not consist of whole samples or parts."""
     if node.__dict__.get("_has_batch"):
         return
     if len(node.output_shape) == 0:
@@ -135,7 +168,13 @@ def check_has_batch(node: Any) -> None:
 
 
 def check_is_batch(node: Any, value: Tensor, batch: int) -> None:
-    """Raise UnsupportedNodeError unless the first axis of the bounded node, the graph's output, is the batch's."""
+    """Raise UnsupportedNodeError unless the first axis of the node to bound is that of the batch.
+
+    Args:
+        node: The node, mostly the graph's output.
+        value: Its clean value.
+        batch: Number of samples.
+    """
     if value.dim() == 0 or len(value) != batch:
         raise UnsupportedNodeError(
             f"the output, node {node.name!r} ({type(node).__name__}), has shape {tuple(value.shape)} for a batch of "

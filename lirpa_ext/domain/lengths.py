@@ -1,7 +1,7 @@
 """Lengths of vectors and products of radii that neither overflow nor underflow on the way.
 
-A square of 1e-30 is 0 in float32, and a radius that is 0 although something moves is a false bound; a square of 1e30
-is infinite, and an infinite radius bounds nothing.
+The square of 1e-30 is 0 in float32, and a radius of 0 for a value that can change is unsound; the square of 1e30 is
+infinite, and an infinite radius bounds nothing.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ __all__ = ["flat", "length", "stretched"]
 
 
 def flat(values: Tensor) -> Tensor:
-    """Values (B, ...) as (B, n); n is 1 for a scalar a sample."""
+    """Values (B, ...) as (B, n); n is 1 for values (B,)."""
     return values.reshape(len(values), -1)
 
 
 def length(values: Tensor, dim: int = -1, order: float = 2.0, keepdim: bool = False) -> Tensor:
-    """The lp norm along an axis, right to rounding for entries of any size; its gradient at 0 is 0.
+    """The lp norm along an axis, correct up to rounding for entries of any size; its gradient at 0 is 0.
 
-    Narrower types are summed in float64, whose range holds the squares of all of their numbers. Of float64 the largest
-    entry is divided out first.
+    Types narrower than float64 are summed in float64, whose range holds the squares of all of their numbers. In
+    float64, the largest entry is divided out first.
 
     Args:
-        values: Of any floating-point type.
-        dim: The axis.
-        order: p, at least 1.
-        keepdim: Keep the axis, with size 1.
+        values: Tensor of any floating-point type.
+        dim: The axis, default the last.
+        order: p, at least 1, default 2.
+        keepdim: Keep the axis, with size 1. Default False.
+
+    Returns:
+        The norms, in the type of `values` and its shape without the axis.
 
     >>> length(torch.tensor([3e-30, 4e-30])), length(torch.tensor([3e30, 4e30]))
     (tensor(5.0000e-30), tensor(5.0000e+30))
@@ -45,10 +48,17 @@ def length(values: Tensor, dim: int = -1, order: float = 2.0, keepdim: bool = Fa
 
 
 def stretched(radius: Tensor, slope: Tensor) -> Tensor:
-    """radius * slope, (B,), rounded outward at the ends of what numbers there are.
+    """radius * slope, rounded outward where the product over- or underflows or is NaN.
 
-    0 only where one of them is 0: there a set is a point, or the function constant on it. What is no number is
-    infinite, and a positive product that underflows is the smallest normal number.
+    The result is 0 only where a factor is 0, that is where the set is a point or the function is constant on it. NaN
+    becomes infinite, and a positive product that underflows becomes the smallest normal number.
+
+    Args:
+        radius: Radii of balls, (B,).
+        slope: Lipschitz constants, (B,).
+
+    Returns:
+        (B,).
     """
     still = (radius == 0) | (slope == 0)
     product = torch.where(still, 0.0, radius * slope)

@@ -47,7 +47,10 @@ def _peak(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 class LinearMap(ABC):
     """A linear map A between tensors without batch dimension, applied to batches.
 
-    Its weight is the tensor that A is made of, None where A has no parameters. Shapes are without batch.
+    Attributes:
+        input_shape: Shape of one input, without batch.
+        output_shape: Shape of one output, without batch.
+        weight: Tensor that holds the entries of A; None if A has no parameters.
     """
 
     input_shape: torch.Size
@@ -60,10 +63,12 @@ class LinearMap(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the numbers that the map computes with."""
         return self._like().dtype
 
     @property
     def device(self) -> torch.device:
+        """Device that the map computes on."""
         return self._like().device
 
     @abstractmethod
@@ -87,9 +92,10 @@ class LinearMap(ABC):
         """The l2 norm of each row of A, up to rounding in the map's type; gradients at zero rows are 0.
 
         Args:
-            exact: False allows a cheaper upper bound of fewer elements. Default True.
+            exact: False allows cheaper upper bounds, fewer than one for each row. Default True.
 
-        Returns: a tensor without batch dimension that broadcasts to output_shape.
+        Returns:
+            A tensor without batch dimension that broadcasts to output_shape.
         """
 
     def schur_bound(self) -> Tensor:
@@ -105,7 +111,7 @@ class LinearMap(ABC):
 
 
 class WeightedMap(LinearMap):
-    """A map whose entries are 0 or entries of ``weight``: f(A) is the map of f(weight) where f(0) = 0."""
+    """A map whose matrix has entries 0 or of ``weight``; for f(0) = 0, f(A) entry by entry is the map of f(weight)."""
 
     weight: Tensor
 
@@ -114,11 +120,11 @@ class WeightedMap(LinearMap):
 
     @property
     def geometry(self) -> tuple[object, ...]:
-        """All that defines the map beside the weight's values; comparable."""
+        """Everything that defines the map except for the values of its weight; comparable by ==."""
         return type(self), self.input_shape, self.output_shape, self.weight.shape
 
     def with_weight(self, weight: Tensor) -> Self:
-        """The map of the same geometry with another weight of the same shape."""
+        """A map of the same geometry with another weight of the same shape."""
         other = copy.copy(self)
         other.weight = weight
         return other
@@ -155,13 +161,13 @@ class Dense(WeightedMap):
         return F.linear(y, self.weight.t())
 
     def row_norms(self, exact: bool = True) -> Tensor:
-        """Returns (out,), exact in either case."""
+        """Norms of the rows of the weight, (out,); exact in either case."""
         peak = _peak(self.weight, (1,))
         return peak[:, 0] * safe_sqrt((self.weight / peak).square().sum(1))
 
 
 class _Convolution(WeightedMap):
-    """What Conv and ConvTranspose share: geometry and row norms."""
+    """Base class of Conv and ConvTranspose: their geometry and row norms."""
 
     def __init__(
         self,
@@ -212,13 +218,14 @@ class _Convolution(WeightedMap):
         """The same convolution of one channel, with kernels (C_out, 1, *kernel)."""
 
     def row_norms(self, exact: bool = True) -> Tensor:
-        """The root of the convolution of ones with W^2: rows at borders count only the weights they meet.
+        """The root of the convolution of ones with W^2: rows at the border count only the weights inside of the input.
 
-        Returns (C_out, *spatial); if not exact the norms of whole kernels, upper bounds, as (C_out, 1, ...).
+        Returns:
+            (C_out, *spatial); if not exact the norms of whole kernels, which are upper bounds, (C_out, 1, ...).
         """
         kernels = self._kernels()
         peak = _peak(kernels, tuple(range(1, kernels.dim())))
-        # On ones all input channels look alike: their squares are summed before, not within, the convolution.
+        # All input channels are ones: the squares are summed over them before the convolution, which is faster.
         power = (kernels / peak).square().sum(1, keepdim=True)
         peak = peak[:, 0]
         if not exact:
@@ -228,12 +235,12 @@ class _Convolution(WeightedMap):
 
 
 class _ConvAdjoint(torch.autograd.Function):
-    """A^T y of a convolution A, whose gradients are those of A itself: <g, A^T y> = <A g, y>; and y's channel sums.
+    """A^T y for a convolution A, and the sums of y over positions, (B, C_out).
 
-    The sums, (B, C_out), times a bias are <y, bias>; here their gradient costs no tensor of its own.
-
-    torch differentiates a transposed convolution by a weight gradient that takes ten times as long on the CPU. To
-    one channel, a matrix product and the sum of its patches take half the time of the transposed convolution.
+    Times a bias, the sums are <y, bias>; computed here, their gradient takes no tensor of its own. The gradients of
+    A^T y use A itself, as <g, A^T y> = <A g, y>: torch's weight gradient of a transposed convolution takes ten times
+    as long on the CPU. For one input channel, a matrix product and the sum of its patches take half the time of the
+    transposed convolution.
     """
 
     @staticmethod
@@ -299,8 +306,12 @@ class Conv(_Convolution):
         return self.adjoint_and_sums(y)[0]
 
     def adjoint_and_sums(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """A^T y, (B, *input_shape), and the sums of y's channels, (B, C_out)."""
-        # Trailing inputs that no window reaches get zeros.
+        """A^T y, (B, *input_shape), and the sums of y over positions, (B, C_out).
+
+        Args:
+            y: (B, *output_shape).
+        """
+        # Inputs at the end that no window reaches get zeros.
         unreached = tuple(reach % s for reach, s in zip(self._reaches(), self.stride, strict=True))
         return _ConvAdjoint.apply(y, self.weight, self.stride, self.padding, self.dilation, self.groups, unreached)
 
@@ -308,7 +319,7 @@ class Conv(_Convolution):
         return self.weight
 
     def _reaches(self) -> list[int]:
-        """How far the kernel can move along each dimension."""
+        """Number of positions by which the kernel can move along each dimension."""
         sizes = zip(self.input_shape[1:], self.padding, self.extent, strict=True)
         return [n + 2 * p - extent for n, p, extent in sizes]
 
@@ -322,8 +333,14 @@ class Conv(_Convolution):
 class ConvTranspose(_Convolution):
     """Transposed convolution (1-D to 3-D) without bias: the adjoint of a convolution.
 
-    Args and Raises: as for `Conv`, but the weight is (C_in, C_out / groups, *kernel), and output_padding
-    (default 0) adds to the end of each spatial dimension.
+    Args:
+        weight: (C_in, C_out / groups, *kernel).
+        input_shape: (C_in, *spatial).
+        stride, padding, dilation, groups: As for `Conv`.
+        output_padding: Elements added at the end of each spatial dimension: an int, or one per dimension. Default 0.
+
+    Raises:
+        InvalidInputError: As for `Conv`.
 
     >>> ConvTranspose(torch.ones(1, 1, 3), (1, 2), stride=2)(torch.ones(1, 1, 2))
     tensor([[[1., 1., 2., 1., 1.]]])
@@ -352,11 +369,11 @@ class ConvTranspose(_Convolution):
         return transpose(x, self.weight, None, *args)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        # Where output_padding >= stride the convolution has further outputs, which this map does not know.
+        # Where output_padding >= stride, the convolution has further outputs that are no inputs of this map.
         return self.adjoint_conv()(y)[(..., *map(slice, self.input_shape[1:]))]  # type: ignore[index]
 
     def adjoint_conv(self) -> Conv:
-        """The convolution whose adjoint, cut to input_shape, this is; its norm is the same, larger if cut."""
+        """The convolution whose adjoint, restricted to input_shape, is this map; its norm is at least this map's."""
         return Conv(self.weight, self.output_shape, self.stride, self.padding, self.dilation, self.groups)
 
     def _kernels(self) -> Tensor:
@@ -374,7 +391,7 @@ class ConvTranspose(_Convolution):
 
 
 class Scale(WeightedMap):
-    """x -> factor * x, element by element; a factor larger than the input duplicates it.
+    """x -> factor * x, element by element; a factor with more elements than the input repeats the input.
 
     Args:
         factor: tensor without batch dimension that broadcasts with input_shape.
@@ -397,16 +414,16 @@ class Scale(WeightedMap):
         return (y * self.weight).sum_to_size(len(y), *self._padded).reshape(len(y), *self.input_shape)
 
     def row_norms(self, exact: bool = True) -> Tensor:
-        """Returns |factor|, exact in either case."""
+        """|factor|, which broadcasts to output_shape; exact in either case."""
         return self.weight.abs()
 
 
 class NonNegative(LinearMap):
-    """A linear map with entries >= 0 as a function: average pools, means, sums, pads, gathers, expands.
+    """A linear map with entries >= 0, given as a function: average pools, means, sums, pads, gathers, expands.
 
     Args:
         fn: (B, *input_shape) -> (B, *output_shape), linear, sample by sample, in the dtype of its argument
-            (bounds call it in float64). That no entry is negative is the caller's promise.
+            (norm bounds call it in float64). The caller must know that no entry is negative; this is not checked.
         input_shape: shape of one input, without batch.
         dtype, device: of the values. Defaults: torch's default type, the CPU.
 
@@ -449,15 +466,22 @@ class NonNegative(LinearMap):
         return NonNegative(self.fn, self.input_shape, torch.float64, self.device)
 
     def row_norms(self, exact: bool = True) -> Tensor:
-        """Returns the 0-dim norm bound of the map, which no row exceeds, in either case."""
+        """The map's Schur bound, 0-dim, an upper bound on the norm of every row; the same in either case."""
         return self.double().schur_bound().to(self.dtype)
 
 
 class Selection(NonNegative):
-    """Each output is one of the inputs, or 0: gathers, tiles, pads. Args: as for `NonNegative`."""
+    """A map each of whose outputs is one of the inputs, or 0: gathers, tiles, pads.
+
+    Args:
+        fn, input_shape, dtype, device: As for `NonNegative`.
+
+    Raises:
+        InvalidInputError: As for `NonNegative`.
+    """
 
     def row_norms(self, exact: bool = True) -> Tensor:
-        """Returns 1, 0-dim: each row has one entry at most."""
+        """1, 0-dim: each row has at most one entry, which is 1."""
         return torch.ones((), dtype=self.dtype, device=self.device)
 
     def double(self) -> Selection:

@@ -1,4 +1,4 @@
-"""Certificates of spectral norms: what proves an upper bound, kind of map by kind of map."""
+"""Certificates of spectral norms: upper bounds and their proofs, for each class of linear maps."""
 
 from __future__ import annotations
 
@@ -17,26 +17,45 @@ from lirpa_ext.errors import InvalidInputError
 __all__ = ["Certificate", "certify", "normalized", "unit_weight"]
 
 _EPS = torch.finfo(torch.float64).eps
-# Maps up to this size are materialized: their smaller side, and their number of entries.
+# Limits of maps that are turned into a dense matrix: its smaller side, and its number of entries.
 _DENSE_SIDE, _DENSE_ENTRIES = 256, 2**20
-# Complex numbers held at once while the frequencies of a convolution are looked through (32 MB).
+# Complex numbers held at once while the maximum over the frequencies of a convolution is taken (32 MB).
 _CHUNK = 2**21
-# A Gram matrix is factorized if one attempt takes at most so many operations (about a second of one core) and
-# what is held of the matrix at once so many entries (128 MB).
+# Limits of Gram matrices that are factorized: operations of one attempt (about a second of one core), and entries of
+# the matrix that are held at once (128 MB).
 _GRAM_OPERATIONS, _GRAM_ENTRIES = 2e10, 2**24
 # Relative distances from the estimate at which a factorization is tried, and the most Lanczos steps for one.
 _DELTAS, _LANCZOS_STEPS = (1e-6, 1e-5, 1e-4, 1e-3), 300
 
 
 class Certificate(NamedTuple):
-    """An upper bound and a function of the map that has the gradient which the bound should have."""
+    """An upper bound on a spectral norm, and a function whose gradient serves as that of the bound.
+
+    Attributes:
+        value: The bound.
+        tangent: Linear map -> 0-dim tensor, about the norm, differentiable in the weight of the map.
+    """
 
     value: float
     tangent: Callable[[Any], Tensor]
 
 
 def certify(linear_map: LinearMap) -> Certificate:
-    # What tangents keep serves in later graphs, also when the bound was first asked for in inference mode.
+    """The smallest upper bound on the spectral norm that is known for a map, in float64 and rounded outward.
+
+    Schur's test holds for every map; dense maps, products, scalings and convolutions have sharper bounds
+    (`lirpa_ext.domain.norms.spectral_norm_bound`).
+
+    Args:
+        linear_map: The map A.
+
+    Returns:
+        The bound; its tangent takes the scaled map of `unit_weight`.
+
+    Raises:
+        InvalidInputError: A has NaN or infinite entries.
+    """
+    # Tangents keep tensors for later autograd graphs, which cannot hold tensors made in inference mode.
     with torch.inference_mode(False), torch.no_grad():
         unit, scale = unit_weight(linear_map)
         # Rounding: no row or column sum has more terms than the map has inputs and outputs.
@@ -52,9 +71,15 @@ def certify(linear_map: LinearMap) -> Certificate:
 
 
 def unit_weight(linear_map: LinearMap) -> tuple[LinearMap, float]:
-    """The map in float64 with its largest weight in [1, 2), and the factor, a power of 2, that was taken out.
+    """The map in float64, scaled by a power of 2 so that its largest weight lies in [1, 2).
 
-    Taking it out is exact, and squares of the entries then neither overflow nor underflow to any effect.
+    The scaling is exact, and squares of the scaled entries neither overflow nor lose anything by underflow.
+
+    Args:
+        linear_map: The map A.
+
+    Returns:
+        The scaled map, and the factor: A is the factor times the scaled map. The factor is 1 for maps without weight.
     """
     unit = linear_map.double()
     if not isinstance(unit, WeightedMap):
@@ -65,7 +90,7 @@ def unit_weight(linear_map: LinearMap) -> tuple[LinearMap, float]:
 
 
 def normalized(x: Tensor) -> Tensor:
-    """x / ||x||, and 0 for 0; the largest entry is divided out first, so that squares do not underflow."""
+    """x / ||x||_2 over all entries, and 0 for 0; the largest entry is divided out first to keep squares in range."""
     peak = x.abs().max()
     x = x / torch.where(peak > 0, peak, 1.0)
     return x / torch.linalg.vector_norm(x).clamp_min(1.0)
@@ -73,7 +98,7 @@ def normalized(x: Tensor) -> Tensor:
 
 @singledispatch
 def _sharp(unit: LinearMap) -> list[Certificate]:
-    """What the kind of map tells about its norm beside Schur's test."""
+    """Upper bounds on the norm that are specific to the class of the map, beside Schur's test."""
     return []
 
 
@@ -120,12 +145,12 @@ def _of_adjoint(conv: Certificate) -> Certificate:
 def _circulant(conv: Conv) -> Certificate:
     """The norm of a circulant map that contains the zero-padded strided convolution.
 
-    On a ring of N >= n + p positions per dimension (p: the padding of one side), what a window reads beyond
-    the data is never data from the other end. Outputs that the ring has no place for start at n + p or later,
-    see only padding and are 0. So the matrix of the convolution is, but for rows of zeros, a submatrix of the
-    ring's, and its norm at most as large. With N a multiple of the stride, splitting the input by position
-    modulo the stride (polyphase) and a Fourier transform make the ring's matrix block-diagonal. Groups are
-    further blocks: the norm is that of the largest.
+    On a ring of N >= n + p positions per dimension (p: the padding of one side), a window that reaches beyond the
+    data never reads data from the other end. Outputs whose windows start at n + p or later, which have no place on
+    the ring, see only padding and are 0. So the matrix of the convolution is, but for rows of zeros, a submatrix of
+    the ring's matrix, and its norm is at most as large. With N a multiple of the stride, splitting the input by
+    position modulo the stride (polyphase) and a Fourier transform make the ring's matrix block-diagonal. Groups are
+    further blocks: the norm is that of the largest block. (Sedghi, Gupta and Long, 2019, extended to strides.)
     """
     waves = _polyphase_waves(conv)
     block_size = math.prod(conv.weight.shape[:2]) * waves.shape[1]
@@ -141,9 +166,9 @@ def _circulant(conv: Conv) -> Certificate:
 
 
 def _polyphase_waves(conv: Conv) -> Tensor:
-    """What each tap contributes to each frequency and phase: (frequencies, phases, taps), complex.
+    """Contribution of each kernel tap to each frequency and phase: (frequencies, phases, taps), complex.
 
-    Weights are real, so half of the frequencies of the last dimension stand for the other half.
+    Weights are real, so that half of the frequencies of the last dimension suffice.
     """
     waves = torch.ones(1, 1, 1, dtype=torch.complex128, device=conv.device)
     for dim, step in enumerate(conv.stride):
@@ -158,18 +183,18 @@ def _polyphase_waves(conv: Conv) -> Tensor:
 
 
 def _frequency_blocks(conv: Conv, waves: Tensor) -> Tensor:
-    """(frequencies, groups, C_out / groups, phases * C_in / groups)."""
+    """Diagonal blocks of the ring's matrix: (frequencies, groups, C_out / groups, phases * C_in / groups)."""
     kernels = conv.weight.unflatten(0, (conv.groups, -1)).flatten(3)
     return torch.einsum("frt,goit->fgori", waves, kernels.to(waves.dtype)).flatten(3)
 
 
 class _Gram:
-    """A A^T or A^T A of a convolution, group by group, its entries in closed form.
+    """The Gram matrix A A^T or A^T A of a convolution, group by group, with entries in closed form.
 
-    With taps t = (t_1, ..., t_d), A is the sum over t of W_t (x) S_t1 (x) ... (x) S_td, where S of a tap moves
-    positions. So is A A^T of W_t W_t'^T and the S_t S_t'^T, 0-1 matrices, over all pairs of taps. Positions
-    further apart than `reach` share no window: in blocks of `rows` positions of the first spatial dimension
-    the matrix is block-tridiagonal.
+    With taps t = (t_1, ..., t_d), A is the sum over t of W_t (x) S_t1 (x) ... (x) S_td, where S of a tap shifts
+    positions. So A A^T is the sum over all pairs of taps of W_t W_t'^T (x) the 0-1 matrices S_t S_t'^T. Positions
+    further apart than `reach` share no window: in blocks of `rows` positions of the first spatial dimension, the
+    matrix is block-tridiagonal.
     """
 
     def __init__(self, conv: Conv, of_outputs: bool) -> None:
@@ -184,19 +209,19 @@ class _Gram:
         self.operations = 3 * self.side * block**2 + 2 * self.entries * conv.weight.shape[1]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: (B, *shape)."""
+        """The Gram matrix times x, (B, *shape)."""
         return self.conv(self.conv.adjoint(x)) if self.of_outputs else self.conv.adjoint(self.conv(x))
 
     @cached_property
     def _channels(self) -> Tensor:
-        """The W_t W_t'^T or W_t^T W_t': (groups, *taps, *taps, channels, channels)."""
+        """Products W_t W_t'^T or W_t^T W_t' of all pairs of taps: (groups, *taps, *taps, channels, channels)."""
         kernels = self.conv.weight.unflatten(0, (self.conv.groups, -1)).flatten(3)
         pairs = torch.einsum("gocs,gpct->gstop" if self.of_outputs else "gocs,godt->gstcd", kernels, kernels)
         return pairs.unflatten(2, self.conv.kernel).unflatten(1, self.conv.kernel)
 
     @cached_property
     def _positions(self) -> list[Tensor]:
-        """The S_t S_t'^T or S_t^T S_t' of each spatial dimension: (kernel, kernel, n, n)."""
+        """Products S_t S_t'^T or S_t^T S_t' of all pairs of taps, by spatial dimension: (kernel, kernel, n, n)."""
         pairs, conv = [], self.conv
         for dim, kernel in enumerate(conv.kernel):
             taps, outputs, inputs = (
@@ -209,7 +234,7 @@ class _Gram:
         return pairs
 
     def block(self, first: int, second: int) -> Tensor:
-        """The entries between the blocks of rows that begin at ``first`` and at ``second``, of each group."""
+        """Block of the matrix, for each group, between the blocks of rows that begin at ``first`` and ``second``."""
         here, there = (slice(start, start + self.rows) for start in (first, second))
         block, dims = self._channels, len(self._positions)
         for dim, positions in enumerate(self._positions):
@@ -222,13 +247,14 @@ class _Gram:
     def at_most(self, s: float) -> bool:
         """Whether a Cholesky factorization of (s^2 - margin) I - G in floating point proves ||A||_2 <= s.
 
-        If it runs to completion on a matrix H of side n, then lambda_min(H) >= -g tr(H), g about (n + 1) eps / 2,
-        whatever the order of its sums (Demmel, "On floating point errors in Cholesky", 1989; Rump, "Verification
-        of positive definiteness", 2006); tr(H) <= n s^2. Each entry of G is a sum of products of weights, at most
-        t = inputs + outputs in number, off by t eps / 2 times the same sum of magnitudes, so all of G by at most
-        t eps / 2 times ||A||_1 ||A||_inf in norm. The margin is twice as much and 8 eps s^2 for the diagonal.
+        If the factorization of a matrix H of side n runs to completion, then lambda_min(H) >= -g tr(H) with g about
+        (n + 1) eps / 2, in whatever order sums are taken (Demmel, "On floating point errors in Cholesky", 1989; Rump,
+        "Verification of positive definiteness", 2006); tr(H) <= n s^2. Each entry of G is a sum of at most
+        t = inputs + outputs products of weights, with an error of at most t eps / 2 times the sum of their magnitudes,
+        so that the error of G in norm is at most t eps / 2 times ||A||_1 ||A||_inf. The margin is twice the sum of
+        both errors, plus 8 eps s^2 for the diagonal.
 
-        This takes sums to be sums: fast algorithms (Winograd, Strassen), which no float64 backend uses, are not.
+        The error model does not cover fast algorithms (Winograd, Strassen), which no float64 backend uses.
         """
         terms = math.prod(self.conv.input_shape) + math.prod(self.conv.output_shape)
         schur = float(self.conv.schur_bound())
@@ -246,7 +272,7 @@ class _Gram:
         return True
 
     def top(self) -> tuple[float, Tensor]:
-        """Estimates of the largest eigenvalue and its unit eigenvector (1, *shape): Lanczos, never a certificate."""
+        """Estimates, never certificates, of the largest eigenvalue and its unit eigenvector (1, *shape), by Lanczos."""
         steps = min(_LANCZOS_STEPS, self.side)
         start = torch.randn(self.side, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         basis = start.new_zeros(steps + 1, self.side, device=self.conv.device)
@@ -255,14 +281,14 @@ class _Gram:
         for step in range(1, steps + 1):
             ahead, known = self(basis[step - 1].view(1, *self.shape)).flatten(), basis[:step]
             projected[step - 1, step - 1] = ahead @ basis[step - 1]
-            for _ in range(2):  # once leaves what rounding brings back
+            for _ in range(2):  # twice, since rounding leaves a part after the first orthogonalization
                 ahead = ahead - (known @ ahead) @ known
             rest = float(torch.linalg.vector_norm(ahead))
             last = step == steps or rest <= _EPS * float(projected.diagonal().max())
             if last or step % 20 == 0:
                 eigen = torch.linalg.eigh(projected[:step, :step])
                 top, ritz = float(eigen.eigenvalues[-1]), eigen.eigenvectors[:, -1]
-                # The eigenvalue is off by the square of this over the gap: far less than what is tried first.
+                # The eigenvalue's error is this residual squared over the spectral gap, far below the first of _DELTAS.
                 if last or rest * abs(float(ritz[-1])) <= 2e-6 * top:
                     break
             projected[step, step - 1] = projected[step - 1, step] = rest
@@ -271,7 +297,7 @@ class _Gram:
 
 
 def _factorized(conv: Conv, ceiling: float) -> list[Certificate]:
-    """The norm up to 1e-6, or up to a later delta, where a Gram matrix of the map is cheap to factorize."""
+    """The norm up to 1e-6, or up to a later one of `_DELTAS`, if a Gram matrix of the map is cheap to factorize."""
     gram = min((_Gram(conv, True), _Gram(conv, False)), key=lambda candidate: candidate.operations)
     if gram.operations > _GRAM_OPERATIONS or gram.entries > _GRAM_ENTRIES:
         return []
@@ -288,7 +314,7 @@ def _factorized(conv: Conv, ceiling: float) -> list[Certificate]:
 
 
 def _matrix(linear_map: LinearMap) -> Tensor:
-    """A, or A^T where that takes fewer applications."""
+    """The matrix of A, or of A^T if that takes fewer applications of the map."""
     inputs, outputs = math.prod(linear_map.input_shape), math.prod(linear_map.output_shape)
     basis = torch.eye(min(inputs, outputs), dtype=linear_map.dtype, device=linear_map.device)
     if inputs <= outputs:
@@ -303,8 +329,8 @@ def _wide(matrix: Tensor) -> Tensor:
 def _upper(matrix: Tensor) -> Tensor:
     """Upper bound of the largest singular value of each matrix (..., m, n), by the smaller Gram matrix.
 
-    Forming G = M M^H errs by (m + n) eps tr(G) or so, its eigenvalues by a small multiple of m eps ||G||. The
-    margin of 8 (m + n) eps tr(G) is a heuristic that holds both many times over.
+    Forming G = M M^H has an error of about (m + n) eps tr(G), its eigenvalues one of a small multiple of m eps ||G||.
+    The margin of 8 (m + n) eps tr(G) is a heuristic, many times larger than both.
     """
     wide = _wide(matrix)
     gram = wide @ wide.mH

@@ -17,7 +17,7 @@ __all__ = ["NormBound", "NormCache", "NormEstimate", "PowerIteration", "key_of",
 
 @dataclass(frozen=True, eq=False)
 class NormEstimate:
-    """A lower estimate of a spectral norm: never a certificate.
+    """A lower estimate of a spectral norm, which is never a certificate.
 
     Attributes:
         value: 0-dim, <= ||A||_2 up to rounding.
@@ -40,17 +40,17 @@ class NormBound:
 def spectral_norm_bound(linear_map: LinearMap) -> NormBound:
     """A sound upper bound of ||A||_2, computed in float64 and rounded outward.
 
-    The smaller of sqrt(||A||_1 ||A||_inf) and what is known of the kind of map: the exact norm of dense maps,
-    scalings and small maps; for convolutions, transposed or not, the norm of a circulant map that contains A
-    (Sedghi, Gupta and Long, "The singular values of convolutional layers", 2019, here with any stride), and
-    where it is cheap the norm up to 1e-6, proved by a Cholesky factorization.
+    The smaller of sqrt(||A||_1 ||A||_inf) and a bound for the class of the map: the exact norm of dense maps, scalings
+    and small maps; for convolutions, transposed or not, the norm of a circulant map that contains A (Sedghi, Gupta and
+    Long, "The singular values of convolutional layers", 2019, here with any stride), and where this is cheap the norm
+    up to 1e-6, proved by a Cholesky factorization.
 
     Args:
         linear_map: the map A.
 
     Returns:
-        The bound, in the map's dtype and on its device. Its gradient is that of what attains it, mostly a
-        singular value; of several equal ones, of one.
+        The bound, 0-dim, in the map's dtype and on its device. Its gradient is that of the quantity that gives the
+        bound, mostly the largest singular value; of several equal ones, one is taken.
 
     Raises:
         InvalidInputError: the weight holds NaN or infinite values.
@@ -63,14 +63,18 @@ def spectral_norm_bound(linear_map: LinearMap) -> NormBound:
 
 
 def key_of(name: str, linear_map: LinearMap, known: dict[str, object]) -> str:
-    """Key of a weight's norm: its name, with the input's shape appended where it has another geometry by that name.
+    """Key under which the norm of a map is kept: the name of its weight, made unique for each geometry.
 
-    One weight may serve maps of several sizes or strides, or both W and its transpose: each has a norm of its own.
+    One weight may be used by maps of several sizes or strides, or as both W and its transpose, and each map has a norm
+    of its own. The first geometry gets the name itself, others the name with the input's shape appended.
 
     Args:
         name: Name of the weight.
         linear_map: The map.
-        known: Geometry by key, of the maps met so far; this one is added.
+        known: Geometry by key, of the maps met so far; this map is added.
+
+    Returns:
+        The key.
 
     >>> from lirpa_ext.domain.linear_maps import Dense
     >>> known, weight = {}, torch.eye(3)
@@ -85,9 +89,9 @@ def key_of(name: str, linear_map: LinearMap, known: dict[str, object]) -> str:
 
 
 class NormCache:
-    """Norm bounds by key, each valid while the map's geometry and the content of its weight stay.
+    """Norm bounds by key, each valid while the geometry of the map and the values of its weight stay the same.
 
-    Contents are compared, not version counters, which changes through ``.data`` do not raise.
+    The values are compared, not torch's version counters, which do not count changes through ``.data``.
 
     >>> from lirpa_ext.domain.linear_maps import Dense
     >>> cache, weight = NormCache(), torch.eye(2)
@@ -103,14 +107,14 @@ class NormCache:
         self._entries: dict[str, tuple[WeightedMap, Certificate]] = {}
 
     def bound(self, key: str, linear_map: LinearMap) -> NormBound:
-        """`spectral_norm_bound`, remembered under ``key``; it carries a gradient on a hit, too.
+        """`spectral_norm_bound`, remembered under ``key``; a remembered bound has a gradient too.
 
         Args:
-            key: name of the node.
-            linear_map: its map; one without weight is bounded anew, which is cheap.
+            key: name of the weight or node (`key_of`).
+            linear_map: the map; maps without weight are bounded anew at each call, which is cheap.
 
         Returns:
-            The bound.
+            The bound, 0-dim.
 
         Raises:
             InvalidInputError: the weight holds NaN or infinite values.
@@ -130,11 +134,14 @@ class NormCache:
 
 
 class PowerIteration(nn.Module):
-    """Persistent power iteration: the vector u survives between calls and in the state dict.
+    """Persistent power iteration for spectral norms: its vector u is kept between calls and in the state dict.
 
     Args:
         linear_map: a map of the geometry that will be iterated on.
-        generator: source of the start. Default: one of its own, of fixed seed; never the global one.
+        generator: source of the random start. Default: a new generator with a fixed seed.
+
+    Attributes:
+        u: unit vector, (1, *input_shape).
 
     >>> from lirpa_ext.domain.linear_maps import Dense
     >>> dense = Dense(torch.diag(torch.tensor([3.0, 1.0])))
@@ -158,7 +165,7 @@ class PowerIteration(nn.Module):
 
         Args:
             linear_map: the map A.
-            steps: power steps u <- A^T A u / ||A^T A u|| to take first; in eval mode none is taken.
+            steps: number of power steps u <- A^T A u / ||A^T A u|| to take first; in eval mode none is taken.
 
         Returns:
             The estimate. Its gradient is that of v^T A u with u and v = A u / ||A u|| held fixed.
@@ -179,7 +186,7 @@ class PowerIteration(nn.Module):
             max_steps: most steps to take. Default 1000.
 
         Returns:
-            The estimate, as `forward` gives it: still a lower one.
+            The estimate, as `forward` returns it: still a lower estimate.
 
         Raises:
             InvalidInputError: the map's input shape is not that of u.
@@ -202,12 +209,12 @@ class PowerIteration(nn.Module):
         u = self._direction(linear_map)
         for _ in range(steps):
             ahead = normalized(linear_map.adjoint(normalized(linear_map(u))))
-            # There is no direction to follow where A u is 0, and NaN weights must not spoil u for good.
+            # u stays as it is where A u = 0, which gives no direction, and for NaN weights, which would make u NaN.
             u = torch.where(ahead.any() & ahead.isfinite().all(), ahead, u)
         self.u.copy_(u)
 
     def _direction(self, linear_map: LinearMap) -> Tensor:
-        """u for this map; a copy, since graphs keep it and later calls overwrite the buffer."""
+        """u in the map's dtype and on its device, as a copy: graphs keep u, and later calls overwrite the buffer."""
         if self.u.shape[1:] != linear_map.input_shape:
             raise InvalidInputError(
                 f"PowerIteration: made for inputs of shape {tuple(self.u.shape[1:])}, got a map of inputs of "
@@ -217,7 +224,7 @@ class PowerIteration(nn.Module):
 
 
 def _geometry(linear_map: LinearMap) -> object:
-    """All that defines a map beside its weight's values; a transposed view of the weight has other strides."""
+    """Everything that defines a map except for the values of its weight; strides tell a weight from its transpose."""
     if not isinstance(linear_map, WeightedMap):
         return linear_map.input_shape
     return *linear_map.geometry, linear_map.weight.stride()

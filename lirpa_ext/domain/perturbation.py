@@ -1,4 +1,4 @@
-"""The perturbation set: an lp ball around the input, per-sample radius, optionally cut to a data range."""
+"""The perturbation set: an lp ball around the input, of one radius or one for each sample, cut to a data range."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..errors import InvalidInputError, OptionError
 from .ball_box_min import ball_box_min
 from .lengths import flat, length
 
-# The engine asks for as many rows as a hidden layer has neurons; those of the output are few.
+# The exact minimum is affordable for the rows of an output, not for the engine's rows of each neuron of hidden layers.
 _MOST_EXACT_ROWS = 256
-# A range, given number by number, that lets no sample move by this part of eps is taken for a mistake.
+# A data range tensor in which no sample can move by more than this part of eps is taken for a mistake.
 _NARROW = 1e-3
 
 
@@ -79,17 +79,17 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
 
     @classmethod
     def of(cls, perturbation: Any, x: Tensor | None = None) -> PerturbationLpNorm:
-        """The same set as one of the engine's own `PerturbationLpNorm`, or `perturbation` if it is ours.
+        """The set of an engine's own `PerturbationLpNorm` as this class; an instance of this class is returned as is.
 
-        To the engine x_L and x_U are no range, but ends of an l-inf box in place of x - eps and x + eps; for every
-        other norm it ignores them.
+        The engine takes x_L and x_U for the ends of an l-inf box, in place of x - eps and x + eps, and ignores both
+        for every other norm.
 
         Args:
-            perturbation: The engine's, or ours.
-            x: Its center, (B, ...); needed for an l-inf box of which one end is given.
+            perturbation: A perturbation of the engine or of this package.
+            x: Center of the set, (B, ...); needed for an l-inf box with only one of x_L and x_U.
 
         Raises:
-            InvalidInputError: The perturbation is of another class (synonyms, l0, linear constraints).
+            InvalidInputError: The perturbation is of another class (synonyms, l0, linear constraints), or needs `x`.
         """
         if isinstance(perturbation, cls):
             return perturbation
@@ -107,10 +107,13 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         )
 
     def engines_box(self, x: Tensor) -> Any:
-        """The same set as the engine's own class; its dynamic forward mode takes no subclass, and only boxes.
+        """The same set as an instance of the engine's own class, for its dynamic forward mode, which takes only boxes.
+
+        Args:
+            x: Center of the set, (B, ...).
 
         Raises:
-            OptionError: The set is no box.
+            OptionError: The norm is not inf, so that the set is no box.
         """
         if self.norm != math.inf:
             raise OptionError(f"the engine's dynamic forward mode takes l-inf sets only, not norm {self.norm:g}")
@@ -118,14 +121,19 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         return engine.EnginePerturbationLpNorm(norm=math.inf, x_L=lower, x_U=upper)
 
     def check(self, x: Tensor) -> None:
-        """Raise unless `x` is finite, lies in the data range and can move there, and `eps` has an entry a sample."""
+        """Check the center `x`, (B, ...), against the set.
+
+        Raises:
+            InvalidInputError: `x` is not finite or lies outside of the data range, the range leaves next to nothing
+                of the ball, or `eps` has another number of entries than 1 or B.
+        """
         if not torch.isfinite(x).all():
             raise InvalidInputError("the input has NaN or infinite entries")
         if self.radius is None or (self.range_lower is None and self.range_upper is None):
             self.eps_of(x)  # x is the center, so inside
             return
         lower, upper = self.box(x)
-        outside, stuck = torch.stack([((lower > x) | (upper < x)).any(), self._stuck(x)]).tolist()  # one look at a GPU
+        outside, stuck = torch.stack([((lower > x) | (upper < x)).any(), self._stuck(x)]).tolist()  # one GPU transfer
         if outside:
             raise InvalidInputError(
                 f"the input leaves the data range: it spans [{x.min():.6g}, {x.max():.6g}], the range is "
@@ -138,9 +146,10 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
             )
 
     def _stuck(self, x: Tensor) -> Tensor:
-        """Whether no sample of radius > 0 can move by more than a small part of it in its range.
+        """Whether no sample of radius > 0 can move in its range by more than a small part of the radius.
 
-        Ranges of numbers are those of a data format, and may be small beside eps; x_L = x_U = x is not.
+        Only for ranges given as tensors: a range of two numbers is that of a data format, and may be small beside eps,
+        while x_L = x_U = x is a mistake.
         """
         ends = (self.range_lower, self.range_upper)
         if any(end is None for end in ends) or max(torch.as_tensor(end).numel() for end in ends) == 1:
@@ -151,7 +160,12 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         return (eps > 0).any() & ((eps == 0) | (reach <= _NARROW * eps)).all()
 
     def take(self, index: Tensor, x: Tensor) -> PerturbationLpNorm:
-        """The sets of some samples of the batch `x`; an index may repeat."""
+        """The sets of some samples.
+
+        Args:
+            index: Indices of the samples, (K,), which may repeat.
+            x: Centers of the whole batch, (B, ...).
+        """
 
         def some(value: Any, batched: bool) -> Any:
             return value[index] if batched and len(value) == len(x) else value
@@ -165,7 +179,17 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         )
 
     def eps_of(self, x: Tensor) -> Tensor:
-        """Radius of each sample, (B,); for a bare box the largest distance of a face from `x`."""
+        """Radius of each sample, in units of the input; for a box without eps the largest distance of a face from `x`.
+
+        Args:
+            x: Center of the set, (B, ...).
+
+        Returns:
+            (B,).
+
+        Raises:
+            InvalidInputError: `eps` has another number of entries than 1 or B.
+        """
         if self.radius is None:
             lower, upper = self.box(x)
             return flat(torch.maximum(upper - x, x - lower)).amax(1)
@@ -175,7 +199,14 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         return eps.reshape(-1).expand(len(x)) if eps.numel() == 1 else eps.reshape(-1)
 
     def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Smallest box around the set, two tensors of the shape of `x`."""
+        """Box around the set: that of the ball, cut to the data range.
+
+        Args:
+            x: Center of the set, (B, ...).
+
+        Returns:
+            Lower and upper corner, (B, ...) each.
+        """
         if self.radius is None:
             return self._range(x, "range_lower", x), self._range(x, "range_upper", x)
         eps = self.eps_of(x).view(-1, *[1] * (x.dim() - 1))
@@ -187,11 +218,14 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         return lower, upper
 
     def towards(self, x: Tensor, direction: Tensor) -> Tensor:
-        """The point of the set that is farthest from the center in a direction, then put into the range.
+        """The point on the border of the lp ball in a direction from the center, clipped to the data range.
 
         Args:
-            x: Input, (B, ...).
-            direction: Likewise.
+            x: Center of the set, (B, ...).
+            direction: Direction, (B, ...), of any length.
+
+        Returns:
+            (B, ...).
         """
         view = (-1, *[1] * (x.dim() - 1))
         size = torch.linalg.vector_norm(flat(direction), ord=self.norm, dim=1).clamp(min=1e-30).view(view)
@@ -201,7 +235,14 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         return torch.minimum(torch.maximum(x + direction / size * self.eps_of(x).view(view), lower), upper)
 
     def l2_radius(self, x: Tensor) -> Tensor:
-        """Radius (B,) of an l2 ball around `x` that contains the set: N^(1/2 - 1/max(p, 2)) eps."""
+        """Radius of an l2 ball around `x` that contains the set: N^(1/2 - 1/max(p, 2)) eps for N elements a sample.
+
+        Args:
+            x: Center of the set, (B, ...).
+
+        Returns:
+            (B,).
+        """
         if self.radius is None:
             lower, upper = self.box(x)
             return length(flat(torch.maximum(upper - x, x - lower)))
@@ -209,12 +250,13 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         return self.eps_of(x) * x[0].numel() ** (0.5 - inverse_p)
 
     def minimum(self, a: Tensor, x: Tensor, exact: bool = True) -> Tensor:
-        """Lower bound on min a.x' over the set for each row; exact without a range, and with one for p = 2, inf.
+        """Lower bound on min a.x' over the set for each row a; exact without a data range, and with one for p = 2, inf.
 
         Args:
             a: Coefficient rows, (B, S, N).
-            x: Input, (B, ...) with N elements a sample.
-            exact: For p = 2 with a range, solve for each row; else the better of ball and box, at a tenth the time.
+            x: Center of the set, (B, ...), with N elements a sample.
+            exact: For p = 2 with a range, solve for the exact minimum of each row (default). False takes the better
+                of the minima over ball and box, in a tenth of the time.
 
         Returns:
             (B, S).
@@ -237,7 +279,13 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
     # --- the engine's interface ------------------------------------------------------------------------------
 
     def init(self, x: Tensor, aux: Any = None, forward: bool = False) -> tuple[Any, Tensor, None]:
-        """Initial bounds, with which the engine's IBP and forward mode start: the box, for every norm."""
+        """Bounds of the input with which the engine's IBP and forward mode start: the box, for every norm.
+
+        Args:
+            x: Center of the set, (B, ...).
+            aux: Ignored.
+            forward: Whether to add the identity as linear bounds, for the forward mode. Default False.
+        """
         self.sparse = False
         lower, upper = self.box(x)
         if not forward:
@@ -248,7 +296,16 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
         return engine.LinearBound(weight, bias, weight, bias, lower, upper), x, None
 
     def concretize(self, x: Tensor, A: Any, sign: int = -1, *_: Any, **__: Any) -> Tensor | None:
-        """Bound of A x' over the set, below (sign -1) or above (+1), in whatever form the engine keeps A."""
+        """Lower (sign -1) or upper (sign +1) bound of A x' over the set.
+
+        Args:
+            x: Center of the set, (B, ...).
+            A: Coefficients: a tensor (B, S, ...), or in the engine's own forms (identity, patches).
+            sign: -1 (default) or +1.
+
+        Returns:
+            (B, S), or the shape that the engine expects for its patches; None if `A` is None.
+        """
         if A is None:
             return None
         if isinstance(A, engine.eyeC) or (isinstance(A, engine.Patches) and A.identity):
@@ -273,7 +330,7 @@ class PerturbationLpNorm(engine.EnginePerturbationLpNorm):  # type: ignore[misc]
 
 
 def check_eps(eps: float | Tensor) -> None:
-    """Raise unless every radius is a finite number, at least 0, in a scalar or a vector."""
+    """Raise InvalidInputError unless every radius is finite and at least 0, in a scalar or a vector (B,)."""
     values = torch.as_tensor(eps, dtype=torch.float64) if not isinstance(eps, np.ndarray) else torch.from_numpy(eps)
     if values.dim() > 1:
         raise InvalidInputError(f"eps must be a number or have shape (B,), got shape {tuple(values.shape)}")

@@ -1,4 +1,4 @@
-"""x^p for a number p, and |x|, as functions with boxes and lines."""
+"""x^p for a number p, and |x|, as scalar functions with boxes and linear bounds."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from torch import Tensor
 
 from .scalar_functions import ScalarFunction
 
-_SHRINK = 0.99  # so that rounding leaves a tangent of an even power above 0
+_SHRINK = 0.99  # margin by which the tangent of an even power stays above 0 in spite of rounding
 
 
 class Power(ScalarFunction):
-    """x^p; defined for all x if p is whole, else for x >= 0. It has a pole at 0 if p < 0."""
+    """x^p: defined for all x if p is a whole number, else for x >= 0; with a pole at 0 if p < 0.
+
+    Args:
+        exponent: p.
+    """
 
     monotone = False
 
@@ -21,7 +25,7 @@ class Power(ScalarFunction):
         self.set_exponent(exponent)
 
     def set_exponent(self, exponent: float) -> None:
-        """Where x^p bends, and what it is like."""
+        """Set p, and the attributes of `ScalarFunction` that depend on p."""
         whole, p = exponent == int(exponent), exponent
         self.exponent, self.whole = p, whole
         if whole and (p < 0 or p % 2):
@@ -45,13 +49,13 @@ class Power(ScalarFunction):
         return (lower <= 0) & (upper >= 0) if self.exponent < 0 else None
 
     def lines(self, lower: Tensor, upper: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """As for any function; below an even power with a line that stays at or above 0, for what wants such values."""
+        """As in `ScalarFunction`; the line below an even power stays at or above 0, as a later root or log may need."""
         (k, low), above = super().lines(lower, upper)
         if not self.whole or self.exponent <= 0 or self.exponent % 2:
             return (k, low), above
         p = self.exponent
         nearest = torch.minimum(lower.clamp(min=0) + upper.clamp(max=0), upper)
-        # The tangent at t is 0 at t (p - 1) / p: nowhere negative if that lies between 0 and the interval.
+        # The tangent at t is 0 at t (p - 1) / p: not negative on the interval if this lies between 0 and the interval.
         middle, furthest = lower + (upper - lower) / 2, nearest * (p / (p - 1) * _SHRINK)
         at = torch.where(middle.abs() > furthest.abs(), furthest, middle)
         slope, offset = self.derivative(at), (1 - p) * self.value(at)
@@ -75,7 +79,7 @@ class Absolute(ScalarFunction):
         return x.sign()
 
     def box(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """Without rounding."""
+        """Smallest and largest |x| on [l, u], without outward rounding, as |x| is computed exactly."""
         nearest = torch.maximum(lower, -upper).clamp(min=0)
         return self._honest(nearest, torch.maximum(-lower, upper), lower, upper)
 

@@ -1,4 +1,4 @@
-"""Matrix products with a constant of any rank, on either side, as linear maps."""
+"""Matrix products with a constant operand of any rank, on either side, as linear maps."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["Product", "matrices"]
 
 
 class Product(WeightedMap):
-    """x -> W x, or x W, as torch.matmul understands it: A is one block W for each of x's columns, or rows.
+    """x -> W x, or x W, as in torch.matmul: the matrix of the map has one block W for each column of x, or row.
 
     Args:
-        weight: The constant, without batch axis: a vector (n,), a matrix, or a stack of matrices, whose leading
-            axes broadcast with those of one input.
-        input_shape: Shape of one input: at least (n,) to the left of W, (n, m) to the right of it.
+        weight: W, without batch axis: a vector (n,), a matrix, or a stack of matrices, whose leading axes broadcast
+            with those of one input.
+        input_shape: Shape of one input: at least (n,) for x W, at least (n, m) for W x.
         left: Whether W stands on the left.
 
     Raises:
@@ -61,16 +61,17 @@ class Product(WeightedMap):
         return product_adjoint(self.weight, y, self.left).sum_to_size(len(y), *self.input_shape)
 
     def row_norms(self, exact: bool = True) -> Tensor:
-        """Returns those of W's rows (columns, on the right), exact in either case."""
+        """Norms of the rows of W, or of its columns for x W, which broadcast to output_shape; exact in either case."""
         along = -1 if self.left or self.weight.dim() == 1 else -2
         peak = _peak(self.weight, (along,))
         norms = peak * safe_sqrt((self.weight / peak).square().sum(along, keepdim=True))
         return norms.squeeze(0) if self.weight.dim() == 1 or len(self.output_shape) == 1 else norms
 
     def blocks(self) -> Tensor:
-        """Matrices (k, rows, n), the largest of whose norms is that of A.
+        """Matrices (k, rows, n) whose largest spectral norm is that of the map.
 
-        Where W has several matrices for one of x's, they act on the same values and make one taller matrix.
+        Where several matrices of W are broadcast over one matrix of x, they act on the same values, and are stacked
+        into one taller matrix.
         """
         stack = matrices(self.weight, self.left)
         lead = stack.dim() - 2
@@ -82,14 +83,31 @@ class Product(WeightedMap):
 
 
 def matrices(weight: Tensor, left: bool) -> Tensor:
-    """The constant as matrices (..., rows, n) that act on columns of n values."""
+    """The constant operand as matrices that act on columns of n values.
+
+    Args:
+        weight: The constant, of at least one axis.
+        left: Whether the constant stands on the left of the product.
+
+    Returns:
+        (..., rows, n).
+    """
     if weight.dim() == 1:
         return weight.unsqueeze(0)
     return weight if left else weight.mT
 
 
 def product_adjoint(weight: Tensor, rows: Tensor, left: bool) -> Tensor:
-    """Rows (..., of outputs) through the transposed product; where W was broadcast, not yet summed."""
+    """Coefficient rows of a product carried to those of its other operand, by the product with the transposed constant.
+
+    Args:
+        weight: The constant operand W.
+        rows: Coefficients of the product, of its shape with any leading axes.
+        left: Whether W stands on the left.
+
+    Returns:
+        Coefficients of the other operand; for broadcast operands the caller sums over the repeated axes.
+    """
     if weight.dim() == 1:
         outer = rows.unsqueeze(-2 if left else -1)
         return weight.unsqueeze(-1) * outer if left else outer * weight

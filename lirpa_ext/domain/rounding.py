@@ -1,9 +1,9 @@
-"""Outward rounding: what floating-point arithmetic may have lost is added to balls and boxes.
+"""Outward rounding: balls and boxes are enlarged by bounds on the errors of floating-point arithmetic.
 
-Model: any order of summation of k products errs by at most gamma_k |a|.|b|, gamma_k = k u / (1 - k u), with u half
-the machine epsilon (Higham, Accuracy and Stability of Numerical Algorithms, 3.1). It covers blocked and fused sums,
-not Winograd or Strassen ones. Elementary functions are taken to be right to `ULPS` units in the last place. All
-constants are doubled, so that the rounding of these few terms themselves is covered.
+Error model: a sum of k products in any order has an error of at most gamma_k |a|.|b| with gamma_k = k u / (1 - k u),
+u half the machine epsilon (Higham, Accuracy and Stability of Numerical Algorithms, 3.1). This covers blocked and fused
+sums, but not Winograd or Strassen algorithms. Elementary functions are assumed to be correct to `ULPS` units in the
+last place. All constants are doubled, to cover the rounding of the enlargements themselves.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ ULPS = 8
 
 
 def gamma(dtype: torch.dtype, terms: int) -> float:
-    """2 gamma_k for sums of `terms` products and a few more operations."""
+    """Relative error bound 2 gamma_k of sums of `terms` products and a few more operations, in `dtype`."""
     loss = (terms + ULPS) * torch.finfo(dtype).eps / 2
     return 2 * loss / (1 - loss)
 
 
 def summands(linear_map: LinearMap) -> int:
-    """How many products each output of the map sums at most."""
+    """Largest number of products that an output of the map sums."""
     weight = linear_map.weight
     if isinstance(linear_map, (Dense, Conv)) and weight is not None:
         return weight[0].numel()
@@ -37,7 +37,12 @@ def summands(linear_map: LinearMap) -> int:
 
 
 def widened(state: BallBox, ulps: int = ULPS) -> BallBox:
-    """The set of a node whose values are right to `ulps` units in the last place."""
+    """The set of a node, enlarged by an error of `ulps` units in the last place of its values.
+
+    Args:
+        state: The set, for exact arithmetic.
+        ulps: Error in units in the last place, default `ULPS`.
+    """
     loss = gamma(state.center.dtype, ulps)
     radius = state.radius * (1 + loss) + loss * length(flat(state.center), 1)
     if state.lower is None or state.upper is None:
@@ -47,7 +52,7 @@ def widened(state: BallBox, ulps: int = ULPS) -> BallBox:
 
 
 def outward_box(state: BallBox) -> tuple[Tensor, Tensor]:
-    """Both corners of a set; those of a ball rounded outward, for z - rho may round to z."""
+    """Corners of a set's box, (B, ...) each; those of a ball alone rounded outward, since z - rho may round to z."""
     lower, upper = state.box()
     if state.lower is not None:
         return lower, upper
@@ -56,10 +61,14 @@ def outward_box(state: BallBox) -> tuple[Tensor, Tensor]:
 
 
 def input_of_affine(state: BallBox, loss: float) -> BallBox:
-    """The input's set, larger by what the products with it may lose: |W x - fl(W x)| <= loss |W| |x|.
+    """The set of an affine node's input, enlarged to cover rounding in its products: |W x - fl(W x)| <= loss |W| |x|.
 
-    On the box, loss |W| |x| is what an additional half width loss |x| becomes; on the ball, by Cauchy-Schwarz,
-    loss ||W_i|| ||x|| is what an additional radius loss ||x|| becomes.
+    On the box, an additional half width loss |x| becomes loss |W| |x| in the output; on the ball, an additional
+    radius loss ||x|| becomes loss ||W_i|| ||x||, which suffices by Cauchy-Schwarz.
+
+    Args:
+        state: The input's set.
+        loss: Relative error of the products (`gamma`).
     """
     size = length(flat(state.center), 1) + state.radius
     radius = state.radius + loss * size
@@ -70,10 +79,16 @@ def input_of_affine(state: BallBox, loss: float) -> BallBox:
 
 
 def output_of_affine(image: BallBox, before: BallBox, rows: Tensor, loss: float) -> BallBox:
-    """The output's set, larger by what adding the bias and forming the center may lose.
+    """The set of an affine node's output, enlarged to cover rounding when the bias is added and the center computed.
 
-    The bias is the output less the product, so |b| <= |W x + b| + |W| |x|, of which the second term is in the
-    input's set already. The center's own error, as a vector, is at most loss (||A||_F ||x|| + ||W x + b||).
+    Since |b| <= |W x + b| + |W| |x|, and `input_of_affine` covers the second term, the bias adds loss |W x + b|. The
+    center, as a vector, has an error of at most loss (||A||_F ||x|| + ||W x + b||).
+
+    Args:
+        image: Set of the output, of the input's set as enlarged by `input_of_affine`.
+        before: Set of the input, not enlarged.
+        rows: l2 norms of the rows of W, which broadcast to one output.
+        loss: Relative error of the products (`gamma`).
     """
     frobenius = length(rows.expand(image.center.shape[1:]).reshape(-1))
     size = length(flat(before.center), 1)
@@ -87,16 +102,20 @@ def output_of_affine(image: BallBox, before: BallBox, rows: Tensor, loss: float)
 def sign_kept(
     lower: Tensor, before: Tensor, linear_map: LinearMap, at_zero: Callable[[], Tensor], outward: bool
 ) -> Tensor:
-    """Lower ends of an affine node, not below its value at 0 where none of the summed products can be negative.
+    """Lower ends of an affine node, raised to its value at 0 where none of the summed products can be negative.
 
-    So sums of squares and means of what is not negative stay so, and have a root, whatever rounding lost.
+    Outward rounding thus keeps sums of squares, and means of non-negative values, non-negative, so that a following
+    root is defined.
 
     Args:
         lower: Lower ends of the output's box, (B, ...).
-        before: Those of the input's, (B, ...).
+        before: Lower ends of the input's box, (B, ...).
         linear_map: The node's linear part.
-        at_zero: Gives the node's value at 0, that is its bias, broadcastable to the output.
-        outward: Whether maps with weights are looked at, too: that waits for the device.
+        at_zero: Returns the node's value at 0, that is its bias, broadcastable to the output.
+        outward: Whether to do this for maps with weights, too, which waits for the device.
+
+    Returns:
+        (B, ...).
     """
     weight = linear_map.weight
     if not isinstance(linear_map, NonNegative) and (not outward or weight is None or bool((weight < 0).any())):
@@ -107,6 +126,15 @@ def sign_kept(
 
 
 def row_slack(rows: Tensor, state: BallBox, terms: int) -> Tensor:
-    """What sums of rows (B, S, n) with values of a set may lose: 2 gamma ||a|| (||z|| + rho), (B, S)."""
+    """Error bound of the products of coefficient rows a with values of a set: 2 gamma_k ||a|| (||z|| + rho).
+
+    Args:
+        rows: a, (B, S, n).
+        state: Set with center z, (B, ...) of n elements a sample, and radius rho.
+        terms: Number k of summed products.
+
+    Returns:
+        (B, S).
+    """
     size = length(flat(state.center), 1) + state.radius
     return gamma(rows.dtype, terms) * length(rows) * size.unsqueeze(1)

@@ -1,9 +1,9 @@
-"""Functions of one variable on intervals: boxes, slopes, and lines on either side.
+"""Functions of one variable on intervals: boxes, slopes, and linear lower and upper bounds.
 
 On an interval [l, u] everything follows from f and its derivative: the box, the steepest slope, and a line on either
-side, of slope k, the chord's or that in the middle, whichever is better. f(x) - kx is least and largest at l, at u, at
-a kink, or where f' = k; f' is monotone between the points that a class lists, so that each gap holds one such place at
-most, found by bisection.
+side. The slope k of a line is that of the chord or of the tangent in the middle, whichever gives the better line.
+f(x) - kx attains its minimum and maximum at l, at u, at a kink, or where f' = k. A class lists the points between
+which f' is monotone, so that f' = k at one point at most between two of them, found by bisection.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from torch import Tensor
 from ..errors import RegistrationError
 
 _BISECTIONS = {torch.float64: 48, torch.float32: 22}
-_ULPS = 32  # that f(x) - kx may lose in floating point
+_ULPS = 32  # error bound of f(x) - kx in floating point, in units in the last place
 
 
 class ScalarFunction:
-    """A function f of one variable, applied to each entry of a tensor.
+    """A function f of one variable, applied to each entry of a tensor. Subclasses write `value` and `derivative`.
 
-    What is no number or has no bound stays so: where f is not defined on all of an interval, its box and lines there
-    are NaN, at a pole they are infinite, and the slope is NaN or infinite.
+    Where f is not defined on all of an interval, box and lines are NaN; where f has a pole in the interval, they are
+    infinite. The slope is then NaN or infinite.
 
     Attributes:
-        turns: Where f' turns from rising to falling or jumps, ascending: numbers, or tensors that broadcast.
-        rising: Whether f' rises (or stands still) before the first turn, between each two, and after the last.
-        monotone: f does not decrease.
-        least: No value of f is below, and none of torch's.
-        most: Nor above.
-        error: How far torch's function may be from f, besides a few units in the last place of f(x).
-        lipschitz: f has a bounded slope on every bounded interval.
+        turns: Points at which f' changes between rising and falling, or jumps, ascending: numbers, or tensors that
+            broadcast. Default none.
+        rising: Whether f' does not decrease before the first turn, between each two turns, and after the last.
+        monotone: Whether f does not decrease. Default True.
+        least: Lower bound on all values of f, as computed by torch. Default -inf.
+        most: Upper bound on all values of f, as computed by torch. Default inf.
+        error: Bound on the absolute error of torch's f, besides a few units in the last place of f(x). Default 0.
+        lipschitz: Whether f has a bounded slope on every bounded interval. Default True.
     """
 
     turns: tuple[Any, ...] = ()
@@ -47,45 +48,53 @@ class ScalarFunction:
     lipschitz = True
 
     def value(self, x: Tensor) -> Tensor:
-        """f."""
+        """f(x), entry by entry."""
         raise NotImplementedError
 
     def derivative(self, x: Tensor) -> Tensor:
-        """f'; either side's at a jump."""
+        """f'(x), entry by entry; at a jump of f', the limit from either side."""
         raise NotImplementedError
 
     def noise(self, x: Tensor) -> Tensor | float:
-        """What torch's f loses by cancellation, in units of the machine epsilon: an absolute error, as `error` is."""
+        """Bound on the absolute error of torch's f at x by cancellation, in units of the machine epsilon."""
         return 0.0
 
     def undefined(self, lower: Tensor, upper: Tensor) -> Tensor | None:
-        """Where f is no number at a point of [l, u]; None for a function that always is one."""
+        """Where f is not defined at some point of [l, u], bool; None for a function that is defined everywhere."""
         return None
 
     def unbounded(self, lower: Tensor, upper: Tensor) -> Tensor | None:
-        """Where f has a pole in [l, u]; None for a function without poles."""
+        """Where f has a pole in [l, u], bool; None for a function without poles."""
         return None
 
     @property
     def has_gaps(self) -> bool:
-        """Whether there are points at which f is no finite number."""
+        """Whether there are points at which f is not defined or has a pole."""
         zero = torch.zeros(())
         return self.undefined(zero, zero) is not None or self.unbounded(zero, zero) is not None
 
     def pieces(self, lower: Tensor, upper: Tensor) -> tuple[list[Tensor], tuple[Any, ...]]:
-        """Points l = t_0 <= ... <= t_n = u between which f' is monotone, and whether it rises there."""
+        """Points l = t_0 <= ... <= t_n = u between which f' is monotone, and whether f' rises between each two."""
         turns = [torch.as_tensor(turn, dtype=lower.dtype, device=lower.device) for turn in self.turns]
         between = [torch.minimum(torch.maximum(lower, turn), upper) for turn in turns]
         return [lower, *between, upper], self.rising
 
     def box(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """Least and largest value on [l, u]."""
+        """Bounds on the values of f on [l, u], rounded outward for functions that are not monotone.
+
+        Args:
+            lower: l, (B, ...).
+            upper: u, (B, ...).
+
+        Returns:
+            Lower and upper bounds, (B, ...) each.
+        """
         if self.monotone:
             low, high = (self.value(end) for end in (lower, upper))
             low, high = low - self._loss(lower), high + self._loss(upper)
         else:
             low, high = self.range_over(torch.zeros_like(lower), lower, upper)
-            # an infinite end leaves f's own range; that of a NaN is put back below
+            # NaN of an infinite end gives way to f's whole range; `_honest` restores that of a NaN end
             low = torch.where(low.isnan(), self.least, low)
             high = torch.where(high.isnan(), self.most, high)
         if self.least > -math.inf or self.most < math.inf:
@@ -93,7 +102,15 @@ class ScalarFunction:
         return self._honest(low, high, lower, upper)
 
     def steepest(self, lower: Tensor, upper: Tensor) -> Tensor:
-        """Largest |f'| on [l, u]: f' is monotone between its turns, on both sides of which it is looked at."""
+        """Largest |f'| on [l, u], found at l, at u, and on both sides of each turn, as f' is monotone between these.
+
+        Args:
+            lower: l, (B, ...).
+            upper: u, (B, ...).
+
+        Returns:
+            (B, ...); infinite or NaN where f is not defined or has a pole.
+        """
         slopes = [self.derivative(lower), self.derivative(upper)]
         for turn in self.turns:
             at = torch.as_tensor(turn, dtype=lower.dtype, device=lower.device)
@@ -103,30 +120,47 @@ class ScalarFunction:
         steepest = torch.stack([slope.abs() for slope in slopes]).amax(0)
         for nowhere in (self.undefined(lower, upper), self.unbounded(lower, upper)):
             steepest = steepest if nowhere is None else steepest.masked_fill(nowhere, math.inf)
-        return steepest.masked_fill(lower.isnan() | upper.isnan(), math.nan)  # derivatives by cases have none
+        return steepest.masked_fill(lower.isnan() | upper.isnan(), math.nan)  # torch.where in derivatives may drop NaN
 
     def below(self, rows: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """rows.f(x) >= (new rows).x + bias for all x in the box, as `BoundRelaxed.below`."""
+        """Carry coefficient rows back: rows.f(x) >= (new rows).x + bias for all x in the box.
+
+        Args:
+            rows: Coefficients of f(x), (S, B, ...).
+            lower: Lower corner of the box, (B, ...).
+            upper: Upper corner, (B, ...).
+
+        Returns:
+            New rows, (S, B, ...), and bias, (S, B).
+        """
         (k, low), (m, high) = self.lines(lower, upper)
         positive, negative = rows.clamp(min=0), rows.clamp(max=0)
         if self.lipschitz:
             bias = positive * low + negative * high
-        else:  # an infinite offset costs nothing where the row is 0
+        else:  # 0 times an infinite offset is 0, not NaN
             bias = torch.where(rows == 0, 0.0, torch.where(rows > 0, positive * low, negative * high))
         return positive * k + negative * m, bias.reshape(*rows.shape[:2], -1).sum(2)
 
     def lines(self, lower: Tensor, upper: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(k, b) with f(x) >= kx + b, and (m, c) with f(x) <= mx + c, over [l, u]; differentiable in l and u."""
+        """Linear bounds over [l, u], differentiable in l and u.
+
+        Args:
+            lower: l, (B, ...).
+            upper: u, (B, ...).
+
+        Returns:
+            (k, b) with f(x) >= kx + b, and (m, c) with f(x) <= mx + c, each of shape (B, ...).
+        """
         middle = lower + (upper - lower) / 2
         chord, tangent = self.slopes(lower, middle, upper)
         low, high = self.range_over(chord, lower, upper)
         other_low, other_high = self.range_over(tangent, lower, upper)
-        # The better line of a side is the one that is closer to f in the middle, so that it cuts off less.
+        # Of two lines on a side, the one closer to f in the middle encloses less area.
         below = tangent * middle + other_low > chord * middle + low
         above = tangent * middle + other_high < chord * middle + high
         k, low = torch.where(below, tangent, chord), torch.where(below, other_low, low)
         m, high = torch.where(above, tangent, chord), torch.where(above, other_high, high)
-        # Where a slope or a value overflows, or has a pole, a level line is left.
+        # Where a slope or an offset is not finite, a line of slope 0 takes its place.
         floor, roof = self._level(lower, upper)
         steep_below, steep_above = ~(k.isfinite() & low.isfinite()), ~(m.isfinite() & high.isfinite())
         k, low = k.masked_fill(steep_below, 0.0), torch.where(steep_below, floor, low)
@@ -135,20 +169,29 @@ class ScalarFunction:
         return (k, low), (m, high)
 
     def slopes(self, lower: Tensor, middle: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """Slopes to try for the lines: of the chord, and of the tangent in the middle."""
+        """Candidates for the slopes of the lines: the slope of the chord, and f' in the middle, (B, ...) each."""
         narrow = upper - lower < 1e-6 * (1 + lower.abs())
         tangent = self.derivative(middle)
         chord = (self.value(upper) - self.value(lower)) / torch.where(narrow, 1.0, upper - lower)
         return torch.where(narrow | ~chord.isfinite(), tangent, chord), tangent
 
     def range_over(self, slope: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """Least and largest value of f(x) - kx over [l, u], rounded outward."""
+        """Least and largest value of f(x) - kx over [l, u], rounded outward.
+
+        Args:
+            slope: k, (B, ...).
+            lower: l, (B, ...).
+            upper: u, (B, ...).
+
+        Returns:
+            Lower and upper bound, (B, ...) each.
+        """
         points, gap = self._stationary(slope, lower, upper)
         values = torch.stack([self.value(x) - slope * x for x in (lower, upper, *points)])
         size = slope.abs() * torch.maximum(lower.abs(), upper.abs()) + values.abs().amax(0)
         slack = gap + _ULPS * torch.finfo(size.dtype).eps * size
         slack = (slack + torch.maximum(self._loss(lower), self._loss(upper))).detach()
-        # A point that was found next to an end stands still where the end moves: in doubt the end gives the gradient.
+        # A stationary point found next to an end carries no gradient of the end: within rounding, the end is taken.
         ends, inner = values[:2], values[2:]
         low, high, least, most = ends.amin(0), ends.amax(0), inner.amin(0), inner.amax(0)
         low = torch.where(least < low - slack, least, low - slack)
@@ -156,7 +199,7 @@ class ScalarFunction:
         return low - slack, high + slack
 
     def _stationary(self, slope: Tensor, lower: Tensor, upper: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Points of [l, u] near every place where f' = k, jumps included, and how far off a value there may be."""
+        """Points of [l, u] near every x with f'(x) = k, jumps included, and a bound on the change of f(x) - kx to x."""
         gap = torch.zeros_like(slope)
         with torch.no_grad():
             ends, rises = self.pieces(lower, upper)
@@ -167,17 +210,17 @@ class ScalarFunction:
                     left = (self.derivative(middle) > slope) == rising
                     a, b = torch.where(left, a, middle), torch.where(left, middle, b)
                 points += [a, b]
-                # Inside of the bracket f(x) - kx moves by its width times the largest |f' - k| at most.
+                # Inside of the bracket f(x) - kx changes by at most the width times the largest |f' - k|.
                 steep = torch.maximum((self.derivative(a) - slope).abs(), (self.derivative(b) - slope).abs())
                 gap = torch.maximum(gap, torch.where(b > a, (b - a) * steep, 0.0))
         return points, gap
 
     def _loss(self, x: Tensor) -> Tensor:
-        """`error` and `noise` together, as an absolute error at x."""
+        """Sum of `error` and `noise`, as an absolute error at x."""
         return torch.as_tensor(self.error + torch.finfo(x.dtype).eps * self.noise(x), dtype=x.dtype, device=x.device)
 
     def _level(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """Level lines below and above f on [l, u], without a search."""
+        """Offsets of lines of slope 0 below and above f on [l, u], without a search."""
         if not self.monotone:
             return torch.full_like(lower, self.least), torch.full_like(upper, self.most)
         slack = _ULPS * torch.finfo(lower.dtype).eps
@@ -185,7 +228,7 @@ class ScalarFunction:
         return low - slack * low.abs() - self._loss(lower), high + slack * high.abs() + self._loss(upper)
 
     def _honest(self, low: Tensor, high: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """All of f's range where it has a pole in [l, u], NaN where it is not defined on all of it or an end is NaN."""
+        """Bounds with f's whole range where f has a pole in [l, u], and NaN where f is not defined or an end is NaN."""
         poles, nowhere = self.unbounded(lower, upper), self.undefined(lower, upper)
         if poles is not None:
             low, high = low.masked_fill(poles, self.least), high.masked_fill(poles, self.most)
@@ -195,10 +238,13 @@ class ScalarFunction:
 
 
 def check_function(function: ScalarFunction) -> None:
-    """Compare a function with what it says of itself at 12,001 points of [-30, 30]: derivative, turns, order, range.
+    """Check derivative, turns, monotonicity and range of a function at 12,001 points of [-30, 30].
+
+    Args:
+        function: The function.
 
     Raises:
-        RegistrationError: A point refutes it.
+        RegistrationError: The function disagrees with its attributes at one of the points.
     """
     x = torch.linspace(-30, 30, 12_001, dtype=torch.float64)
     turns = torch.tensor([float(turn) for turn in function.turns], dtype=torch.float64)
@@ -228,16 +274,16 @@ def check_function(function: ScalarFunction) -> None:
 
 
 def _behind(wrong: Tensor) -> Tensor:
-    """What is wrong between two points, at the second."""
+    """A mask of intervals between points as a mask of points: each interval marks its right end."""
     return torch.cat([wrong.new_zeros(1), wrong])
 
 
-# Functions of the engine's own nodes, by the class's exact name: node -> function.
+# Scalar functions of the engine's own nodes: exact name of the class -> (node -> function).
 FUNCTIONS: dict[str, Callable[[Any], ScalarFunction]] = {}
 
 
 def scalar_function(node: Any) -> ScalarFunction | None:
-    """The function that a node applies to each entry, or None where there is none that is known here."""
+    """The scalar function that a node applies to each entry; None for other nodes, and for unknown functions."""
     if isinstance(node, ScalarFunction):
         return node
     find = FUNCTIONS.get(type(node).__name__)

@@ -1,4 +1,4 @@
-"""What is to be certified: specification rows, labels and margins of a classifier."""
+"""Specifications to certify: labels, margins and specification rows of a classifier."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from ..errors import InvalidInputError
 
 
 def check_labels(y: Tensor, classes: int) -> None:
-    """Raise InvalidInputError unless `y` holds whole numbers from 0 to classes - 1, in a vector.
+    """Check that labels are whole numbers from 0 to classes - 1.
 
     Args:
         y: Labels, (B,).
         classes: Number of classes, at least 2.
+
+    Raises:
+        InvalidInputError: `y` has another type, shape or range, or there are fewer than 2 classes.
     """
     if classes < 2:
         raise InvalidInputError(f"a margin needs at least 2 classes, the model has {classes}")
@@ -36,14 +39,14 @@ def margin_rows(
     Args:
         y: Labels, (B,).
         classes: Number of classes, at least 2.
-        dtype: Of the rows, default float64.
-        device: Of the rows, default that of `y`.
+        dtype: Type of the rows, default float64.
+        device: Device of the rows, default that of `y`.
 
     Returns:
         (B, classes - 1, classes).
 
     Raises:
-        InvalidInputError: A label is no class.
+        InvalidInputError: As `check_labels`.
 
     >>> margin_rows(torch.tensor([1]), 3)
     tensor([[[-1.,  1.,  0.],

@@ -1,8 +1,8 @@
 """The seam to auto_LiRPA, 0.3 (the registry's only release) and 0.7.x (upstream's repository).
 
-What differs between the versions, and what today's torch no longer offers to the older one (`compatibility`), its graph
-(`graph`), the user's model under it (`live`), which of its bounds have been shown sound (`positive_list`), and switches
-and limits of a computation (`precision`, `limits`).
+`compatibility` imports the engine and hides what differs between its versions; `graph` reads and writes the nodes of
+its graph; `live` keeps the graph in step with the user's model. `positive_list` and `configuration` say which of the
+engine's bounds have been shown sound. `precision` and `limits` set torch's precision and limit time and memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The engine, auto_LiRPA, imported: its classes and functions by one name each, whichever version is there.
+"""The engine, auto_LiRPA: its classes and functions, each under one name whichever version is installed.
 
-Works with auto_LiRPA 0.3 (the registry's only release) and 0.7.x (upstream's repository). Everything that
-differs between the two, and everything that today's torch no longer offers to the older one, is here.
+Works with auto_LiRPA 0.3 (the registry's only release) and 0.7.x (upstream's repository). This module holds what
+differs between the two, and puts back what 0.3 needs of older releases of torch and numpy.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ _linear_bound = importlib.import_module("auto_LiRPA.linear_bound")
 _patches = importlib.import_module("auto_LiRPA.patches")
 _utils = importlib.import_module("auto_LiRPA.utils")
 
-if sys.getrecursionlimit() >= 1_000_000:  # the engine's; a file that is nested so deeply would crash the interpreter
-    sys.setrecursionlimit(max(_limit if _limit < 1_000_000 else 0, 20_000))  # enough for the deepest networks it takes
+if sys.getrecursionlimit() >= 1_000_000:  # set by the engine; recursion that deep would crash the interpreter
+    sys.setrecursionlimit(max(_limit if _limit < 1_000_000 else 0, 20_000))  # enough for the deepest networks
 
 EngineBoundedModule: Any = auto_LiRPA.BoundedModule
 BoundedTensor: Any = auto_LiRPA.BoundedTensor
@@ -94,7 +94,7 @@ unregister_custom_op = importlib.import_module("auto_LiRPA.bound_op_map").unregi
 # 0.7 renamed `root_name` to `root_names`, `_set_input` to `set_input`, and made bounds properties of a node.
 IS_LEGACY = not hasattr(EngineBoundedModule, "set_input")
 
-engine_compute_bounds: Any = EngineBoundedModule.compute_bounds  # as it was before anything is registered on it
+engine_compute_bounds: Any = EngineBoundedModule.compute_bounds  # the engine's own, before `lirpa_ext.register`
 
 ENGINE_METHODS = frozenset(
     {
@@ -108,13 +108,21 @@ OPTIMIZED_METHODS = frozenset({"crown-optimized", "alpha-crown", "forward-optimi
 
 
 def engine_version() -> str:
-    """Version of the engine in use, e.g. ``"0.7.1"``."""
+    """Version of the installed engine, e.g. ``"0.7.1"``."""
     version = getattr(auto_LiRPA, "__version__", None)
     return version or importlib.metadata.version("auto-LiRPA")
 
 
 def patches_to_matrix(patches: Any, input_shape: torch.Size) -> Tensor:
-    """The engine's convolutional coefficients (its "patches") as a matrix, (B, S, C, H, W)."""
+    """The engine's convolutional coefficients (its "patches") as dense coefficient rows.
+
+    Args:
+        patches: Coefficients in the engine's patches form.
+        input_shape: Shape of the node's input, (B, C, H, W).
+
+    Returns:
+        (B, S, C, H, W), with S the number of rows.
+    """
     return _patches.patches_to_matrix(
         patches.patches, input_shape, patches.stride, patches.padding, patches.output_shape, patches.unstable_idx
     )
@@ -122,7 +130,7 @@ def patches_to_matrix(patches: Any, input_shape: torch.Size) -> Tensor:
 
 @contextlib.contextmanager
 def captured_errors() -> Iterator[list[str]]:
-    """Collect the engine's error messages in place of printing them: they name the ops that it does not know."""
+    """Collect the engine's error messages in a list instead of printing them; they name the unknown operations."""
     messages: list[str] = []
 
     def collect(record: logging.LogRecord) -> bool:

@@ -1,4 +1,4 @@
-"""The configuration of a node: what the soundness of the engine's bounds was seen to depend on, as a short text.
+"""The configuration of a node: a short text of the properties on which the soundness of the engine's bounds depends.
 
 Whether a bound of the engine holds depends on more than the class of the node: which operands are perturbed, whether a
 constant has a batch axis, whether height and width of a map agree, whether the windows of a pool overlap. Two nodes of
@@ -12,12 +12,19 @@ from typing import Any
 
 from .. import engine
 
-# Without a ball or slopes these compute the bounds of the class that they derive from.
+# Classes of this package that, without a ball or slopes, compute the bounds of the engine's class they derive from.
 _UNCHANGED = {"BoundBallBoxRelu": "BoundRelu", "BoundBallBoxLinear": "BoundLinear"}
 
 
 def kind(node: Any) -> str:
-    """Class name of a node; the engine's for this package's classes that bound as the engine's do."""
+    """Class name of a node for the positive list: classes of ours that bound as the engine's do count as the engine's.
+
+    Args:
+        node: A node of a graph.
+
+    Returns:
+        Name of the engine's class, e.g. ``"BoundRelu"``, or of the node's own class.
+    """
     name = type(node).__name__.removesuffix("ByAdjoint")
     return _UNCHANGED.get(name, name)
 
@@ -27,12 +34,12 @@ def configuration(node: Any, mode: str = "") -> str:
 
     Args:
         node: A node of a graph, after `engine.set_input`, which marks the perturbed nodes.
-        mode: How the engine's backward pass keeps coefficients of images, "patches" or "matrix"; "" where there is no
-            such pass.
+        mode: Form of the engine's coefficients of images in its backward pass, "patches" or "matrix"; "" (default) for
+            families of bounds without a backward pass.
 
     Returns:
         Parts separated by commas. First the operands: "p" is perturbed, "c" constant, "b" a constant with one value for
-        each sample. Then the shape of the output, and what the kind of node adds.
+        each sample. Then the shape of the output, and attributes of the node's kind, such as overlapping windows.
     """
     parts = [_operands(node), _shape(node.output_shape)]
     parts += [mode] if len(node.output_shape) == 4 else []
@@ -71,7 +78,7 @@ def _geometry(node: Any, *pairs: Sequence[int]) -> list[str]:
 
 
 def _rest(node: Any, kernel: Sequence[int], padding: Sequence[int]) -> list[str]:
-    """Whether the windows end before the map does."""
+    """Whether the last window ends before the padded map does, so that a rest of the map is not read."""
     dilation = getattr(node, "dilation", [1] * len(kernel))
     sizes = zip(node.inputs[0].output_shape[2:], kernel, node.stride, padding, dilation, strict=False)
     return _if(any((n + 2 * p - d * (k - 1) - 1) % s for n, k, s, p, d in sizes), "leaves a rest")

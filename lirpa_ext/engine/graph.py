@@ -1,4 +1,4 @@
-"""The engine's graph: its nodes in order, their values, and what a method leaves on them."""
+"""The engine's graph: the order of its nodes, their values, and the attributes that bound methods leave on them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .compatibility import IS_LEGACY, BoundedTensor, BoundInput, bound_ops
 
 
 class Node(Protocol):
-    """A node of the graph, as rules and passes see it: what all nodes have, and further attributes of its kind.
+    """A node of the graph as rules and passes see it: the attributes of all nodes, and others that depend on its class.
 
     Attributes:
-        name: Its name in the graph.
-        inputs: The nodes that it reads.
-        perturbed: Whether it depends on a perturbed input.
-        output_shape: Shape of its value, with the batch.
+        name: Name of the node in the graph.
+        inputs: Nodes whose values the node reads.
+        perturbed: Whether the node depends on a perturbed input.
+        output_shape: Shape of the node's value, including the batch.
     """
 
     name: str
@@ -27,21 +27,25 @@ class Node(Protocol):
     output_shape: torch.Size
 
     def forward(self, *x: Any) -> Any:
-        """Its value, for values of its inputs."""
+        """Value of the node for the given values of its inputs."""
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute of its kind, such as an axis or a stride."""
+        """An attribute that only some classes of nodes have, such as an axis or a stride."""
 
 
 def kind(node: Any) -> str:
-    """The exact name of a node's class, by which tables know it."""
+    """Exact name of a node's class, the key of the tables of rules and functions."""
     return type(node).__name__
 
 
 def set_input(module: nn.Module, *x: Tensor) -> None:
-    """Put the inputs on the graph's roots and mark which nodes they perturb; drops what the last call left.
+    """Put the inputs on the graph's input nodes, mark the nodes that they perturb, and drop values of the last call.
 
-    The values become plain tensors: some functions of a `BoundedTensor` give a plain tuple.
+    The values become plain tensors, since some functions of a `BoundedTensor` return a plain tuple.
+
+    Args:
+        module: The graph.
+        *x: Inputs, (B, ...) each; a `BoundedTensor` is perturbed.
     """
     (module._set_input if IS_LEGACY else module.set_input)(*x)  # type: ignore[operator]
     node: Any
@@ -51,7 +55,7 @@ def set_input(module: nn.Module, *x: Tensor) -> None:
 
 
 def ancestors_in_order(node: Any) -> list[Any]:
-    """All nodes that `node` depends on and itself, inputs before users (0.7's own order is not topological)."""
+    """`node` and all nodes that it depends on, inputs before users (the order of 0.7 itself is not topological)."""
     order: list[Any] = []
     seen: set[int] = set()
     stack = [(node, False)]
@@ -69,13 +73,14 @@ def ancestors_in_order(node: Any) -> list[Any]:
 Snapshot = list[tuple[Any, dict[str, Any]]]
 
 _OF_THE_GRAPH = ("bound_opts", "final_shape", "last_final_node", "last_final_node_name")
-_LIVE = ("live", "users", "get_bias", "ball", "slope")  # of a node: set by this package, and kept
+_LIVE = ("live", "users", "get_bias", "ball", "slope")  # attributes of nodes that this package sets and keeps
 
 
 def snapshot(module: nn.Module) -> Snapshot:
-    """What the engine keeps on the nodes of a graph, to be put back before it runs the next method.
+    """Copy the attributes of all nodes of a graph, to be put back by `restore` before the engine runs a method.
 
-    Slopes, stages and shapes that one method leaves there make others fail, or use what was made for another input.
+    Slopes, stages and shapes that one method leaves on the nodes make other methods fail, or use what was made for
+    another input.
     """
     kept: Snapshot = [(node, {}) for node in module._modules.values()]
     for node, values in kept:
@@ -85,7 +90,7 @@ def snapshot(module: nn.Module) -> Snapshot:
 
 
 def restore(kept: Snapshot) -> None:
-    """Put back what `snapshot` kept, and drop what came since, on the nodes."""
+    """Put the attributes that `snapshot` copied back on the nodes, and delete those added since."""
     *nodes, (module, options) = kept
     for node, values in nodes:
         for name in [name for name in node.__dict__ if name not in values and name not in _LIVE]:
@@ -98,14 +103,14 @@ def _shallow(value: Any) -> Any:
     return value.copy() if isinstance(value, (dict, list, set)) else value
 
 
-# In matrix mode 0.3's sparse bounds of convolutions are wrong in shape.
+# Options of the engine for sparse bounds of convolutions; in matrix mode 0.3 gives these a wrong shape.
 _SPARSE = (
     "sparse_intermediate_bounds", "sparse_conv_intermediate_bounds", "sparse_features_alpha", "sparse_spec_alpha",
 )  # fmt: skip
 
 
 def use_matrix_mode(module: Any) -> None:
-    """Keep coefficients of images as matrices in backward passes from now on, not as the engine's "patches"."""
+    """Let the engine's backward passes keep coefficients of images as matrices from now on, not as "patches"."""
     module.conv_mode = "matrix"
     module.bound_opts |= {"conv_mode": "matrix"} | dict.fromkeys(_SPARSE, False)
     for node in module._modules.values():
@@ -117,12 +122,12 @@ def use_matrix_mode(module: Any) -> None:
 
 
 def weight_scale(node: Any) -> float:
-    """Factor alpha of a Gemm node's product."""
+    """Factor alpha of a Gemm node, alpha A B + beta C."""
     return node.alpha if IS_LEGACY else node.alpha_linear
 
 
 def bias_scale(node: Any) -> float:
-    """Factor beta of a Gemm or matmul node's bias."""
+    """Factor beta of the bias of a Gemm or matmul node, alpha A B + beta C."""
     return node.beta if IS_LEGACY else node.beta_linear
 
 
@@ -133,19 +138,24 @@ def slope_below_zero(node: Any) -> float:
 
 
 def reads_old_values(order: list[Any]) -> bool:
-    """Whether a node's forward reads values other than its inputs': 0.3's layer normalization does."""
+    """Whether any node's forward reads values of nodes that are not its inputs, as 0.3's layer normalization does."""
     return IS_LEGACY and any(
         isinstance(node, bound_ops.BoundDiv) and isinstance(node.inputs[1], bound_ops.BoundSqrt) for node in order
     )
 
 
 def is_shape(node: Any) -> bool:
-    """Whether a node is the shape of another, which 0.3 takes for perturbed where that one is."""
+    """Whether a node's value is the shape of another node's value; 0.3 marks it as perturbed if that node is."""
     return isinstance(node, bound_ops.BoundShape)
 
 
 def aligned_constants(node: Any) -> list[Any]:
-    """Constant inputs of a node whose first axis is the batch's wherever they have as many axes as the output."""
+    """Constant inputs of a node that broadcast with its output: one with as many axes has the batch as its first axis.
+
+    Args:
+        node: A sum, difference, product, quotient, concatenation, or product of stacks of matrices; other nodes have
+            none.
+    """
     joins = tuple(getattr(bound_ops, f"Bound{name}") for name in ("Add", "Sub", "Mul", "Div", "Concat"))
     stacked = isinstance(node, bound_ops.BoundMatMul) and len(node.output_shape) > 2  # of matrices
     aligned = stacked or isinstance(node, joins)
@@ -153,7 +163,7 @@ def aligned_constants(node: Any) -> list[Any]:
 
 
 def constant(node: Any) -> Tensor:
-    """Value of a node that does not depend on a perturbed input (a weight, a shape, a constant)."""
+    """Value of a node that does not depend on a perturbed input: a weight, a shape or a constant."""
     value = getattr(node, "forward_value", None)
     if value is None:
         value = node.forward(*[constant(parent) for parent in node.inputs])
@@ -161,7 +171,7 @@ def constant(node: Any) -> Tensor:
 
 
 def forget_values(module: nn.Module) -> None:
-    """Drop the clean values of all nodes, so that the next look at one computes it anew."""
+    """Drop the clean values of all nodes, so that they are computed anew when next read."""
     node: Any
     for node in module._modules.values():
         if hasattr(node, "forward_value"):
@@ -173,7 +183,7 @@ def free_graphs(module: nn.Module, keep_bounds: bool = False) -> None:
 
     Args:
         module: The graph.
-        keep_bounds: Keep the nodes' bounds, detached, for those who read them after a call.
+        keep_bounds: Keep the nodes' bounds, detached, for users who read them after a call. Default False.
     """
     node: Any
     for node in module._modules.values():
@@ -186,7 +196,7 @@ def free_graphs(module: nn.Module, keep_bounds: bool = False) -> None:
                 continue
             if keep_bounds:
                 setattr(node, name, bound.detach())
-            elif IS_LEGACY:  # which asks for hasattr
+            elif IS_LEGACY:  # 0.3 tests for bounds by hasattr
                 delattr(node, name)
             else:
                 setattr(node, name, None)
@@ -195,9 +205,9 @@ def free_graphs(module: nn.Module, keep_bounds: bool = False) -> None:
 
 
 def _detach_attributes(holder: Any) -> None:
-    """Cut the graphs of whatever else was left: slopes, intercepts, the last IBP bounds, ..."""
+    """Detach all other tensors that were left: slopes, intercepts, the last IBP bounds, ..."""
     for name, value in list(holder.__dict__.items()):
-        # Of a view that torch.no_grad made, and whose base has changed since, torch refuses to give the grad_fn.
+        # torch raises on reading the grad_fn of a view made under no_grad whose base was changed in place since.
         if isinstance(value, Tensor) and (value._is_view() or value.grad_fn is not None):
             object.__setattr__(holder, name, value.detach())
 
@@ -215,12 +225,15 @@ def buffers(module: nn.Module) -> Iterator[Tensor]:
 
 
 def bound_backward(node: Any, rows: Tensor, start: Any) -> Any:
-    """The node's backward bound for the lower side: ([(rows of input, None), ...], bias, 0).
+    """The engine's backward bound of a node for the lower side.
 
     Args:
-        node: The node; the bounds of its inputs are on them (`set_bounds`).
-        rows: Coefficients of its output, (S, B, ...).
-        start: The node that the pass started from.
+        node: The node; `set_bounds` has put the bounds of its inputs on the input nodes.
+        rows: Coefficient rows of the node's output, (S, B, ...).
+        start: The node that the backward pass started from.
+
+    Returns:
+        ([(rows of an input, None), ...], bias, 0): coefficient rows (S, B, ...) for each input, and the bias (S, B).
     """
     if not IS_LEGACY:
         return node.bound_backward(
@@ -232,9 +245,18 @@ def bound_backward(node: Any, rows: Tensor, start: Any) -> Any:
 
 
 def honest_bias(node: Any, A: Any, bias: Any) -> Any:
-    """The engine's `get_bias`, which drops the terms of all samples where one of them is NaN.
+    """The engine's `get_bias`, with NaN confined to the sample that it belongs to.
 
-    That is meant for 0 * inf, which is 0 here; a NaN stays with its sample.
+    The engine drops the bias of all samples if the product of one is NaN, to remove 0 * inf. Here 0 * inf is 0, and
+    any other NaN stays in the bias of its sample.
+
+    Args:
+        node: The node.
+        A: Coefficient rows, (S, B, ...), or in the engine's patches form.
+        bias: Bias of the node's relaxation, which broadcasts with `A`.
+
+    Returns:
+        Bias of the rows, (S, B).
     """
     total = type(node).get_bias(node, A, bias)
     if isinstance(total, Tensor) or not isinstance(A, Tensor):
@@ -244,13 +266,13 @@ def honest_bias(node: Any, A: Any, bias: Any) -> Any:
 
 
 def set_bounds(node: Any, lower: Tensor, upper: Tensor) -> None:
-    """Hand bounds to the engine's relaxations, differentiably (its own argument for them detaches)."""
+    """Put bounds (B, ...) on a node for the engine's relaxations; unlike its own argument, this keeps gradients."""
     node.lower, node.upper = lower, upper
     node.interval = (lower, upper)
 
 
 def learn_relu(module: nn.Module, relu: type) -> None:
-    """0.3 keeps an exact-type list of nodes whose intermediate bounds come from IBP."""
+    """Add a class of ReLU nodes to 0.3's list of classes whose intermediate bounds come from IBP; no-op on 0.7."""
     known: Any = module.ibp_intermediate if IS_LEGACY else [relu]
     if relu not in known:
         known.append(relu)

@@ -1,4 +1,4 @@
-"""Limits on the time and the memory of a computation that knows of neither."""
+"""Limits on the time and the memory of a computation, which need no support by the computation itself."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ except ImportError:  # no Unix
 
 
 _GRACE = 1.0  # seconds
-_NO_MEMORY = ("allocate memory", "out of memory", "not enough memory", "alloc_failed")  # the last of CUDA's libraries
+_NO_MEMORY = ("allocate memory", "out of memory", "not enough memory", "alloc_failed")  # the last by CUDA libraries
 
 
 class OutOfTime(BaseException):
-    """A deadline has passed. No Exception: code that takes any Exception for a failure of its own lets it pass."""
+    """A deadline has passed. A BaseException, so that code that catches every Exception does not swallow it."""
 
 
 class Deadline(TorchFunctionMode):
-    """Within it, the first torch function called after a deadline raises `OutOfTime` in place of running.
+    """Context in which the first torch function called after a deadline raises `OutOfTime` in place of running.
 
-    So a computation stops after at most one torch function, in whatever thread, and no other is disturbed. What then
-    cleans up behind it (`torch.no_grad` is left by a torch function) has a second to do so.
+    The computation thus stops at its next torch function; other threads are not disturbed. Code that cleans up while
+    the exception passes, such as the end of a `torch.no_grad` block, has one more second for its torch functions.
 
     Args:
-        end: Deadline on the clock, in seconds; infinite for none.
+        end: Deadline on the clock, in seconds; infinite (default) for none.
         clock: `time.monotonic` (default) for wall time, `time.thread_time` for the processor time of one thread.
     """
 
@@ -57,13 +57,13 @@ class Deadline(TorchFunctionMode):
 
 @contextlib.contextmanager
 def memory_limit(most: int | None) -> Iterator[None]:
-    """Let the process take only so many more bytes: allocations beyond fail, where else the machine might die.
+    """Limit the memory that the process may take in addition: allocations beyond fail instead of killing the machine.
 
-    The limit is on the address space of the whole process, other threads included. Where the system has no such
-    limit (no Linux), nothing is done.
+    The limit is on the address space of the whole process, other threads included. On systems other than Linux
+    nothing is limited.
 
     Args:
-        most: Bytes; None for no limit.
+        most: Additional bytes; None for no limit.
     """
     status = Path("/proc/self/statm")
     if most is None or resource is None or not status.exists():
@@ -81,7 +81,7 @@ def memory_limit(most: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch compute on one thread: on small tensors others cost more than they give, and a thread has a clock."""
+    """Let torch compute on one thread: faster for small tensors, and `time.thread_time` then counts all of the work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -91,7 +91,7 @@ def one_thread() -> Iterator[None]:
 
 
 def available_memory() -> int | None:
-    """Bytes that the machine, or the container, still has; None where the system does not tell."""
+    """Bytes of memory that the machine, or the container if less, still has free; None where this is unknown."""
     free = []
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -103,13 +103,13 @@ def available_memory() -> int | None:
 
 
 def spare_memory() -> int | None:
-    """Half of what is free, which a computation may take by default."""
+    """Half of `available_memory`, in bytes: the default limit of a computation; None where this is unknown."""
     free = available_memory()
     return free and free // 2
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an allocation failed, here or in what the error was raised from; on the host torch's is RuntimeError."""
+    """Whether an error, or a cause of it, is a failed allocation; on the CPU torch raises a RuntimeError for these."""
     while error is not None:
         text = str(error).lower() if isinstance(error, RuntimeError) else ""
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in _NO_MEMORY):

@@ -1,4 +1,4 @@
-"""The user's model under a graph: parameters are read where they are, and stay as they were."""
+"""The user's model under a graph: nodes read the model's own tensors, and leave the model as it was."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from .graph import parameters
 
 
 class LiveParams(BoundParams):
-    """A parameter node that reads the user's own tensor and never touches its `requires_grad`."""
+    """A parameter node that reads the user's own tensor and never changes its `requires_grad`.
+
+    Attributes:
+        live: The tensor, as read by the last `refresh`.
+    """
 
     live: Tensor
 
@@ -25,10 +29,13 @@ class LiveParams(BoundParams):
 
 
 class LiveBuffers(BoundBuffers):
-    """A buffer node that reads the user's own tensor: the engine works on a clone made when it was built.
+    """A buffer node that reads the user's own tensor, where the engine's reads a clone made at the build.
 
-    Serves batch norm's running statistics, and weights computed by a parametrization (spectral norm, weight
-    norm), through which gradients then reach the original parameters.
+    Used for the running statistics of batch norms, and for weights computed by a parametrization (spectral norm,
+    weight norm), whose gradients then reach the original parameters.
+
+    Attributes:
+        live: The tensor, as read by the last `refresh`.
     """
 
     live: Tensor
@@ -39,6 +46,10 @@ class LiveBuffers(BoundBuffers):
 
 def make_live(module: nn.Module, model: nn.Module) -> list[tuple[Any, Callable[[], Tensor]]]:
     """Turn every parameter and buffer node into a reader of `model`'s tensor of the same name.
+
+    Args:
+        module: The graph.
+        model: The user's model.
 
     Returns:
         (node, reader) pairs for `refresh`, to be called at the start of each computation.
@@ -63,7 +74,7 @@ def make_live(module: nn.Module, model: nn.Module) -> list[tuple[Any, Callable[[
 
 @contextlib.contextmanager
 def parametrizations_at_rest(model: nn.Module) -> Iterator[None]:
-    """Reading a spectral_norm weight in training mode runs a power step; here it does not."""
+    """Put parametrizations in eval mode for a while: reading a spectral_norm weight in train mode runs a power step."""
     modes = [
         (part, part.training)
         for module in model.modules()
@@ -85,14 +96,14 @@ def refresh(model: nn.Module, readers: list[tuple[Any, Callable[[], Tensor]]], d
     Args:
         model: The user's model.
         readers: What `make_live` returned.
-        detach: Cut the graphs of computed weights.
+        detach: Detach weights that a parametrization computes. Default False.
     """
     with parametrizations_at_rest(model):
         values = [read() for _, read in readers]
     for (node, _), value in zip(readers, values, strict=True):
         live = value.detach() if detach and not value.is_leaf else value
-        live = live.clone() if live.is_inference() else live  # no gradient goes through what is of inference mode
-        object.__setattr__(node, "live", live)  # not nn.Module's, which would register a parameter
+        live = live.clone() if live.is_inference() else live  # autograd takes no tensor made in inference mode
+        object.__setattr__(node, "live", live)  # nn.Module's own __setattr__ would register a parameter
 
 
 @contextlib.contextmanager
@@ -114,7 +125,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """torch's default dtype for a while: the engine makes some of its tensors without saying which."""
+    """Set torch's default dtype for a while: the engine creates some of its tensors without a dtype.
+
+    Args:
+        dtype: The dtype; one that is not of floating-point numbers changes nothing.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype if dtype.is_floating_point else before)
     try:

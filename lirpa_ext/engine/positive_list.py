@@ -1,4 +1,4 @@
-"""The positive list of the engine's bounds: nothing of the engine's that is not on it is called a bound.
+"""The positive list of the engine's bounds: a bound by the engine is used only for nodes that are on the list.
 
 The list is data, `positive_list.json`: by version of the engine and family of bounds, the kinds of nodes and their
 configurations (`lirpa_ext.engine.configuration`) on which the contract suite attacked the engine's bounds and found
@@ -31,12 +31,12 @@ _BUILTIN = ("auto_LiRPA", "lirpa_ext")
 
 
 class Gap(NamedTuple):
-    """A node that the engine may not bound.
+    """A node that the engine may not bound, because its configuration is not on the list.
 
     Attributes:
         name: Name of the node in the graph.
-        kind: Its class.
-        configuration: Its configuration; or, in words, what of the graph is not on the list.
+        kind: Name of the node's class.
+        configuration: The node's configuration, or a text of what is wrong with the graph as a whole.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Gap(NamedTuple):
 
 @cache
 def engine_list() -> dict[str, dict[str, dict[str, frozenset[str]]]]:
-    """Configurations by version, family and kind of node."""
+    """The positive list: configurations by version of the engine, family of bounds, and kind of node."""
     table = json.loads(PATH.read_text(encoding="utf-8"))
     return {
         version: {family: {name: frozenset(rows) for name, rows in kinds.items()} for family, kinds in families.items()}
@@ -58,14 +58,14 @@ def engine_list() -> dict[str, dict[str, dict[str, frozenset[str]]]]:
 
 
 def is_listed(node: Any, family: str, mode: str = "") -> bool:
-    """Whether a node's bounds of that family are known to hold, by its kind and configuration.
+    """Whether the engine's bounds of a family are known to hold for a node, by its kind and configuration.
 
-    A node of a class that is neither the engine's nor this package's is the user's own, and the user's promise.
+    True for inputs, and for nodes of the user's own classes, whose soundness is the user's responsibility.
 
     Args:
         node: The node.
         family: One of `FAMILIES`.
-        mode: As in `configuration`.
+        mode: As in `lirpa_ext.engine.configuration.configuration`.
     """
     if isinstance(node, engine.BoundInput) or _package(type(node)) not in _BUILTIN:
         return True
@@ -74,16 +74,30 @@ def is_listed(node: Any, family: str, mode: str = "") -> bool:
 
 
 def is_ours(node: Any, function: str) -> bool:
-    """Whether the class that gives a node this function, such as "interval_propagate", is not the engine's.
+    """Whether a node's method is defined by a class that is not the engine's.
 
-    A node of ours that hands its operands on to the engine's own function, which it derives from, says so: `by_engine`.
+    A node of this package whose method calls the engine's own says so by its attribute `by_engine`.
+
+    Args:
+        node: The node.
+        function: Name of the method, such as "interval_propagate".
     """
     giver = next((base for base in type(node).__mro__ if function in vars(base)), type(node))
     return _package(giver) != "auto_LiRPA" and not getattr(node, "by_engine", False)
 
 
 def refusal(node: Any, family: str, method: str, reason: str) -> UnsupportedNodeError:
-    """The error of a node that neither the engine's list nor an operator of this package covers."""
+    """The error for a node that neither the positive list nor an operator of this package covers.
+
+    Args:
+        node: The node.
+        family: One of `FAMILIES`.
+        method: Name of the method, for the message.
+        reason: Why this package cannot bound the node, for the message.
+
+    Returns:
+        The error, to be raised by the caller.
+    """
     return UnsupportedNodeError(
         f"{method} cannot bound {Gap(node.name, kind(node), configuration(node))}: {reason}, and the {family} "
         f"bounds of auto_LiRPA {engine.engine_version()} are not known to hold there. Rewrite the operation "
@@ -92,14 +106,14 @@ def refusal(node: Any, family: str, method: str, reason: str) -> UnsupportedNode
 
 
 def gaps(nodes: Iterable[Any], family: str, mode: str = "", constants: bool = False) -> list[Gap]:
-    """The nodes of a graph that are not on the list of a family, in their order.
+    """The nodes of a graph that are not on the list of a family, in the given order.
 
     Args:
         nodes: Nodes of the graph.
         family: One of `FAMILIES`.
-        mode: As in `configuration`.
-        constants: Ask of nodes that are not perturbed, too: the engine's own class bounds them on 0.3, where this
-            package's takes their value.
+        mode: As in `lirpa_ext.engine.configuration.configuration`.
+        constants: Include nodes that are not perturbed: the engine's own BoundedModule bounds them too on 0.3, where
+            this package's uses their value. Default False.
     """
     missing = [node for node in nodes if (node.perturbed or constants) and not is_listed(node, family, mode)]
     return [Gap(node.name, kind(node), configuration(node, mode)) for node in missing]

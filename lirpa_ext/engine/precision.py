@@ -1,8 +1,8 @@
 """Products at the precision of their type: no TF32 and no bfloat16 behind float32 while bounds are computed.
 
-`torch.set_float32_matmul_precision("high")`, which Lightning recommends on GPUs with tensor cores, and by default
-cuDNN's convolutions, round the factors of float32 products to 10 bits of mantissa. Outward rounding
-(`lirpa_ext.domain.rounding`) counts on 23, and bounds without it would be wrong in their third or fourth digit.
+``torch.set_float32_matmul_precision("high")``, which Lightning recommends on GPUs with tensor cores, makes products of
+float32 round their factors to 10 bits of mantissa; cuDNN's convolutions do so by default. Outward rounding
+(`lirpa_ext.domain.rounding`) assumes 23 bits, and bounds without it would be wrong in their third or fourth digit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 _backends: Any = torch.backends
-# Where torch keeps the precision of float32 products, and the value that leaves their factors as they are.
+# Torch's modules with a setting for the precision of float32 products, its name, and its value for full precision.
 PLACES: tuple[Any, ...]
 NAME: str
 FULL: Any
@@ -26,13 +26,13 @@ else:
 
 
 def settings() -> list[Any]:
-    """What torch is set to in each of `PLACES`."""
+    """Torch's setting of the precision of float32 products in each of `PLACES`."""
     return [getattr(place, NAME) for place in PLACES]
 
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 products of float32 factors, whatever torch is set to; its settings come back at the end."""
+    """Compute float32 products without rounding their factors, and restore torch's settings at the end."""
     before = settings()
     try:
         for place in PLACES:

@@ -1,8 +1,8 @@
-"""Randomized networks: layers that draw at every call, one drawn network to hold on to, ensembles, GradDiv.
+"""Randomized networks: layers that draw random numbers at every call, fixed draws, ensembles, and GradDiv.
 
-`make_rse` and `make_adv_bnn` turn any torch network into a randomized one; `sample` draws a network from it and holds
-it, `predict` asks many. `lirpa_ext.randomized.graddiv` measures and penalizes how alike the gradients of draws are;
-`lirpa_ext.certification.evaluate` has adversarial examples judged by draws that the attack has not seen.
+`make_rse` and `make_adv_bnn` turn a torch network into a randomized one. `sample` draws networks from a randomized one
+and fixes the draws; `predict` averages many draws. `lirpa_ext.randomized.graddiv` measures and penalizes how similar
+the gradients of draws are. `lirpa_ext.certification.evaluate` tests adversarial examples on fresh draws.
 """
 
 from __future__ import annotations

@@ -24,16 +24,16 @@ Weights = dict[str, Tensor]
 
 
 class BayesianLayer(RandomLayer):
-    """A layer whose weights are drawn from independent Gaussians, weight = mean + std * noise.
+    """A layer whose weights are drawn from independent Gaussians: weight = mean + std * noise.
 
     Args:
         layer: Dense or convolutional layer; its weights become the means.
         prior_std: Standard deviation of the prior N(0, prior_std^2), the same for all weights.
-        init_std: Standard deviation of the posterior to begin with.
+        init_std: Standard deviation of the posterior before training.
 
     Attributes:
         mean: The layer with the mean weights.
-        log_std: Logarithms of the standard deviations, a parameter for each of the layer's.
+        log_std: Logarithms of the standard deviations, one parameter for each parameter of the layer.
     """
 
     def __init__(self, layer: nn.Module, prior_std: float, init_std: float) -> None:
@@ -44,14 +44,14 @@ class BayesianLayer(RandomLayer):
         )
 
     def draw(self, generator: torch.Generator) -> Weights:
-        """Standard normal noise for each weight."""
+        """Standard normal noise for each parameter of the layer, by its name."""
         return {
             name: torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=generator.device)
             for name, mean in self.mean.named_parameters()
         }
 
     def held(self, x: Tensor, draws: Sequence[Weights]) -> Tensor:
-        """Outputs of the drawn layers, in one pass of `torch.func.vmap` if there are several."""
+        """Outputs of the drawn layers, as in `RandomLayer.held`; several draws take one pass of `torch.func.vmap`."""
         if len(draws) == 1:
             return functional_call(self.mean, self._weights(draws[0]), (x,))
         noise = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
@@ -78,7 +78,7 @@ class BayesianLayer(RandomLayer):
         return total
 
     def extra_repr(self) -> str:
-        """The prior."""
+        """Standard deviation of the prior, for the layer's printed form."""
         return f"prior_std={self.prior_std}"
 
 
@@ -86,17 +86,18 @@ def make_adv_bnn(model: nn.Module, prior_std: float = 0.1, init_std: float | Non
     """A copy of a network with a posterior over the weights and biases of every dense and convolutional layer.
 
     Args:
-        model: Any torch module; it stays as it is. Its weights become the means.
-        prior_std: Of the Gaussian prior of mean 0; the source has 0.05 (MNIST), 0.1 (CIFAR-10, default) and 0.15
-            (STL-10).
-        init_std: Of the posterior to begin with, default `prior_std`, as in the official code.
+        model: Any torch module, which is not changed. Its weights become the means.
+        prior_std: Standard deviation of the Gaussian prior of mean 0. Lee (2021) uses 0.05 (MNIST), 0.1 (CIFAR-10, the
+            default) and 0.15 (STL-10).
+        init_std: Standard deviation of the posterior before training, default `prior_std`, as in the official code.
 
     Returns:
-        The randomized network. Other layers, batch norm among them, stay as they are.
+        The randomized network. Other layers, such as batch norm, are copied as they are.
 
     Raises:
-        InvalidInputError: A standard deviation is not positive, the network has no such layer, or one that is
-            parametrized (spectral or weight norm), whose weights are no parameters, or shares a weight with another.
+        InvalidInputError: A standard deviation is not positive or not finite; the network has no dense or
+            convolutional layer; such a layer is parametrized (spectral or weight norm), so that its weights are not
+            parameters; or two layers share a weight.
     """
     init_std = prior_std if init_std is None else init_std
     for name, value in (("prior_std", prior_std), ("init_std", init_std)):
@@ -118,7 +119,7 @@ def make_adv_bnn(model: nn.Module, prior_std: float = 0.1, init_std: float | Non
 
 
 def _check_untied(model: nn.Module) -> None:
-    """Raise InvalidInputError where two layers share a weight: it would be given two posteriors, and two draws."""
+    """Raise InvalidInputError if two layers share a weight, which would get two posteriors and two draws."""
     owners: dict[int, str] = {}
     for path, module in model.named_modules():
         for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -132,7 +133,13 @@ def _check_untied(model: nn.Module) -> None:
 
 
 def kl_divergence(model: nn.Module) -> Tensor:
-    """Sum of `BayesianLayer.kl_divergence` over a network, 0-dim and in nats.
+    """Sum of `BayesianLayer.kl_divergence` over the layers of a network.
+
+    Args:
+        model: Network with Bayesian layers.
+
+    Returns:
+        0-dim, in nats.
 
     Raises:
         InvalidInputError: The network has no `BayesianLayer`.
@@ -146,16 +153,16 @@ def kl_divergence(model: nn.Module) -> Tensor:
 
 
 def elbo_loss(model: nn.Module, logits: Tensor, y: Tensor, samples: int, kl_factor: float = 0.02) -> Tensor:
-    """Negative evidence lower bound for each sample: cross entropy + kl_factor * KL / samples.
+    """Negative evidence lower bound per sample, averaged over the batch: cross entropy + kl_factor * KL / samples.
 
-    At the points of an attack it is Adv-BNN's loss.
+    With logits at adversarial examples, this is the loss of Adv-BNN (Liu et al., 2019).
 
     Args:
         model: Network with Bayesian layers.
-        logits: Of one draw of it, (B, classes).
+        logits: Logits of one draw of the network, (B, classes).
         y: Labels, (B,).
         samples: Size of the whole training set.
-        kl_factor: Weight of the KL divergence, default 0.02, as in the source; 1 is the bound itself.
+        kl_factor: Weight of the KL divergence, default 0.02, as in Lee (2021); 1 gives the evidence lower bound itself.
 
     Returns:
         0-dim, in nats.

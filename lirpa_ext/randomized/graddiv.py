@@ -1,9 +1,10 @@
-"""GradDiv: how concentrated the directions of the loss gradients of drawn networks are, as numbers and regularizers.
+"""GradDiv: measures and regularizers of how concentrated the directions of the loss gradients of drawn networks are.
 
 S. Lee, H. Kim, J. Lee: GradDiv: adversarial robustness of randomized neural networks via gradient diversity
-regularization, 2021; S. Lee's dissertation (2021), 2.2.3 and A.2. Gradients are (n, B, ...): n draws, B samples; each
-sample's are flattened to d numbers and divided by their length. A gradient that is 0 has no direction: it counts as
-orthogonal to all others, so that no result is ever NaN. Every function is differentiable in the gradients.
+regularization, 2021; S. Lee's dissertation (2021), 2.2.3 and A.2, whose equation numbers are cited below. Gradients
+have the shape (n, B, ...) for n draws and B samples; each gradient is flattened to d numbers and divided by its length.
+A gradient of length 0 has no direction and counts as orthogonal to all others, so that no result is ever NaN. Every
+function is differentiable in the gradients.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ __all__ = [
     "von_mises_fisher",
 ]
 
-FLOOR = 1e-6  # least 1 - rho^2 in kappa, which is infinite for gradients of one direction
-JITTER = 1e-4  # of the Gram matrix of `dpp`, which is singular for collinear gradients
+FLOOR = 1e-6  # least 1 - rho^2 in `kappa`, which would be infinite for gradients of one direction
+JITTER = 1e-4  # added to the Gram matrix of `dpp`, which is singular for collinear gradients
 
 
 def gradients(
@@ -43,14 +44,14 @@ def gradients(
     generator: torch.Generator,
     create_graph: bool = True,
 ) -> Tensor:
-    """Gradients of the cross entropy in the input, for n networks that are drawn, in one forward and backward pass.
+    """Gradients of the cross entropy in the input for n drawn networks, in one forward and backward pass.
 
     Args:
         model: Randomized classifier, (B, ...) -> (B, classes). Batch norm in train mode takes its statistics over
             all n * B rows.
         x: Inputs, (B, ...).
         y: Labels, (B,).
-        n: Networks; the source takes 3 in training.
+        n: Number of drawn networks, at least 1; Lee (2021) uses 3 in training.
         generator: Source of the draws.
         create_graph: Whether the result is differentiable in the parameters, default True.
 
@@ -58,7 +59,7 @@ def gradients(
         (n, B, d) with d = x[0].numel().
 
     Raises:
-        InvalidInputError: The model is not randomized, or n is below 1.
+        InvalidInputError: The model is not randomized, or `n` is below 1.
     """
     require_randomized(model, "the diversity of gradients")
     drawn = sample(model, generator, n)
@@ -70,10 +71,10 @@ def gradients(
 
 
 def mean_resultant_length(gradient: Tensor) -> Tensor:
-    """rho = ||mean of the directions||, in [0, 1], without unit: 1 for gradients of one direction.
+    """Mean resultant length rho = ||mean of the directions||_2, in [0, 1]: 1 for gradients of one direction.
 
     Args:
-        gradient: (n, B, ...).
+        gradient: Gradients, (n, B, ...).
 
     Returns:
         (B,).
@@ -85,22 +86,23 @@ def mean_resultant_length(gradient: Tensor) -> Tensor:
 
 
 def kappa(gradient: Tensor, form: str = "printed", normalized: bool = True, floor: float = FLOOR) -> Tensor:
-    """Estimated concentration of a von Mises-Fisher distribution of the directions; (2.2.16) where normalized.
+    """Estimated concentration kappa of a von Mises-Fisher distribution of the directions; (2.2.16) if normalized.
 
-    With rho the mean resultant length: rho (d - rho) / (1 - rho^2) as printed in (2.2.10), or rho (d - rho^2) /
-    (1 - rho^2), which is A. Banerjee et al.'s (JMLR 2005). The second is larger, by rho^2 / (1 + rho) < 1/2.
+    With rho the mean resultant length, kappa is rho (d - rho) / (1 - rho^2) as printed in (2.2.10), or
+    rho (d - rho^2) / (1 - rho^2) as in A. Banerjee et al. (JMLR 2005). The second is larger by
+    rho^2 / (1 + rho) < 1/2.
 
     Args:
-        gradient: (n, B, ...).
+        gradient: Gradients, (n, B, ...).
         form: "printed" (default) or "banerjee".
-        normalized: Divide by d, default; the result is then comparable between inputs of different sizes.
-        floor: Least 1 - rho^2: gradients of one direction have kappa (d - 1) / floor in place of infinity.
+        normalized: Divide by d (default), to compare inputs of different sizes.
+        floor: Least 1 - rho^2, default 1e-6: gradients of one direction have kappa (d - 1) / floor, not infinity.
 
     Returns:
-        (B,), 0 or more, without unit.
+        (B,), at least 0.
 
     Raises:
-        InvalidInputError: As `mean_resultant_length`, or an unknown form, or a floor that is not positive.
+        InvalidInputError: As `mean_resultant_length`, or `form` is unknown, or `floor` is not positive.
     """
     if form not in ("printed", "banerjee"):
         raise InvalidInputError(f"form is 'printed' or 'banerjee', got {form!r}")
@@ -110,7 +112,7 @@ def kappa(gradient: Tensor, form: str = "printed", normalized: bool = True, floo
     d = directions.shape[-1]
     mean = directions.mean(0)
     rho = torch.linalg.vector_norm(mean, dim=-1)
-    # 1 - rho^2 without cancellation: the spread around the mean, and what gradients of length 0 lack of 1
+    # 1 - rho^2 without cancellation: the mean square distance to the mean, plus the share of gradients of length 0
     lengths = directions.detach().square().sum(-1).round()
     spread = (directions - mean).square().sum(-1).mean(0) + (1 - lengths).mean(0)
     value = rho * (d - (rho if form == "printed" else rho.square())) / spread.clamp(min=floor)
@@ -118,7 +120,13 @@ def kappa(gradient: Tensor, form: str = "printed", normalized: bool = True, floo
 
 
 def mean_cosine(gradient: Tensor) -> Tensor:
-    """Mean cosine of two different gradients, (2.2.17), in [-1 / (n - 1), 1]; (n, B, ...) -> (B,).
+    """Mean cosine over all pairs of different gradients, (2.2.17), in [-1 / (n - 1), 1].
+
+    Args:
+        gradient: Gradients, (n, B, ...).
+
+    Returns:
+        (B,).
 
     Raises:
         InvalidInputError: As `mean_resultant_length`.
@@ -127,7 +135,13 @@ def mean_cosine(gradient: Tensor) -> Tensor:
 
 
 def max_cosine(gradient: Tensor) -> Tensor:
-    """Largest cosine of two different gradients (A.2), in [-1, 1]; (n, B, ...) -> (B,).
+    """Largest cosine over all pairs of different gradients (A.2), in [-1, 1].
+
+    Args:
+        gradient: Gradients, (n, B, ...).
+
+    Returns:
+        (B,).
 
     Raises:
         InvalidInputError: As `mean_resultant_length`.
@@ -136,7 +150,13 @@ def max_cosine(gradient: Tensor) -> Tensor:
 
 
 def smooth_max_cosine(gradient: Tensor) -> Tensor:
-    """log of the sum of exp(cosine) over i != j (A.2), log(n (n - 1)) for orthogonal ones; (n, B, ...) -> (B,).
+    """log of the sum of exp(cosine) over all pairs i != j (A.2); log(n (n - 1)) for orthogonal gradients.
+
+    Args:
+        gradient: Gradients, (n, B, ...).
+
+    Returns:
+        (B,).
 
     Raises:
         InvalidInputError: As `mean_resultant_length`.
@@ -147,18 +167,18 @@ def smooth_max_cosine(gradient: Tensor) -> Tensor:
 def dpp(gradient: Tensor, jitter: float = JITTER) -> Tensor:
     """-log det of the Gram matrix K of the directions, (2.2.19): 0 for orthogonal gradients, else above 0.
 
-    K is singular where gradients are collinear, so (1 - jitter) K + jitter I takes its place: its diagonal is still
-    1, and n gradients of one direction have -log(n - (n - 1) jitter) - (n - 1) log(jitter) in place of infinity.
+    K is singular for collinear gradients, so that (1 - jitter) K + jitter I is taken instead. Its diagonal is still 1,
+    and n gradients of one direction have -log(n - (n - 1) jitter) - (n - 1) log(jitter), not infinity.
 
     Args:
-        gradient: (n, B, ...).
-        jitter: In (0, 1], default 1e-4.
+        gradient: Gradients, (n, B, ...).
+        jitter: Share of the identity, in (0, 1], default 1e-4.
 
     Returns:
         (B,).
 
     Raises:
-        InvalidInputError: As `mean_resultant_length`, or a jitter out of range.
+        InvalidInputError: As `mean_resultant_length`, or `jitter` is out of range.
     """
     if not 0 < jitter <= 1:
         raise InvalidInputError(f"jitter must lie in (0, 1], got {jitter}")
@@ -178,12 +198,12 @@ REGULARIZERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class VonMisesFisher(NamedTuple):
-    """Statistics of directions, (B,) each, without unit.
+    """Statistics of the directions of gradients, (B,) each.
 
     Attributes:
-        rho: Sample mean resultant length, in [0, 1].
-        printed: kappa as printed in (2.2.10), 0 or more, not divided by d.
-        banerjee: kappa by A. Banerjee et al. (2005).
+        rho: Mean resultant length, in [0, 1].
+        printed: kappa as printed in (2.2.10), at least 0, not divided by d.
+        banerjee: kappa as in A. Banerjee et al. (2005), not divided by d.
     """
 
     rho: Tensor
@@ -192,7 +212,10 @@ class VonMisesFisher(NamedTuple):
 
 
 def von_mises_fisher(gradient: Tensor) -> VonMisesFisher:
-    """Statistics of the directions of gradients (n, B, ...); the source takes n = 100.
+    """Mean resultant length and both forms of kappa of gradients; Lee (2021) uses n = 100 draws.
+
+    Args:
+        gradient: Gradients, (n, B, ...).
 
     Raises:
         InvalidInputError: As `mean_resultant_length`.
@@ -202,7 +225,13 @@ def von_mises_fisher(gradient: Tensor) -> VonMisesFisher:
 
 
 def cosines(gradient: Tensor) -> Tensor:
-    """Cosines of all pairs of gradients, (n, B, ...) -> (B, n, n), the diagonal 1.
+    """Cosines of all pairs of gradients.
+
+    Args:
+        gradient: Gradients, (n, B, ...).
+
+    Returns:
+        (B, n, n), with a diagonal of 1.
 
     Raises:
         InvalidInputError: As `mean_resultant_length`.
@@ -214,7 +243,7 @@ def cosines(gradient: Tensor) -> Tensor:
 
 
 def _pairs(gradient: Tensor) -> Tensor:
-    """Cosines of different gradients, (B, n (n - 1))."""
+    """Cosines of all ordered pairs of different gradients, (B, n (n - 1))."""
     found = cosines(gradient)
     n = found.shape[-1]
     different = ~torch.eye(n, dtype=torch.bool, device=found.device)
@@ -222,10 +251,10 @@ def _pairs(gradient: Tensor) -> Tensor:
 
 
 def _directions(gradient: Tensor) -> Tensor:
-    """Unit vectors (n, B, d), 0 where the gradient is; scaled first, so that small gradients do not underflow.
+    """Directions of gradients as unit vectors (n, B, d), 0 for a gradient of 0; scaled first against underflow.
 
-    Those below 1e-32 in float32, of a sample that is classified with certainty, count as 0: the derivative of their
-    direction would overflow.
+    Gradients below 1e-32 in float32, as those of samples classified with certainty, count as 0: the derivative of
+    their direction would overflow.
     """
     if gradient.dim() < 3 or gradient.shape[0] < 2:
         raise InvalidInputError(

@@ -20,11 +20,11 @@ __all__ = ["Noise", "NoiseDraw", "make_rse"]
 
 
 class NoiseDraw:
-    """Standard normal noise, the i-th row the same in every batch.
+    """One draw of standard normal noise, whose i-th row is the same for every batch.
 
     Args:
-        seed: Of all rows.
-        device: To draw on.
+        seed: Seed of all rows.
+        device: Device to draw on.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class NoiseDraw:
         self._drawn: dict[torch.Size, tuple[torch.Generator, Tensor]] = {}
 
     def like(self, x: Tensor) -> Tensor:
-        """Noise of the shape, type and device of `x`; rows that no batch had before are drawn now."""
+        """Noise of the shape, type and device of `x`; rows beyond those of all earlier batches are drawn now."""
         shape = x.shape[1:]
         if shape not in self._drawn:
             self._drawn[shape] = seeded(self.seed, self.device), torch.empty(0, *shape, device=self.device)
@@ -45,10 +45,13 @@ class NoiseDraw:
 
 
 class Noise(RandomLayer):
-    """Adds N(0, level^2) to every entry: other noise for each sample of a batch, and in each draw.
+    """A layer that adds noise N(0, level^2) to every entry, independent for each sample of a batch and each draw.
 
     Args:
-        level: Standard deviation, in units of the layer's input; 0 or more.
+        level: Standard deviation in units of the layer's input, at least 0.
+
+    Raises:
+        InvalidInputError: `level` is negative or not finite.
     """
 
     def __init__(self, level: float) -> None:
@@ -58,31 +61,32 @@ class Noise(RandomLayer):
         self.level = level
 
     def draw(self, generator: torch.Generator) -> NoiseDraw:
-        """Noise for as many rows as come."""
+        """Noise for any number of rows."""
         device = generator.device
         return NoiseDraw(int(torch.randint(2**62, (), generator=generator, device=device)), device)
 
     def held(self, x: Tensor, draws: Sequence[NoiseDraw]) -> Tensor:
-        """`x` and the noise of each block of rows."""
+        """`x` plus the noise of each block of rows, as in `RandomLayer.held`."""
         blocks = x.chunk(len(draws))
         return x + self.level * torch.cat([draw.like(block) for draw, block in zip(draws, blocks, strict=True)])
 
     def extra_repr(self) -> str:
-        """The level."""
+        """The noise level, for the layer's printed form."""
         return f"level={self.level}"
 
 
 def make_rse(model: nn.Module, init: float = 0.2, inner: float = 0.1) -> nn.Module:
-    """A copy of a network with noise before every convolution.
+    """A copy of a network with Gaussian noise before every convolution (Liu et al., 2018).
 
     Args:
-        model: Any torch module; it stays as it is.
+        model: Any torch module, which is not changed.
         init: Noise level before the first convolution (in the order of ``model.modules()``), in units of the image;
-            default 0.2, as in the source.
-        inner: Before each of the others, default 0.1. With level 0 there is no noise.
+            default 0.2, as in Lee (2021).
+        inner: Noise level before each other convolution, in units of its input, default 0.1. A level of 0 adds no
+            noise.
 
     Returns:
-        The randomized network; each convolution is the last part of an `torch.nn.Sequential` in its place.
+        The randomized network; a ``torch.nn.Sequential`` of noise and convolution replaces each convolution.
 
     Raises:
         InvalidInputError: A level is negative or not finite, both are 0, or the network has no convolution.

@@ -1,8 +1,8 @@
-"""Randomized networks: which layers draw, one drawn network to hold on to, and the prediction of many.
+"""Randomized networks: which layers draw random numbers, networks with fixed draws, and ensemble predictions.
 
-A randomized network F is a distribution over networks; each forward pass draws another one (S. Lee, 2021, 2.2.1). Here
-a draw is a seed: `sample` turns it into a module that computes the same function at every call. Layers of our own
-subclass `RandomLayer`; those of others are named in `ADAPTERS`.
+A randomized network is a distribution over networks; each forward pass draws another network (Lee, 2021, 2.2.1). Here
+a draw is a seed: `sample` returns a module that computes the same function at every call. Random layers of this package
+subclass `RandomLayer`; random layers of other packages are named in `ADAPTERS`.
 """
 
 from __future__ import annotations
@@ -19,37 +19,40 @@ from ..errors import InvalidInputError
 
 __all__ = ["ADAPTERS", "Adapter", "RandomLayer", "Sampled", "is_randomized", "predict", "require_randomized", "sample"]
 
-_MOST_ROWS = 1024  # of a batch of all draws together, in `predict`
+_MOST_ROWS = 1024  # rows of one forward pass of several draws, in `predict`
 
 
 class RandomLayer(nn.Module, ABC):
-    """A layer that draws something at every call: a subclass says what, and what it computes of it."""
+    """A layer that draws random numbers at every call. Subclasses write `draw`, and `held`, which uses the draws."""
 
     @abstractmethod
     def draw(self, generator: torch.Generator) -> Any:
-        """One draw, whatever `held` takes; a function of the generator's state alone."""
+        """One draw, of any type that `held` takes; it depends on the generator's state alone."""
 
     @abstractmethod
     def held(self, x: Tensor, draws: Sequence[Any]) -> Tensor:
-        """Output for draws that are given.
+        """Output of the layer for given draws.
 
         Args:
             x: Inputs, (len(draws) * B, ...): the k-th block of B rows goes through the k-th draw.
             draws: Results of `draw`.
+
+        Returns:
+            Outputs, (len(draws) * B, ...), in the same order.
         """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output of a new draw, from torch's global generator."""
+        """Output for a new draw, whose seed comes from torch's global generator."""
         return self.held(x, [self.draw(seeded(int(torch.randint(2**62, ())), x.device))])
 
 
 class Adapter(NamedTuple):
-    """How a layer that is no `RandomLayer` draws.
+    """Functions that give a random layer of another package the interface of `RandomLayer`.
 
     Attributes:
-        active: Whether the layer draws in the mode that it is in.
-        draw: One draw of the layer.
-        held: Its output for given draws, of its own forward function, inputs and draws as in `RandomLayer.held`.
+        active: (layer) -> whether the layer draws in its current mode.
+        draw: (layer, generator) -> one draw of the layer.
+        held: (layer, its forward function, inputs, draws) -> output, with inputs and draws as in `RandomLayer.held`.
     """
 
     active: Callable[[nn.Module], bool]
@@ -62,7 +65,7 @@ def _seed(layer: nn.Module, generator: torch.Generator) -> int:
 
 
 def _replay(layer: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, draws: Sequence[int]) -> Any:
-    """The layer's own forward pass with torch's global generator set to the seed of the draw, and set back after."""
+    """The layer's own forward pass with torch's global generator at the seed of the draw, which is then restored."""
     outputs = []
     for block, seed in zip(x.chunk(len(draws)), draws, strict=True):
         for name, buffer in layer._buffers.items():
@@ -73,7 +76,7 @@ def _replay(layer: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, draws
             outputs.append(forward(block))
     if isinstance(outputs[0], Tensor):
         return torch.cat(outputs)
-    return torch.cat([output for output, _ in outputs]), outputs[0][1]  # the KL term, which no draw changes
+    return torch.cat([output for output, _ in outputs]), outputs[0][1]  # the KL term, the same for all draws
 
 
 _OWN = Adapter(
@@ -85,7 +88,7 @@ _UNFROZEN = Adapter(lambda layer: layer.weight_eps is None, _seed, _replay)
 _ALWAYS = Adapter(lambda layer: True, _seed, _replay)
 _TRAINING = Adapter(lambda layer: layer.training, _seed, _replay)
 
-# Name of a class, or of a class that it derives from -> how it draws. No package is imported for it.
+# Name of a layer's class, or of a base class of it -> adapter. Names, so that no package need be imported.
 ADAPTERS: dict[str, Adapter] = {
     f"{RandomLayer.__module__}.RandomLayer": _OWN,
     **{f"torchbnn.modules.{name}": _UNFROZEN for name in ("linear.BayesLinear", "conv.BayesConv2d")},
@@ -102,7 +105,7 @@ def _adapter(layer: nn.Module) -> Adapter | None:
 
 
 def _random_layers(model: nn.Module) -> Iterator[tuple[nn.Module, Adapter]]:
-    """Layers that draw, each once and in the order of the model; not those inside of each other, nor held ones."""
+    """Layers that draw, each once and in the order of the model; none inside of another one or of a `Sampled`."""
     seen: set[int] = set()
 
     def walk(module: nn.Module) -> Iterator[tuple[nn.Module, Adapter]]:
@@ -120,17 +123,17 @@ def _random_layers(model: nn.Module) -> Iterator[tuple[nn.Module, Adapter]]:
 
 
 class Sampled(nn.Module):
-    """Drawn networks, held: a view of a randomized network that gives the same outputs for the same inputs.
+    """Networks drawn from a randomized one, with fixed draws: the same inputs give the same outputs at every call.
 
     Parameters and buffers are the model's own, and outputs are differentiable in them and in the inputs.
 
     Args:
-        model: Randomized network. A deterministic one is its only draw.
-        seeds: One for each network.
+        model: Randomized network. All draws of a deterministic network are that network itself.
+        seeds: Seeds of the draws, one for each drawn network.
 
     Attributes:
         model: The randomized network.
-        seeds: Of its draws.
+        seeds: Seeds of the draws.
     """
 
     def __init__(self, model: nn.Module, seeds: Sequence[int]) -> None:
@@ -144,10 +147,16 @@ class Sampled(nn.Module):
         ]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of inputs (len(seeds) * B, ...), the k-th block of B rows through the k-th network.
+        """Outputs of the drawn networks, each for inputs of its own.
+
+        Args:
+            x: Inputs, (len(seeds) * B, ...): the k-th block of B rows goes through the k-th network.
+
+        Returns:
+            (len(seeds) * B, ...), in the same order.
 
         Raises:
-            InvalidInputError: The rows cannot be shared out evenly.
+            InvalidInputError: The number of rows is no multiple of the number of networks.
         """
         if x.shape[0] % len(self.seeds):
             raise InvalidInputError(f"{x.shape[0]} inputs cannot be shared by {len(self.seeds)} networks evenly")
@@ -155,13 +164,20 @@ class Sampled(nn.Module):
             return self.model(x)
 
     def each(self, x: Tensor) -> Tensor:
-        """Logits of every network at the same inputs, (B, ...) -> (len(seeds), B, classes), in one pass."""
+        """Outputs of every drawn network at the same inputs, in one pass.
+
+        Args:
+            x: Inputs, (B, ...).
+
+        Returns:
+            (len(seeds), B, classes).
+        """
         logits = self(x.expand(len(self.seeds), *x.shape).flatten(0, 1))
         return logits.view(len(self.seeds), len(x), *logits.shape[1:])
 
     @contextlib.contextmanager
     def _installed(self) -> Iterator[None]:
-        """Let the layers compute with the held draws for a while."""
+        """Replace the forward functions of the random layers, for a while, by ones with the fixed draws."""
         before = [(layer, layer.__dict__.get("forward")) for layer, _, _ in self._held]
         try:
             for layer, adapter, draws in self._held:
@@ -181,12 +197,12 @@ def _bound(layer: nn.Module, adapter: Adapter, draws: Sequence[Any]) -> Callable
 
 
 def is_randomized(model: nn.Module) -> bool:
-    """Whether any layer of the model draws, in the mode that it is in. A `Sampled` does not."""
+    """Whether any layer of the model draws in its current mode; a `Sampled`, whose draws are fixed, does not."""
     return next(_random_layers(model), None) is not None
 
 
 def draws_in_eval_mode(model: nn.Module) -> bool:
-    """Whether any layer draws in eval mode too, or holds a draw: then the model is no plain network to be traced."""
+    """Whether any layer draws in eval mode too, or is a `Sampled`: such a model cannot be traced as one network."""
     kinds = ((module, _adapter(module)) for module in model.modules())
     return any(
         isinstance(module, Sampled) or (kind is not None and kind is not _TRAINING and kind.active(module))
@@ -198,8 +214,8 @@ def require_randomized(model: nn.Module, what: str) -> None:
     """Raise InvalidInputError unless the model is randomized.
 
     Args:
-        model: To look into.
-        what: Needs the randomness, for the message.
+        model: The model.
+        what: What needs a randomized network, for the message.
     """
     if not is_randomized(model):
         raise InvalidInputError(
@@ -210,14 +226,17 @@ def require_randomized(model: nn.Module, what: str) -> None:
 
 
 def sample(model: nn.Module, generator: torch.Generator, draws: int = 1) -> Sampled:
-    """Draw networks from a randomized one, and hold them.
+    """Draw networks from a randomized one, and fix the draws.
 
-    The n-th draw is the same whether networks are drawn one by one or together.
+    The n-th network is the same whether networks are drawn one by one or together.
 
     Args:
-        model: Randomized network; a deterministic one is its only draw.
-        generator: Source of the draws; the next call draws others.
-        draws: How many, default 1: the result then maps (B, ...) to (B, classes) as the model does.
+        model: Randomized network. All draws of a deterministic network are that network itself.
+        generator: Source of the draws; its state advances, so that the next call draws others.
+        draws: Number of networks, default 1.
+
+    Returns:
+        The drawn networks; a single one maps (B, ...) to (B, classes) as the model does.
 
     Raises:
         InvalidInputError: `draws` is below 1.
@@ -240,15 +259,15 @@ def predict(
     Args:
         model: Randomized classifier, (B, ...) -> (B, classes).
         x: Inputs, (B, ...).
-        draws: Networks of the ensemble; the source takes 20.
-        generator: Source of the draws, default a new one of seed 0.
+        draws: Number of networks in the ensemble; Lee (2021) uses 20.
+        generator: Source of the draws, default a new generator of seed 0.
         by: "probability" (default) or "vote"; a network votes for its largest logit, the first one of a tie.
 
     Returns:
-        (B, classes), rows sum to 1. Rows of a network that gives NaN are NaN, so that no comparison holds for them.
+        (B, classes), whose rows sum to 1. A row is NaN if any network gives NaN for the sample.
 
     Raises:
-        InvalidInputError: `draws` is below 1, or `by` unknown.
+        InvalidInputError: `draws` is below 1, or `by` is unknown.
     """
     if by not in ("probability", "vote"):
         raise InvalidInputError(f"by is 'probability' or 'vote', got {by!r}")
@@ -267,5 +286,5 @@ def predict(
 
 
 def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A new generator of this seed; the numbers of a draw depend on the device."""
+    """A new generator of this seed on a device; the numbers that it gives depend on the type of device."""
     return torch.Generator(device).manual_seed(seed)

@@ -1,7 +1,8 @@
-"""The rules of the ball-box domain, in one table from the kind of a node to its rule (`table`).
+"""The rules of the ball-box domain, in one table from the class of a node to its rule (`table`).
 
-`base` says what a rule is, each further file is a family of them, `applied` uses the table. A node without a rule, or
-whose rule declines, takes the engine's interval arithmetic and the ball around its box. `register_rule` adds one.
+`base` defines the kinds of rules, `applied` applies the rule of the table to a node, and each other file is a family of
+rules. A node without a rule, or whose rule declines, takes the engine's interval arithmetic and the ball around the
+resulting box. `register_rule` adds a rule.
 """
 
 from .applied import adjoint_and_bias, frobenius, propagate_node, rows_times_constant

@@ -1,4 +1,4 @@
-"""The rules applied: the set of a node, and rows back through it, by the rule that the table has for it."""
+"""Applying the table of rules: the set of a node, and coefficient rows carried back through the node."""
 
 from __future__ import annotations
 
@@ -17,7 +17,21 @@ from .table import RULES
 
 
 def propagate_node(node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox:
-    """Set of one node: by its rule, or by the engine's interval arithmetic where there is none or it declines."""
+    """Set of one node, by its rule, or by the engine's interval arithmetic if there is no rule or it declines.
+
+    Args:
+        node: The node.
+        inputs: A `BallBox` for each perturbed input, the value for each constant one.
+        center: Clean value of the node, (B, ...).
+        context: Norms and switches; nodes without a rule are noted in its `fallbacks`.
+
+    Returns:
+        The set; with `outward`, enlarged to cover rounding.
+
+    Raises:
+        UnsupportedNodeError: The node's values are not floating-point numbers, or neither a rule nor the engine's
+            interval arithmetic can bound it.
+    """
     if not center.is_floating_point():
         raise UnsupportedNodeError(
             f"node {node.name!r} ({kind(node)}) turns the perturbed input into {center.dtype}; a ball needs "
@@ -38,7 +52,17 @@ def propagate_node(node: Node, inputs: Sequence[State], center: Tensor, context:
 
 
 def adjoint_and_bias(node: Node, inputs: Sequence[State], rows: Tensor) -> tuple[Rows, Tensor] | None:
-    """Rows of an affine node's inputs, and rows times its value at 0, (S, B); None where the node is not affine."""
+    """Carry coefficient rows back through an affine node.
+
+    Args:
+        node: The node.
+        inputs: As in `SetRule.propagate`; of sets, only the shapes are read.
+        rows: Rows of the node's output, (S, B, ...).
+
+    Returns:
+        Rows of each input, (S, B, ...) or None for constant ones, and the rows times the node's value at 0, (S, B);
+        None if the node is not affine.
+    """
     rule, sums = RULES.get(kind(node)), None
     if not isinstance(rule, AffineRule):
         return None
@@ -50,13 +74,16 @@ def adjoint_and_bias(node: Node, inputs: Sequence[State], rows: Tensor) -> tuple
 
 
 def rows_times_constant(node: Node, inputs: Sequence[State], rows: Tensor, sums: Tensor | None = None) -> Tensor:
-    """Rows (S, B, ...) times an affine node's value at 0, (S, B).
+    """Coefficient rows times the value at 0 of an affine node, that is its bias.
 
     Args:
         node: The node, of a class with an `AffineRule`.
         inputs: As in `SetRule.propagate`.
-        rows: Rows of its output.
-        sums: Theirs over positions, (S, B, C), of a rule `by_channel`.
+        rows: Rows of the node's output, (S, B, ...).
+        sums: Sums of the rows over positions, (S, B, C), if known, for rules `by_channel`.
+
+    Returns:
+        (S, B).
     """
     rule = RULES[kind(node)]
     assert isinstance(rule, AffineRule)
@@ -65,18 +92,23 @@ def rows_times_constant(node: Node, inputs: Sequence[State], rows: Tensor, sums:
     if rule.alike:
         known = [s.detach() if i == rule.weight and isinstance(s, Tensor) else s for i, s in enumerate(inputs)]
         value = apply(node, known, lambda state: rows.new_zeros(1, *state.center.shape[1:]))
-        if len(value) == 1:  # else a constant has a batch axis
+        if len(value) == 1:  # longer if a constant has a batch axis
             if sums is not None:
                 return sums @ value.flatten(2)[0, :, 0]
             if rows.dim() == 5:  # channels last, in which convolutions keep their rows
                 rows, value = rows.movedim(2, -1), value.movedim(1, -1)
-            return rows.reshape(*rows.shape[:2], -1) @ value.flatten()  # of one number a sample too
+            return rows.reshape(*rows.shape[:2], -1) @ value.flatten()  # reshape, as a sample may have no axis
     value = apply(node, inputs, lambda state: rows.new_zeros(state.center.shape))
     return (rows * value).reshape(*rows.shape[:2], -1).sum(2)
 
 
 def frobenius(node: Node, inputs: Sequence[State]) -> Tensor | float:
-    """Frobenius norm of an affine node's linear part; 1 for nodes that only move values."""
+    """Frobenius norm of an affine node's linear part, 0-dim; 1 for nodes whose rule has no linear map.
+
+    Args:
+        node: The node.
+        inputs: As in `SetRule.propagate`.
+    """
     linear_map = getattr(RULES.get(kind(node)), "linear_map", None)
     index = only_perturbed(inputs)
     found = None if linear_map is None or index is None else linear_map(node, inputs, index)

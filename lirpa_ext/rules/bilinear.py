@@ -1,4 +1,4 @@
-"""The product of two perturbed tensors, entry by entry: its set, and its linear relaxation (McCormick 1976)."""
+"""The product of two perturbed tensors, entry by entry: its set, and its linear relaxation (McCormick, 1976)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .structure import copies
 
 
 class Multiplication(Scaling, RelaxedRule):
-    """x y: scaling where one operand is constant, else the product of two sets."""
+    """Rule of x y, entry by entry: a scaling if one operand is constant, else a product of two sets."""
 
     def __init__(self) -> None:
         super().__init__(inverse=False)
@@ -38,23 +38,34 @@ class Multiplication(Scaling, RelaxedRule):
 
 
 def product_box(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Interval product: the extremes of x y over two boxes lie at corners. 0 times an infinite end is 0."""
+    """Box of x y over two boxes, whose extremes lie at corners; 0 times an infinite end is 0.
+
+    Args:
+        x: Lower and upper corner of the first box.
+        y: Lower and upper corner of the second box, which broadcast with those of the first.
+    """
     corners = torch.stack(torch.broadcast_tensors(*(_times(a, b) for a in x for b in y)))
     return corners.amin(0), corners.amax(0)
 
 
 def square_box(x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Interval square."""
+    """Box of x^2 over a box, given as lower and upper corner."""
     lower, upper = x
     nearest = torch.minimum(lower.clamp(min=0) + upper.clamp(max=0), upper)
     return nearest.square(), torch.maximum(lower.square(), upper.square())
 
 
 def product_set(x: BallBox, y: BallBox, center: Tensor, same: bool) -> BallBox:
-    """Set of x y, or of x^2 where both operands are the same node.
+    """Set of x y, or of x^2 if both operands are the same node.
 
-    x y - x0 y0 = x (y - y0) + y0 (x - x0), so that the radius is at most max |x| rho_y + max |y0| rho_x, where
-    broadcasting repeats an operand's change; and at most that of the box.
+    x y - x0 y0 = x (y - y0) + y0 (x - x0), so that the radius is at most max |x| rho_y + max |y0| rho_x, with rho
+    multiplied by the norm of the copying map for an operand that is broadcast; and at most the radius of the box.
+
+    Args:
+        x: Set of the first operand.
+        y: Set of the second operand.
+        center: Clean value of the product, (B, ...).
+        same: Whether both operands are the same node.
     """
     lower, upper = square_box(x.box()) if same else product_box(x.box(), y.box())
     largest = torch.maximum(*(end.abs() for end in x.box()))
@@ -64,15 +75,15 @@ def product_set(x: BallBox, y: BallBox, center: Tensor, same: bool) -> BallBox:
 
 
 def mccormick(x: BallBox, y: BallBox, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows a of x y -> rows of x, rows of y and a bias with a.(x y) >= rows_x.x + rows_y.y + bias on the boxes.
+    """Rows and bias with a.(x y) >= rows_x.x + rows_y.y + bias on the boxes of x and y, for the rows a of x y.
 
-    (x - lx)(y - ly) >= 0 and (x - ux)(y - uy) >= 0 give two planes below x y, (x - lx)(y - uy) <= 0 and
-    (x - ux)(y - ly) <= 0 two above. Either two are equal in the middle of the box; their mean is taken, which has the
-    same slopes below and above, and moves smoothly with the box.
+    (x - lx)(y - ly) >= 0 and (x - ux)(y - uy) >= 0 give two planes below x y; (x - lx)(y - uy) <= 0 and
+    (x - ux)(y - ly) <= 0 give two planes above. The two planes of a side agree in the middle of the box. Their mean is
+    taken: it has the same slopes below and above, and changes smoothly with the box.
 
     Args:
         x: Set of the first operand, finite.
-        y: Of the second.
+        y: Set of the second operand, finite.
         rows: Coefficients of the product, (S, B, ...).
 
     Returns:

@@ -1,7 +1,7 @@
-"""The box of a linear node as one differentiable step: interval arithmetic cut with the image of the ball.
+"""The box of a linear node as one differentiable function: interval arithmetic intersected with the ball's image.
 
-The same with torch's maximum and minimum takes three times the memory traffic: their backward compares again,
-copies masks and splits ties, and the outer product of row norms and radii is reduced twice over full tensors.
+With torch's maximum and minimum, the same takes three times the memory traffic: their backward passes compare again,
+copy masks and split ties, and the outer product of row norms and radii is reduced twice over full tensors.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor
 class Cut(torch.autograd.Function):
     """lower = max(m - s, z - r), upper = min(m + s, z + r) with r_bi = rho_b ||W_i||_2.
 
-    Args of `apply`: middle m (B, ...), spread s (B, ...), center z (B, ...), row norms (broadcast with one sample),
-    radius rho (B,). Returns (lower, upper). On a tie the gradient goes to interval arithmetic.
+    ``Cut.apply`` takes the middle m (B, ...), the spread s (B, ...), the center z (B, ...), the row norms ||W_i||_2
+    (which broadcast with one sample) and the radius rho (B,), and returns lower and upper (B, ...). On a tie, the
+    gradient goes to interval arithmetic, that is to m and s.
     """
 
     @staticmethod

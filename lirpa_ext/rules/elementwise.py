@@ -1,4 +1,4 @@
-"""Activations: the box through the function, rho' = L rho with L the Lipschitz constant on the box."""
+"""Activations: the box is that of the function's values, the radius L rho with L the Lipschitz constant on the box."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .context import Context
 class Elementwise(SetRule):
     """Rule of a node that applies one function to each element.
 
-    ||f(v) - f(z)||_2 <= max_i L_i ||v - z||_2 with L_i a bound on |f'| over [l_i, u_i]. Where f has no such bound, or
-    is not defined on all of the box, the radius is infinite, or that of the box of the values if there is one.
+    ||f(v) - f(z)||_2 <= max_i L_i ||v - z||_2 with L_i a bound on |f'| over [l_i, u_i]. Where |f'| is not bounded, or f
+    not defined on all of the box, the radius is infinite, or that of the box of f's values if this box is finite.
 
     Args:
-        slope: Bound on |f'| over [l, u], elementwise: (node, l, u) -> tensor of that shape; NaN or infinite where
-            there is none.
-        monotone: f does not decrease, so the box is (f(l), f(u)); else the engine's interval rule gives it.
-        exact: f is computed without rounding, and its slopes are 0 or 1.
-        span: Ends of f's range, which rounding outward does not leave.
+        slope: Bound on |f'| over [l, u]: (node, l, u) -> tensor of the shape of l; NaN or infinite where there is none.
+        monotone: Whether f does not decrease, so that the box is (f(l), f(u)); else the node's interval arithmetic
+            gives the box. Default True.
+        exact: Whether f is computed without rounding, and its slopes are 0 or 1. Default False.
+        span: Ends of f's range, beyond which outward rounding does not go. Default no ends.
     """
 
     def __init__(
@@ -48,7 +48,11 @@ class Elementwise(SetRule):
 
     @classmethod
     def of_function(cls, exact: bool = False) -> Elementwise:
-        """The rule of a node with a `scalar_function`, which gives box, slope and range."""
+        """The rule of nodes with a `scalar_function`, from which box, slope and range are taken.
+
+        Args:
+            exact: As in the constructor.
+        """
         rule = cls(steepest, monotone=False, exact=exact)
         rule.function = scalar_function
         return rule
@@ -62,7 +66,7 @@ class Elementwise(SetRule):
         slope = flat(self.slope(node, lower, upper)).amax(1)
         if self.exact:
             radius = state.radius * slope
-        else:  # a slope that underflowed is not 0
+        else:  # a slope of 0 may have underflowed
             radius = stretched(state.radius, slope.clamp(min=torch.finfo(slope.dtype).tiny))
         if context.outward and function is not None:
             radius = radius + _noise(function, state.center)
@@ -81,20 +85,20 @@ class Elementwise(SetRule):
         return BallBox(center, radius, low, high)
 
     def widened(self, node: Node, state: BallBox) -> BallBox:
-        """Larger by what the function's rounding may lose, but inside of its range."""
+        """The node's set, enlarged to cover rounding in f, but inside of f's range."""
         state, function = widened(state), self.function(node)
         least, most = self.span if function is None else (function.least, function.most)
         if state.lower is None or state.upper is None or (least, most) == (-math.inf, math.inf):
             return state
         lower, upper = state.lower.clamp(least, most), state.upper.clamp(least, most)
-        if least == 0:  # values that are positive, but underflow
+        if least == 0:  # positive values may underflow to 0
             upper = upper.clamp(min=torch.finfo(upper.dtype).tiny)
         lower, upper = torch.minimum(lower, state.center), torch.maximum(upper, state.center)
         return BallBox(state.center, state.radius, lower, upper)
 
 
 def _noise(function: ScalarFunction, center: Tensor) -> Tensor | float:
-    """Length of what the function's cancellation may have lost of the center, (B,)."""
+    """l2 norm of the error of the center by cancellation in the function, (B,)."""
     loss = function.noise(center)
     if not isinstance(loss, Tensor):
         if not loss:
@@ -108,34 +112,39 @@ def _unknown(node: Node) -> None:
 
 
 def steepest(node: Node, lower: Tensor, upper: Tensor) -> Tensor:
+    """Largest |f'| on [l, u] of the node's scalar function, (B, ...)."""
     function = scalar_function(node)
     assert function is not None
     return function.steepest(lower, upper)
 
 
 def _nearest_to_zero(lower: Tensor, upper: Tensor) -> Tensor:
-    """Point of [l, u] where |x| is least: there the slope of tanh, sigmoid and atan is largest."""
+    """Point of [l, u] with the smallest |x|, where the slopes of tanh, sigmoid and atan are largest."""
     return torch.minimum(lower.clamp(min=0) + upper.clamp(max=0), upper)
 
 
 def relu(node: Node, lower: Tensor, upper: Tensor) -> Tensor:
-    """1 where the box reaches above 0 (or is NaN), else the slope below 0 (0 for a plain ReLU)."""
+    """Largest slope of a ReLU or LeakyReLU on [l, u]: 1 where u > 0 or u is NaN, else the slope below 0."""
     leak = engine.slope_below_zero(node)
     dead = upper <= 0
     return torch.where(dead, torch.full_like(upper, leak), max(1.0, leak)) if leak else (~dead).to(upper)
 
 
 def sigmoid(node: Node, lower: Tensor, upper: Tensor) -> Tensor:
-    """s(x) s(-x): 1 - s(x) would be 0 from x = 37 on, in float32 from 17."""
+    """Largest slope of the sigmoid s on [l, u], s(x) s(-x) at the point nearest to 0.
+
+    s(x) (1 - s(x)) would be 0 from x = 37 on, in float32 from 17.
+    """
     nearest = _nearest_to_zero(lower, upper)
     return torch.sigmoid(nearest) * torch.sigmoid(-nearest)
 
 
 def tanh(node: Node, lower: Tensor, upper: Tensor) -> Tensor:
-    """1 - tanh(x)^2 = 4 s(2x) s(-2x)."""
+    """Largest slope of tanh on [l, u], 1 - tanh(x)^2 = 4 s(2x) s(-2x) at the point nearest to 0."""
     nearest = 2 * _nearest_to_zero(lower, upper)
     return 4 * torch.sigmoid(nearest) * torch.sigmoid(-nearest)
 
 
 def atan(node: Node, lower: Tensor, upper: Tensor) -> Tensor:
+    """Largest slope of atan on [l, u], 1 / (1 + x^2) at the point nearest to 0."""
     return 1 / (1 + _nearest_to_zero(lower, upper) ** 2)

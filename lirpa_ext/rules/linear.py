@@ -1,7 +1,7 @@
 """Linear maps: dense, convolutions, batch norm, scaling by a constant, average pools and reductions.
 
-rho' = ||W||_2 rho; the box is interval arithmetic on the box, cut with (W z + b) -+ ||W_i||_2 rho
-((3.2.6)-(3.2.8) of the source, erratum 1: intersected).
+The radius becomes ||W||_2 rho. The box is the intersection of interval arithmetic with (W z + b) -+ ||W_i||_2 rho
+(Lee, 2021, (3.2.6)-(3.2.8)).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Affine(AffineRule):
     """Rule of a node that is affine in its one perturbed input.
 
     Args:
-        linear_map: Builds the linear part from (node, inputs, index of the perturbed input); None where the
-            node is not affine in that input, which then takes the engine's interval rule.
-        by_channel: Whether its bias is one number for each channel.
-        weight: Index of the input that multiplies the perturbed one and nothing else, if there is one.
+        linear_map: (node, inputs, index of the perturbed input) -> linear part of the node; None if the node is not
+            affine in that input, which leaves the node to interval arithmetic.
+        by_channel: Whether the bias is one number for each channel. Default False.
+        weight: Index of the input that only multiplies the perturbed one; None (default) if there is none.
     """
 
     alike = True
@@ -90,7 +90,7 @@ class Affine(AffineRule):
         if ball_only:
             return BallBox(center, radius)
         if state.lower is None or state.upper is None:
-            # Interval arithmetic on z -+ rho reaches ||W_i||_1 rho >= ||W_i||_2 rho: nothing to gain.
+            # Interval arithmetic on z -+ rho gives ||W_i||_1 rho >= ||W_i||_2 rho, which is no tighter.
             reach = rows * per_sample(state.radius, center)
             return BallBox(center, radius, center - reach, center + reach)
         middle_of = 0.5 * (state.lower + state.upper)
@@ -120,9 +120,9 @@ class Own(NamedTuple):
 
     Attributes:
         norms: Upper bounds on the spectral norms, (B,).
-        rows: Norms of the rows, (B, ...), of the shape of the output.
-        spread: What the absolute linear part makes of half widths, (B, ...) -> (B, ...).
-        terms: How many products each output sums.
+        rows: l2 norms of the rows, of the shape of the output, (B, ...).
+        spread: The linear map of absolute values, which maps half widths of boxes: (B, ...) -> (B, ...).
+        terms: Number of products that each output sums.
     """
 
     norms: Tensor
@@ -136,7 +136,8 @@ class TimesConstant(Affine):
 
     Args:
         linear_map: As in `Affine`, for a constant that is the same for every sample.
-        own: (node, constant, set of the other operand, its index, clean value) -> linear part where it differs.
+        own: (node, constant, set of the perturbed operand, index of this operand, clean value of the node) -> linear
+            part for a constant that differs by sample; None declines.
     """
 
     homogeneous = True
@@ -179,15 +180,21 @@ class TimesConstant(Affine):
 
 
 def differs_by_sample(constant: Tensor, value: Tensor, center: Tensor) -> bool:
-    """Whether a constant operand has a batch axis, of more than one sample."""
+    """Whether a constant operand has a batch axis of more than one sample.
+
+    Args:
+        constant: The constant.
+        value: Clean value of the other operand, (B, ...).
+        center: Clean value of the result, (B, ...).
+    """
     return constant.dim() == value.dim() == center.dim() and constant.shape[0] == len(value) > 1
 
 
 class Scaling(TimesConstant):
-    """x times a constant, or divided by one; the constant may differ by sample.
+    """Rule of x times a constant, or x divided by a constant, entry by entry; the constant may differ by sample.
 
     Args:
-        inverse: Divide.
+        inverse: Whether to divide.
     """
 
     def __init__(self, inverse: bool) -> None:
@@ -216,10 +223,12 @@ class Scaling(TimesConstant):
 
 
 def shape_of(state: State) -> torch.Size:
+    """Shape of one sample of a set, without the batch; shape of a constant."""
     return state.center.shape[1:] if isinstance(state, BallBox) else state.shape
 
 
 def dense(node: Node, inputs: Sequence[State], index: int) -> LinearMap | None:
+    """Linear part of a dense layer (ONNX Gemm); None if the weight is perturbed or the input transposed."""
     weight = inputs[1]
     if index != 0 or not isinstance(weight, Tensor) or node.transA:
         return None
@@ -229,7 +238,7 @@ def dense(node: Node, inputs: Sequence[State], index: int) -> LinearMap | None:
 
 
 def constant_product(node: Node, inputs: Sequence[State], index: int) -> LinearMap | None:
-    """Linear part of a matrix product with a constant that is the same for every sample."""
+    """Linear part of a matrix product with a constant that is the same for every sample; None for other products."""
     weight, shape = inputs[1 - index], shape_of(inputs[index])
     if not isinstance(weight, Tensor):
         return None
@@ -238,11 +247,12 @@ def constant_product(node: Node, inputs: Sequence[State], index: int) -> LinearM
     if weight.dim() == len(shape) + 1 >= 3 and weight.shape[0] == 1:
         weight = weight[0]
     if not 1 <= weight.dim() <= max(2, len(shape)) or len(shape) < 1 + index:
-        return None  # samples are along the axes of the constant
+        return None  # an axis of the constant is that of the batch
     return Product(weight, shape, left=index == 1)
 
 
 def conv(node: Node, inputs: Sequence[State], index: int) -> LinearMap | None:
+    """Linear part of a convolution with a constant weight; None if the weight is perturbed."""
     weight = inputs[1]
     if index != 0 or not isinstance(weight, Tensor):
         return None
@@ -250,6 +260,7 @@ def conv(node: Node, inputs: Sequence[State], index: int) -> LinearMap | None:
 
 
 def conv_transpose(node: Node, inputs: Sequence[State], index: int) -> LinearMap | None:
+    """Linear part of a transposed convolution with a constant weight; None if the weight is perturbed."""
     weight = inputs[1]
     if index != 0 or not isinstance(weight, Tensor):
         return None
@@ -265,6 +276,7 @@ def conv_transpose(node: Node, inputs: Sequence[State], index: int) -> LinearMap
 
 
 def batch_norm(node: Node, inputs: Sequence[State], index: int) -> LinearMap | None:
+    """Linear part of a batch norm in eval mode, which scales by weight / sqrt(variance + eps); else None."""
     if index != 0 or node.training or not (node.use_mean and node.use_var and node.use_affine):
         return None
     _, weight, _, _, variance = inputs
@@ -291,7 +303,7 @@ def _scaling(inverse: bool) -> Callable[[Node, Sequence[State], int], LinearMap 
 
 
 def nonnegative(node: Node, inputs: Sequence[State], index: int) -> LinearMap | None:
-    """The node itself, where its linear part has no negative entry and it maps 0 to 0, sample by sample."""
+    """The node's function as a linear map without negative entries; None if the node mixes samples."""
     center = _center(inputs[0])
     if index != 0 or (kind(node) in _ALONG_AXES and moves_samples(node, center.dim())):
         return None
@@ -308,7 +320,15 @@ _ALONG_AXES = _SELECTIONS | {"BoundReduceMean", "BoundReduceSum", "BoundCumSum"}
 
 
 def sum_to(rows: Tensor, shape: torch.Size) -> Tensor:
-    """Undo broadcasting: sum rows (S, B, ...) over what was repeated."""
+    """Sum coefficient rows (S, B, ...) over the axes along which broadcasting repeated an operand.
+
+    Args:
+        rows: Rows of the result, (S, B, ...).
+        shape: Shape of one sample of the operand.
+
+    Returns:
+        (S, B, *shape).
+    """
     extra = rows.dim() - 2 - len(shape)
     if extra:
         rows = rows.flatten(2, 1 + extra).sum(2)
@@ -323,7 +343,15 @@ def _center(state: State) -> Tensor:
 
 
 def power_iterable(node: Node) -> tuple[str, Any, Callable[[Tensor], LinearMap]] | None:
-    """(name, weight node, weight -> linear map) of a dense or convolutional node with a weight of the model."""
+    """The weight and the linear map of a dense or convolutional node, for a power iteration on its norm.
+
+    Args:
+        node: A node of the graph.
+
+    Returns:
+        Name of the weight in the user's model, node of the weight, and a function from a weight to the linear map;
+        None for other nodes, and for weights that are no parameters or buffers of the model.
+    """
     build = {
         "BoundLinear": dense,
         "BoundBallBoxLinear": dense,
@@ -358,7 +386,7 @@ def power_iterable(node: Node) -> tuple[str, Any, Callable[[Tensor], LinearMap]]
 
 
 def _reads_input(node: Node) -> bool:
-    """Whether a node depends on an input of the model, perturbed or not, and not on weights and constants alone."""
+    """Whether a node depends on an input of the model, perturbed or not, rather than on weights and constants alone."""
     weights = (engine.BoundParams, engine.BoundBuffers)
     return any(
         isinstance(leaf, engine.BoundInput) and not isinstance(leaf, weights)

@@ -1,7 +1,7 @@
-"""Largest and smallest values: max pools of any windows, and maxima and minima along axes, with a linear relaxation.
+"""Max pools of any windows, and maxima and minima along axes, with a linear relaxation.
 
-Below, a maximum is at least any one of its entries: the one whose middle is the largest is taken. Above, it is at most
-the largest upper end; and where the box says which entry is the largest, it is that entry.
+Lower bound: a maximum is at least each of its entries; the entry whose interval has the largest middle is taken. Upper
+bound: the largest upper end, a constant. Where the box determines which entry is the largest, the maximum equals it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .structure import Monotone
 
 
 class Maximum(Monotone, RelaxedRule):
-    """The rule of `Monotone`, and the linear relaxation.
+    """Rule of a node whose outputs are maxima (or minima) over windows of its input.
 
     Args:
         factor: As in `Monotone`.
-        windows: (node, shape of the input without batch) -> the entries that each output is the extreme of, as flat
-            positions (outputs, K), -1 where a window has fewer; None declines.
-        sign: -1 for a minimum.
+        windows: (node, shape of the input without batch) -> flat positions of the entries of each output's window,
+            (outputs, K), -1 where a window has fewer than K; None declines.
+        sign: 1 for maxima (default), -1 for minima.
     """
 
     def __init__(self, factor: Any, windows: Any, sign: int = 1) -> None:
@@ -54,12 +54,12 @@ class Maximum(Monotone, RelaxedRule):
 
 
 def _relaxed(lower: Tensor, upper: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (S, B, outputs) of the maxima of v at `positions` -> rows (S, B, n) of v and bias (S, B), on the box."""
+    """Relaxation on the box: rows (S, B, outputs) of the maxima at `positions` -> rows (S, B, n) of v, bias (S, B)."""
     outside, kept = positions < 0, positions.clamp(min=0)
     low, high = (end[:, kept].masked_fill(outside, -torch.inf) for end in (lower, upper))
     chosen = (low + high).argmax(2, keepdim=True)
     others = high.scatter(2, chosen, -torch.inf).amax(2)
-    known = others <= low.gather(2, chosen).squeeze(2)  # then the chosen entry is the largest, whatever v
+    known = others <= low.gather(2, chosen).squeeze(2)  # then the chosen entry is the largest for every v in the box
     target = kept.expand(len(low), -1, -1).gather(2, chosen).squeeze(2).expand(rows.shape)
     share = torch.where((rows >= 0) | known, rows, 0.0)
     rest = rows - share
@@ -68,6 +68,15 @@ def _relaxed(lower: Tensor, upper: Tensor, rows: Tensor, positions: Tensor) -> t
 
 
 def pool_windows(node: Node, shape: torch.Size) -> Tensor | None:
+    """Windows of a 2-D max pool.
+
+    Args:
+        node: The max pool.
+        shape: Shape of one input, (C, H, W).
+
+    Returns:
+        Flat positions in the input of each output's window, (outputs, K), -1 at padding; None for other pools.
+    """
     if len(shape) != 3 or len(node.kernel_size) != 2:
         return None
     channels, height, width = shape
@@ -80,12 +89,21 @@ def pool_windows(node: Node, shape: torch.Size) -> Tensor | None:
 
 
 def axis_windows(node: Node, shape: torch.Size) -> Tensor | None:
+    """Windows of a maximum or minimum along axes.
+
+    Args:
+        node: The reduction.
+        shape: Shape of one input, without batch.
+
+    Returns:
+        Flat positions in the input of each output's window, (outputs, K); None if samples are reduced.
+    """
     if node.axis is None:
-        return None  # of all samples
+        return None  # reduces all axes, the batch included
     axes = node.axis if isinstance(node.axis, (list, tuple)) else [node.axis]
     axes = [axis % (len(shape) + 1) - 1 for axis in axes]
     if any(axis < 0 for axis in axes):
-        return None  # along the samples
+        return None  # reduces the batch
     places = torch.arange(shape.numel()).view(shape)
     rest = [axis for axis in range(len(shape)) if axis not in axes]
     return places.permute(*rest, *axes).reshape(-1, torch.Size([shape[axis] for axis in axes]).numel())

@@ -1,7 +1,7 @@
-"""The larger and the smaller of two values, entry by entry, with a linear relaxation.
+"""Maximum and minimum of two operands, entry by entry, with a linear relaxation.
 
-max(x, y) = y + relu(x - y), and min(x, y) = -max(-x, -y). The two lines of the ReLU on the box of x - y are lines of
-the maximum. |max(x, y) - max(x', y')|^2 <= |x - x'|^2 + |y - y'|^2, which adds the squares of the radii.
+max(x, y) = y + relu(x - y), and min(x, y) = -max(-x, -y): the two lines of the ReLU on the box of x - y relax the
+maximum. |max(x, y) - max(x', y')|^2 <= |x - x'|^2 + |y - y'|^2, so that the squares of the radii add up.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .structure import box_of, copies
 
 
 class Larger(RelaxedRule):
-    """The larger of two.
+    """Rule of the maximum, or the minimum, of two operands, entry by entry.
 
     Args:
-        sign: -1 for the smaller.
+        sign: 1 for the maximum (default), -1 for the minimum.
     """
 
     def __init__(self, sign: int = 1) -> None:
@@ -71,5 +71,5 @@ class Larger(RelaxedRule):
 
 
 def flat_sum(rows: Tensor) -> Tensor:
-    """Sums of rows (S, B, ...), (S, B)."""
+    """Sums of rows (S, B, ...) over a sample's entries, (S, B)."""
     return rows.reshape(*rows.shape[:2], -1).sum(2)

@@ -18,9 +18,9 @@ from .linear import Own, TimesConstant, constant_product, shape_of, sum_to
 
 
 class MatMul(TimesConstant):
-    """Matrix product: with a constant of any rank, on either side, which may differ by sample; or of two sets.
+    """Rule of a matrix product: with a constant of any rank on either side, which may differ by sample; or of two sets.
 
-    Of two boxes with middles m, n and half widths r, s: |X Y - m n| <= |m| s + r |n| + r s.
+    For two boxes with middles m, n and half widths r, s: |X Y - m n| <= |m| s + r |n| + r s.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class MatMul(TimesConstant):
         x, y = inputs[0], inputs[1]
         if not isinstance(x, BallBox) or not isinstance(y, BallBox):
             return super().propagate(node, inputs, center, context)
-        stacks = x.center.dim() == y.center.dim() == center.dim() >= 3  # else axes of samples are summed over
+        stacks = x.center.dim() == y.center.dim() == center.dim() >= 3  # else the product sums over the batch axis
         if not stacks or not len(x.center) == len(y.center) == len(center):
             return None
         (m, r), (n, s) = (((u + l) / 2, (u - l) / 2) for l, u in (x.box(), y.box()))  # noqa: E741
@@ -44,7 +44,7 @@ class MatMul(TimesConstant):
     @staticmethod
     def _own_matrix(node: Node, constant: Tensor, state: BallBox, index: int, center: Tensor) -> Own | None:
         if constant.dim() < 3:
-            return None  # one matrix for all, along whose axes samples are
+            return None  # one matrix for all samples, with the batch along one of its axes
         left = index == 1
         exact = matrices(constant, left).double()
         largest = torch.linalg.matrix_norm(exact, 2).reshape(len(exact), -1).amax(1)

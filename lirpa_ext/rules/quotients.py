@@ -19,10 +19,10 @@ _RECIPROCAL = Power(-1.0)
 
 
 class Quotient(Scaling, RelaxedRule):
-    """x / y: scaling where y is constant, else interval division, unbounded where y may be 0.
+    """Rule of x / y, entry by entry: a scaling if y is constant, else interval division, unbounded where y may be 0.
 
-    Rows go through r = 1 / y: those of x r (McCormick), then those of r on the box of y. Where y may be 0 the lines of
-    1 / y are infinite, and so is the bound.
+    The relaxation is that of the product x r (McCormick), and then that of r = 1 / y on the box of y. If some y may be
+    0, there is no relaxation.
     """
 
     def __init__(self) -> None:
@@ -53,9 +53,14 @@ class Quotient(Scaling, RelaxedRule):
 
 
 def quotient_box(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Interval division, infinite where y may be 0, NaN where an end is."""
+    """Box of x / y over two boxes: infinite where y may be 0, NaN where an end is NaN.
+
+    Args:
+        x: Lower and upper corner of the numerator's box.
+        y: Lower and upper corner of the divisor's box, which broadcast with those of x.
+    """
     signed = (y[0] > 0) | (y[1] < 0)
-    divisors = [end.where(signed | end.isnan(), 1.0) for end in y]  # which leaves no gradient of 1 / 0
+    divisors = [end.where(signed | end.isnan(), 1.0) for end in y]  # 1 keeps NaN of 1 / 0 out of gradients
     corners = torch.stack(torch.broadcast_tensors(*(a / b for a in x for b in divisors)))
     known = signed.expand_as(corners[0]) | corners.isnan().any(0)
     return corners.amin(0).where(known, -torch.inf), corners.amax(0).where(known, torch.inf)

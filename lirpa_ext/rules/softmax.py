@@ -1,4 +1,4 @@
-"""Softmax and log-softmax along an axis: Lipschitz constants on the box, which the node's own interval rule gives."""
+"""Softmax and log-softmax along an axis: radii by Lipschitz constants, boxes by the nodes' interval arithmetic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from .context import Context
 
 
 class Softmax(SetRule):
-    """Softmax along an axis: the Jacobian diag(p) - pp' has rows that sum, absolutely, to 2 p_k (1 - p_k) <= 1/2."""
+    """Rule of softmax along an axis.
+
+    The Jacobian diag(p) - p p^T is symmetric, and the absolute values of its k-th row sum to 2 p_k (1 - p_k) <= 1/2.
+    The largest of these sums on the box bounds its spectral norm.
+    """
 
     def propagate(self, node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         (state,) = inputs
@@ -28,7 +32,10 @@ class Softmax(SetRule):
 
 
 class LogSoftmax(SetRule):
-    """Log-softmax along an axis of size n: ||I - 1p'|| = sqrt(n) ||p||, the norm of the projection 1p'."""
+    """Rule of log-softmax along an axis of size n, with Jacobian I - 1 p^T.
+
+    Its spectral norm equals that of the projection 1 p^T, sqrt(n) ||p||_2, for n > 1; it is bounded on the box.
+    """
 
     def propagate(self, node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         (state,) = inputs

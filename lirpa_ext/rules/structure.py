@@ -1,4 +1,4 @@
-"""Ops that move, copy, join or choose values: reshapes, slices, concat, add, sub, max pools."""
+"""Rules of operations that move, copy, join, add or select values: reshapes, slices, pads, concatenations, sums."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from .linear import sum_to
 class Monotone(AffineRule):
     """Rule of a node whose every output is a non-decreasing function of its one perturbed input, sample by sample.
 
-    The box goes through the function. The ball grows by `factor`, the Lipschitz constant of the node.
+    The corners of the box are the function's values at the corners of the input's box. The radius is multiplied by
+    `factor`, the Lipschitz constant of the node.
 
     Args:
-        factor: (node, state of the input, clean value of the node) -> Lipschitz constant; None declines.
-        back: (node, clean value of the input, rows (S, B, ...)) -> rows of the input, where the node is linear or
-            affine in it; None declines.
-        homogeneous: The node maps 0 to 0.
+        factor: (node, set of the input, clean value of the node) -> Lipschitz constant; None declines.
+        back: (node, clean value of the input, rows (S, B, ...)) -> rows of the input, for nodes that are affine in the
+            input; None, as value or result, declines.
+        homogeneous: Whether the node maps 0 to 0. Default True.
     """
 
     exact = True
@@ -59,7 +60,14 @@ class Monotone(AffineRule):
         return BallBox(center, radius, lower, upper)
 
     def radius(self, node: Node, state: BallBox, center: Tensor, context: Context) -> Tensor | None:
-        """Radius of the node's ball; None declines."""
+        """Radius of the node's ball, (B,), or None to decline.
+
+        Args:
+            node: The node.
+            state: Set of the input.
+            center: Clean value of the node, (B, ...).
+            context: Switches of the propagation.
+        """
         factor = self.factor(node, state, center)
         if factor is None or len(center) != len(state.center):
             return None
@@ -74,7 +82,7 @@ class Monotone(AffineRule):
 
 
 class Reshape(Monotone):
-    """Another shape of the same elements in the same order; where it merges or splits the batch, balls regroup."""
+    """Rule of a reshape, which keeps the order of all elements; balls are joined or split if it regroups the batch."""
 
     def __init__(self) -> None:
         super().__init__(one, _reshape_back)
@@ -82,15 +90,14 @@ class Reshape(Monotone):
     def radius(self, node: Node, state: BallBox, center: Tensor, context: Context) -> Tensor | None:
         radius = regrouped(state.radius, len(center))
         if radius is not None and context.outward and len(radius) < len(state.radius):
-            radius = radius * (1 + gamma(radius.dtype, len(state.radius)))  # of a sum of squares and a root
+            radius = radius * (1 + gamma(radius.dtype, len(state.radius)))  # rounding of the sum of squares
         return radius
 
 
 class Cast(Monotone):
-    """Another type of floating-point numbers, no narrower than the input's: values stay as they are.
+    """Rule of a cast to a floating-point type no narrower than that of the model's input, which keeps all values.
 
-    Raises:
-        UnsupportedNodeError: The type is narrower, and rounds by more than the model's own arithmetic.
+    `propagate` raises UnsupportedNodeError for a narrower type, whose rounding exceeds that of the model's arithmetic.
     """
 
     def __init__(self) -> None:
@@ -113,10 +120,10 @@ def _precision_of_input(node: Node) -> torch.dtype:
 
 
 class Sum(AffineRule):
-    """a + b or a - b: radii add (B.2.4), boxes by interval arithmetic; constants only shift.
+    """Rule of a + b or a - b: radii add up (Lee, 2021, (B.2.4)), boxes follow interval arithmetic, constants shift.
 
     Args:
-        sign: +1 or -1, of the second operand.
+        sign: Sign of the second operand, +1 or -1.
     """
 
     def __init__(self, sign: int) -> None:
@@ -147,7 +154,7 @@ class Sum(AffineRule):
 
 
 class Negation(AffineRule):
-    """-a."""
+    """Rule of -a."""
 
     exact = True
 
@@ -163,12 +170,12 @@ class Negation(AffineRule):
 
 
 class Concat(AffineRule):
-    """Concatenation: rho^2 is the sum of the squares; the box is the concatenation of the boxes."""
+    """Rule of a concatenation: rho^2 is the sum of the operands' rho^2, the box the concatenation of their boxes."""
 
     def propagate(self, node: Node, inputs: Sequence[State], center: Tensor, context: Context) -> BallBox | None:
         states = [state for state in inputs if isinstance(state, BallBox)]
         if len(center) != len(states[0].center):
-            return None  # along the batch
+            return None  # concatenates along the batch
         radius = length(torch.stack([state.radius for state in states]), 0)
         if all(state.lower is None for state in states):
             return BallBox(center, radius)
@@ -193,41 +200,52 @@ def _upper(state: BallBox) -> Tensor:
 
 
 def box_of(state: State) -> tuple[Tensor, Tensor]:
-    """Box of a set; a constant is both of its ends."""
+    """Lower and upper corner of a set's box; for a constant, both are the constant."""
     return state.box() if isinstance(state, BallBox) else (state, state)
 
 
 def copies(state: BallBox, center: Tensor) -> float:
-    """Root of how often broadcasting repeats each element: the norm of the copying map."""
+    """Spectral norm of the map that broadcasts an operand: the root of the number of copies of each element.
+
+    Args:
+        state: Set of the operand.
+        center: Clean value of the result, (B, ...).
+    """
     return math.sqrt(center[0].numel() / state.center[0].numel())
 
 
 def one(node: Node, state: BallBox, center: Tensor) -> float:
+    """Lipschitz constant 1, of nodes that only move values."""
     return 1.0
 
 
 def expand(node: Node, state: BallBox, center: Tensor) -> float | None:
+    """Lipschitz constant of an expand: the root of the number of copies of each element; None if axes are added."""
     return copies(state, center) if center.dim() == state.center.dim() else None  # else it may move the batch
 
 
 def transpose(node: Node, state: BallBox, center: Tensor) -> float | None:
-    return 1.0 if node.perm[0] == 0 else None  # else it moves the batch
+    """Lipschitz constant 1 of a permutation of axes; None if it moves the batch."""
+    return 1.0 if node.perm[0] == 0 else None
 
 
 def along_features(node: Node, state: BallBox, center: Tensor) -> float | None:
+    """Lipschitz constant 1 of a selection or reduction along the axes of a sample; None if it acts along the batch."""
     return None if moves_samples(node, state.center.dim()) else 1.0
 
 
 def pad(node: Node, state: BallBox, center: Tensor) -> float | None:
+    """Lipschitz constant 1 of padding by a constant; None for other modes, or if it pads the batch."""
     constant = node.attr.get("mode", "constant") in ("constant", b"constant")
     return along_features(node, state, center) if constant else None
 
 
 def max_pool_factor(node: Node, state: BallBox, center: Tensor) -> float:
-    """Root of the most windows that an input enters; the maximum over a window is 1-Lipschitz in it.
+    """Lipschitz constant of a max pool: the root of the largest number of windows that contain one input.
 
-    A window that starts at j s reaches j s + t d for t < k: for one input those t differ by multiples of
-    s / gcd(s, d), of which there are at most ceil(k gcd(s, d) / s) below k.
+    The maximum over a window is 1-Lipschitz in the window. A window that starts at j s contains j s + t d for t < k,
+    with stride s and dilation d. For one input, these t differ by multiples of s / gcd(s, d), so that there are at
+    most ceil(k gcd(s, d) / s) of them.
     """
     dilation = getattr(node, "dilation", None) or [1] * len(node.kernel_size)
     dilation = [dilation] * len(node.kernel_size) if isinstance(dilation, int) else dilation
@@ -242,6 +260,7 @@ def _reshape_back(node: Node, center: Tensor, rows: Tensor) -> Tensor | None:
 
 
 def transpose_back(node: Node, center: Tensor, rows: Tensor) -> Tensor | None:
+    """Rows (S, B, ...) through the inverse permutation of axes; None if the node moves the batch."""
     if node.perm[0] != 0:
         return None
     inverse = [node.perm.index(axis) for axis in range(len(node.perm))]
@@ -249,15 +268,28 @@ def transpose_back(node: Node, center: Tensor, rows: Tensor) -> Tensor | None:
 
 
 def expand_back(node: Node, center: Tensor, rows: Tensor) -> Tensor | None:
+    """Rows (S, B, ...) of an expand, summed over the copies of each element; None if axes are added."""
     return sum_to(rows, center.shape[1:]) if rows.dim() == center.dim() + 1 and rows.shape[1] == len(center) else None
 
 
 def same(node: Node, center: Tensor, rows: Tensor) -> Tensor:
+    """Rows as they are, for nodes that are the identity."""
     return rows
 
 
 def select_back(node: Node, center: Tensor, rows: Tensor) -> Tensor | None:
-    """Adjoint of a selection: the positions that the node picks, seen by sending them through it."""
+    """Rows (S, B, ...) of a slice, split or pad, added up at the positions that the node selects.
+
+    The positions are found by applying the node to a tensor of position numbers.
+
+    Args:
+        node: The node.
+        center: Clean value of the input, (B, ...).
+        rows: Rows of the node's output, (S, B, ...).
+
+    Returns:
+        Rows of the input, (S, B, ...); None if the node may drop or move samples.
+    """
     if rows.shape[1] != len(center) or moves_samples(node, center.dim()):
         return None
     if 0 in acts_on_axes(node, center.dim()):
@@ -265,7 +297,7 @@ def select_back(node: Node, center: Tensor, rows: Tensor) -> Tensor | None:
     shape = center.shape[1:]
     constants = [engine.constant(parent) for parent in node.inputs[1:]]
     positions = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device=rows.device).view(1, *shape)
-    filled = node.forward(torch.zeros_like(positions), *constants)  # a pad's value
+    filled = node.forward(torch.zeros_like(positions), *constants)  # the value of a pad
     picked = (node.forward(positions, *constants) - filled).flatten().round().long()  # 0 at a pad
     out = rows.new_zeros(*rows.shape[:2], math.prod(shape) + 1)
     out = out.index_add(2, picked, rows.flatten(2))

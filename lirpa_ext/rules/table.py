@@ -1,4 +1,7 @@
-"""The table of rules: from the kind of a node, the exact name of its class (inheritance there lies), to its rule."""
+"""The table of rules, from the exact name of a node's class to its rule.
+
+Base classes are not searched: a subclass in the engine may compute something else than its base class.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ RULES: dict[str, SetRule] = {
     "BoundMatMulByAdjoint": MatMul(),
     "BoundMax": Larger(),
     "BoundMin": Larger(-1),
-    # What moves, copies, joins or chooses values
+    # Nodes that move, copy, join or select values
     "BoundReshape": Reshape(),
     "BoundFlatten": Reshape(),
     "BoundATenUnflatten": Reshape(),
@@ -127,7 +130,7 @@ RULES: dict[str, SetRule] = {
     "BoundTangent": Elementwise.of_function(),
 }
 
-# Kinds of one version of the engine alone: of 0.7.x, and of 0.3, which needs repairs that the other does not.
+# Classes of nodes in one version of the engine alone: classes of 0.7.x, and repaired classes for 0.3.
 ONE_VERSION = frozenset({
     "BoundATenUnflatten", "BoundHardTanh", "BoundMax", "BoundMin", "BoundReduceMin",
     "BoundAddByAdjoint", "BoundSubByAdjoint", "BoundMulByAdjoint", "BoundDivByAdjoint",
@@ -135,10 +138,10 @@ ONE_VERSION = frozenset({
 
 
 def check_table(known: Collection[str]) -> None:
-    """Raise RegistrationError for a kind of the table that is no class of nodes: a name mistyped.
+    """Raise RegistrationError if a key of the table is not the name of a class of nodes, as by a typing error.
 
     Args:
-        known: Names of the engine's classes and of this package's.
+        known: Names of all classes of nodes, of the engine and of this package.
     """
     unknown = sorted(set(RULES) - set(known) - ONE_VERSION)
     if unknown:
@@ -146,15 +149,15 @@ def check_table(known: Collection[str]) -> None:
 
 
 def register_rule(kind: str, rule: SetRule, overwrite: bool = False) -> None:
-    """Add a rule for a kind of nodes.
+    """Add a rule for a class of nodes.
 
     Args:
-        kind: Exact class name of the node, e.g. ``"BoundRelu"``.
+        kind: Exact name of the class, e.g. ``"BoundRelu"``.
         rule: The rule.
-        overwrite: Replace a rule that exists.
+        overwrite: Replace an existing rule. Default False.
 
     Raises:
-        RegistrationError: There is a rule for that kind already, or it is no rule.
+        RegistrationError: There is a rule for that class already, or `rule` is not an instance of `SetRule`.
     """
     if not isinstance(rule, SetRule):
         raise RegistrationError(f"rule for {kind} is {rule!r}, not an instance of lirpa_ext.rules.SetRule")
