@@ -17,7 +17,7 @@ from .. import engine
 from .._version import __version__
 from ..attacks import APGD, Attack, make_attack
 from ..data import gather
-from ..domain.perturbation import check_eps
+from ..domain.lp_ball import check_eps
 from ..domain.specifications import check_labels
 from ..errors import EstimateError, InvalidInputError
 from ..methods import check_options, engine_methods, find_method

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..attacks import EOT, PGD, Attack
 from ..data import gather
-from ..domain.perturbation import PerturbationLpNorm, check_eps
+from ..domain.lp_ball import check_eps
+from ..domain.perturbation import PerturbationLpNorm
 from ..domain.specifications import margins
 from ..errors import InvalidInputError
 from ..module.tracing import check_mode
