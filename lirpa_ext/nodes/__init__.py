@@ -1,8 +1,8 @@
-"""Nodes of the graph that are this package's own, or repaired ones of the engine's.
+"""Classes of nodes of the graph: this package's own, and repaired ones of the engine.
 
-`operators` has the ball-box ReLU and linear nodes, the perturbed input and the power iteration; each further file has
-a family of nodes. `CUSTOM_OPS` says which ONNX operation becomes which of them, `lirpa_ext.rules.RULES` how each is
-bounded.
+`operators` has the ball-box ReLU and linear nodes, the perturbed input and the power iteration; each other file has a
+family of nodes. `CUSTOM_OPS` maps ONNX operations to classes of nodes, `lirpa_ext.rules.RULES` classes of nodes to the
+rules that bound them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Activations that an engine cannot build, or bounds badly: each is its function, its derivative, and a rule.
+"""Activations that the engine cannot build or bounds loosely: each class gives a function and its derivative.
 
-Those that the tracer would take apart (GELU, SiLU, Mish, hard-swish) are recorded as one node under `as_nodes`.
+Activations that the tracer would split into several operations (GELU, SiLU, Mish, hard-swish) are recorded as one node
+while `as_nodes` is active.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ class BoundErf(BoundScalar):
 
 
 class Sigmoid(ScalarFunction):
-    """1 / (1 + exp(-x)); the engines' lines miss it on boxes of 1e-12, and on 0.7.1 by more than their width."""
+    """1 / (1 + exp(-x)).
+
+    The lines of both versions of the engine are unsound on boxes of width 1e-12; those of 0.7.1 are off by more than
+    this width.
+    """
 
     turns = (0.0,)
     rising = (True, False)
@@ -50,7 +55,7 @@ class Sigmoid(ScalarFunction):
 
 
 class Tanh(Sigmoid):
-    """tanh(x), whose slope 1 - tanh(x)^2 is 4 s(2x) s(-2x)."""
+    """tanh(x), whose derivative 1 - tanh(x)^2 is 4 s(2x) s(-2x) with s the sigmoid."""
 
     least, most = -1.0, 1.0
 
@@ -64,7 +69,7 @@ class Tanh(Sigmoid):
 class ArcTangent(Sigmoid):
     """atan(x)."""
 
-    least, most = -math.pi / 2 * (1 + 1e-6), math.pi / 2 * (1 + 1e-6)  # more than float32 rounds it to
+    least, most = -math.pi / 2 * (1 + 1e-6), math.pi / 2 * (1 + 1e-6)  # beyond pi / 2 as rounded in float32
 
     def value(self, x: Tensor) -> Tensor:
         return torch.atan(x)
@@ -74,7 +79,7 @@ class ArcTangent(Sigmoid):
 
 
 class BoundStableSoftplus(BoundScalar):
-    """log(1 + exp(x)), which neither engine relaxes; torch returns x itself beyond 20."""
+    """log(1 + exp(x)), which no version of the engine relaxes; for x above 20, torch's softplus returns x."""
 
     least = 0.0
     error = 2.1e-9  # log(1 + exp(-20))
@@ -87,7 +92,13 @@ class BoundStableSoftplus(BoundScalar):
 
 
 class BoundElu(BoundScalar):
-    """scale * (x where x > 0, else alpha (exp(x) - 1)): ELU and SELU."""
+    """ELU and SELU: scale * x where x > 0, else scale * alpha (exp(x) - 1).
+
+    Args:
+        attr, inputs, output_index, options: As for the engine's nodes.
+        alpha: At least 0.
+        scale: Factor of both branches, default 1.
+    """
 
     turns = (0.0,)
     rising = (True, True)
@@ -98,7 +109,7 @@ class BoundElu(BoundScalar):
         super().__init__(attr, inputs, output_index, options)
         if alpha < 0:
             raise NotImplementedError(f"ELU with a negative alpha, {alpha}")
-        self.leak, self.scale = alpha, scale  # `alpha` means slopes to the engine
+        self.leak, self.scale = alpha, scale  # not `alpha`, which the engine reads as optimized slopes
 
     def value(self, x: Tensor) -> Tensor:
         return self.scale * torch.where(x > 0, x, self.leak * torch.expm1(x.clamp(max=0)))
@@ -108,7 +119,7 @@ class BoundElu(BoundScalar):
 
 
 class BoundPRelu(BoundScalar):
-    """x where x > 0, else slope * x, the slope a constant of any shape that broadcasts."""
+    """PReLU: x where x > 0, else slope * x, with a constant slope of any shape that broadcasts with x."""
 
     turns = (0.0,)
     rising = (True, True)
@@ -125,7 +136,7 @@ class BoundPRelu(BoundScalar):
 
 
 class BoundHardSigmoid(BoundScalar):
-    """clip(alpha x + beta, 0, 1)."""
+    """Hard sigmoid: clip(alpha x + beta, 0, 1)."""
 
     rising = (True, True, True)
     least, most = 0.0, 1.0
@@ -139,7 +150,7 @@ class BoundHardSigmoid(BoundScalar):
         return (self.factor * x + self.shift).clamp(0, 1)
 
     def noise(self, x: Tensor) -> float:
-        return 4 * (1 + abs(self.shift))  # the sum cancels where it is near 0
+        return 4 * (1 + abs(self.shift))  # alpha x + beta cancels near 0
 
     def derivative(self, x: Tensor) -> Tensor:
         inside = (x > self.turns[0]) & (x < self.turns[1])
@@ -147,7 +158,7 @@ class BoundHardSigmoid(BoundScalar):
 
 
 class BoundHardSwish(BoundScalar):
-    """x clip(x / 6 + 1/2, 0, 1)."""
+    """Hard swish: x clip(x / 6 + 1/2, 0, 1)."""
 
     turns = (-3.0, 3.0)
     rising = (True, True, True)
@@ -162,7 +173,12 @@ class BoundHardSwish(BoundScalar):
 
 
 class Clamp(ScalarFunction):
-    """min(max(x, low), high); either end may be missing or infinite."""
+    """min(max(x, low), high).
+
+    Args:
+        low: Lower end, may be -inf.
+        high: Upper end, may be inf.
+    """
 
     rising = (True, True, True)
 
@@ -171,13 +187,13 @@ class Clamp(ScalarFunction):
 
     @classmethod
     def of(cls, node: Any) -> Clamp:
-        """That of a node of the engine, or of ours, with its ends as inputs."""
+        """The function of a clamp node, of the engine or of this package, whose ends are its inputs."""
         low, high = (engine.constant(parent) for parent in node.inputs[1:])
         return cls(_end(low, -math.inf), _end(high, math.inf))
 
     @property
     def turns(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """The ends, ascending."""
+        """Both ends, ascending."""
         low, high = self.ends
         return torch.minimum(low, high), high
 
@@ -190,13 +206,13 @@ class Clamp(ScalarFunction):
         return ((x > low) & (x < high)).to(x)
 
     def steepest(self, lower: Tensor, upper: Tensor) -> Tensor:
-        """1 where the interval meets the open one between the ends, or is no interval (NaN); else 0."""
+        """1 where [l, u] meets the open interval between the ends, or is NaN; else 0."""
         low, high = self.ends
         return (~((upper <= low) | (lower >= high) | (low >= high))).to(upper)
 
 
 class BoundClip(BoundScalar):
-    """Clamp to constants, one of which may be missing or infinite: 0.3 has none, 0.7's gives NaN."""
+    """Clamp to constant ends, each of which may be missing or infinite; 0.3 has no such node, that of 0.7 gives NaN."""
 
     def forward(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:  # type: ignore[override]
         return Clamp(_end(low, -math.inf), _end(high, math.inf)).value(x)
@@ -215,13 +231,13 @@ class BoundClip(BoundScalar):
 
 
 def _end(value: Any, default: float) -> Tensor:
-    """An end of a clamp; ONNX gives a missing one as nothing, or as a tensor without entries."""
+    """An end of a clamp; in ONNX a missing end is None, or a tensor without entries."""
     missing = value is None or (isinstance(value, Tensor) and value.numel() == 0)
     return torch.tensor(default) if missing else torch.as_tensor(value)
 
 
 class BoundExactGelu(BoundScalar):
-    """x Phi(x). Its slope rises between -sqrt 2 and sqrt 2 and falls outside."""
+    """GELU: x Phi(x), with Phi the standard normal distribution function; f' rises on [-sqrt 2, sqrt 2] alone."""
 
     turns = (-math.sqrt(2), math.sqrt(2))
     rising = (False, True, False)
@@ -232,7 +248,7 @@ class BoundExactGelu(BoundScalar):
         return F.gelu(x)
 
     def noise(self, x: Tensor) -> Tensor:
-        return 4 * x.clamp(-10, 0).abs()  # Phi is 1 + erf, which is 0 below -10 in any type
+        return 4 * x.clamp(-10, 0).abs()  # 1 + erf cancels for x < 0, and is 0 below -10 in any type
 
     def derivative(self, x: Tensor) -> Tensor:
         density = torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
@@ -240,7 +256,7 @@ class BoundExactGelu(BoundScalar):
 
 
 class BoundTanhGelu(BoundScalar):
-    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), whose slope turns where that of GELU nearly does."""
+    """GELU by tanh: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))); f' turns near +-sqrt 2, where that of GELU does."""
 
     turns = (-1.4185040087908, 1.4185040087908)
     rising = (False, True, False)
@@ -254,13 +270,13 @@ class BoundTanhGelu(BoundScalar):
         return 4 * x.clamp(-10, 0).abs()
 
     def derivative(self, x: Tensor) -> Tensor:
-        root, x = math.sqrt(2 / math.pi), x.clamp(-100, 100)  # beyond, f' is 0 or 1 in any type
+        root, x = math.sqrt(2 / math.pi), x.clamp(-100, 100)  # f' is 0 or 1 beyond 100 in any type
         inner = torch.tanh(root * (x + 0.044715 * x**3))
         return 0.5 * (1 + inner) + 0.5 * x * (1 - inner**2) * root * (1 + 3 * 0.044715 * x**2)
 
 
 class BoundSilu(BoundScalar):
-    """x sigmoid(x)."""
+    """SiLU: x sigmoid(x)."""
 
     turns = (-2.3993572805154, 2.3993572805154)
     rising = (False, True, False)
@@ -276,7 +292,7 @@ class BoundSilu(BoundScalar):
 
 
 class BoundMish(BoundScalar):
-    """x tanh(softplus(x))."""
+    """Mish: x tanh(softplus(x))."""
 
     turns = (-2.2563763963608, 1.4905711794854)
     rising = (False, True, False)
@@ -301,7 +317,15 @@ def _selu(attr: Any, inputs: Any, output_index: int, options: Any) -> BoundElu:
 
 
 def recorded(name: str, function: Callable[..., Tensor]) -> type[torch.autograd.Function]:
-    """The function, which the tracer records as the node ``lirpa_ext::NAME``."""
+    """An autograd function that computes `function`, and that the tracer records as one node.
+
+    Args:
+        name: Name of the node; the ONNX operation is ``lirpa_ext::NAME``.
+        function: (input, further constants) -> output.
+
+    Returns:
+        The autograd function's class, to be called by ``apply``.
+    """
 
     def forward(ctx: Any, x: Tensor, *constants: Tensor) -> Tensor:
         return function(x, *constants)
@@ -336,7 +360,7 @@ _CLAMP = recorded("Clamp", lambda x, low, high: x.clamp(low, high))
 
 
 def _clamped(func: Any, x: Tensor, *ends: Any, **named: Any) -> Tensor:
-    """A clamp whose ends keep the dtype of `x`: the tracer would put numbers in float32."""
+    """A clamp whose ends have the dtype of `x`; the tracer would turn numbers into float32."""
     name = "max" if func in (torch.clamp_max, Tensor.clamp_max) else "min"
     named |= dict(zip((name, "max"), ends, strict=False))
 
@@ -349,7 +373,11 @@ def _clamped(func: Any, x: Tensor, *ends: Any, **named: Any) -> Tensor:
 
 
 class as_nodes(TorchFunctionMode):
-    """While a model is traced: one node for each of those functions, in place of what it is made of."""
+    """Context for tracing a model, in which certain torch functions are recorded as other operations.
+
+    Activations such as GELU become one node in place of several; x * x becomes x^2, and some other functions become
+    equivalent ones that the tracer or the engine handles correctly.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -359,12 +387,12 @@ class as_nodes(TorchFunctionMode):
             x, slope = args
             return _PRELU.apply(x, slope.view(-1, *[1] * (x.dim() - 2)) if x.dim() > 1 else slope)
         if func in _PRODUCTS and len(args) == 2 and args[0] is args[1]:
-            return args[0] ** 2  # interval arithmetic takes two factors for independent
+            return args[0] ** 2  # interval arithmetic would treat two equal factors as independent
         if func in _SQUARES:
             return args[0] ** 2
-        if func is F.logsigmoid:  # as one node, not the logarithm of a number that may be rounded to 0
+        if func is F.logsigmoid:  # the tracer would take the logarithm of a sigmoid, which may be rounded to 0
             return -F.softplus(-args[0])
-        if func is F.celu:  # which the tracer turns into float32
+        if func is F.celu:  # the tracer would turn celu into float32
             alpha = args[1] if len(args) > 1 else kwargs.get("alpha", 1.0)
             return alpha * F.elu(args[0] / alpha)
         if func in _CLAMPS and isinstance(args[0], Tensor) and args[0].is_floating_point():

@@ -1,6 +1,6 @@
-"""Matrix products with a constant operand through our own linear map, on either side and of any rank.
+"""Matrix products with a constant operand of any rank, on either side, bounded through this package's linear maps.
 
-The engines' bounds of such products are of a wrong shape for vectors, and 0.3 has none where the constant stands on
+The engine's bounds of such products have a wrong shape for vectors, and 0.3 cannot bound products with the constant on
 the left.
 """
 
@@ -19,15 +19,15 @@ from .repairs import affine_backward, shapes_of_inputs
 
 
 class BoundMatMulByAdjoint(engine.bound_ops.BoundMatMul):  # type: ignore[misc, name-defined]
-    """The engine's product of two perturbed operands; with a constant one, interval and rows of the constant's map."""
+    """A matrix product: the engine's bounds for two perturbed operands, this package's for one constant operand."""
 
     @property
     def by_engine(self) -> bool:
-        """Whether the engine bounds it: with both operands perturbed."""
+        """Whether the engine's own code bounds the node, as it does if both operands are perturbed."""
         return all(parent.perturbed for parent in self.inputs[:2])
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        for name, value in (("x", x), ("y", y)):  # 0.3 reads them, and as attributes of a module they become parameters
+        for name, value in (("x", x), ("y", y)):  # 0.3 reads these; nn.Module.__setattr__ might register parameters
             object.__setattr__(self, name, value)
             object.__setattr__(self, f"{name}_shape", value.shape)
         return torch.matmul(x, y)
@@ -51,7 +51,7 @@ class BoundMatMulByAdjoint(engine.bound_ops.BoundMatMul):  # type: ignore[misc, 
         return center - spread, center + spread
 
     def _of_rows(self, C: Tensor, v: Any) -> tuple[Tensor, Tensor]:
-        """Interval of C (B, S, outputs) times the product, merged with the constant."""
+        """Bounds (B, S) of the rows C (B, S, outputs) of the product, with C merged into the constant."""
         index = 0 if self.inputs[0].perturbed else 1
         lower, upper = (flat(end) for end in v[index])
         rows = C.transpose(0, 1).unflatten(2, self.output_shape[1:])

@@ -1,8 +1,8 @@
-"""Operators of the package in the engine's graph, registered through the engine's `custom_ops`.
+"""Nodes of this package in the engine's graph, registered through the engine's ``custom_ops``.
 
-`BoundPerturbedInput` stands right after every input and closes the engine's l2 hole. `BoundBallBoxRelu` and
-`BoundBallBoxLinear` take the place of the engine's ReLU and linear nodes; without a ball or slopes they behave
-exactly as those do. `BoundPowerIteration` holds the persistent power iteration of a weight.
+`BoundPerturbedInput` follows every input, and makes the engine's l2 bounds sound. `BoundBallBoxRelu` and
+`BoundBallBoxLinear` replace the engine's ReLU and linear nodes; without a ball or slopes they compute exactly what the
+engine's do. `BoundPowerIteration` holds the persistent power iteration of a weight.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ..domain.lengths import flat, length
 from ..domain.norms import NormEstimate, PowerIteration
 from ..domain.perturbation import PerturbationLpNorm
 
-# Nodes whose own interval rule knows an lp ball, and those that hand it on unchanged.
+# The engine's nodes whose interval arithmetic reads an lp ball, and nodes that pass a ball on unchanged.
 _KNOW_THE_BALL = ("BoundLinear", "BoundBallBoxLinear", "BoundConv")
 _HAND_ON = ("BoundFlatten", "BoundReshape")
 
 
 class PerturbedInput(torch.autograd.Function):
-    """Identity that the tracer records as the node ``lirpa_ext::PerturbedInput``."""
+    """The identity, which the tracer records as the node ``lirpa_ext::PerturbedInput``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -42,16 +42,16 @@ class PerturbedInput(torch.autograd.Function):
 
 
 class BoundPerturbedInput(engine.Bound):  # type: ignore[misc]
-    """Identity right after an input, which turns the lp ball into a box for whoever does not know balls.
+    """The identity right after an input, which passes the lp ball on as a box to nodes that cannot read a ball.
 
-    The engine gives the input of an l2 ball an interval of width 0 together with the ball, and only a linear or
-    convolutional node reads the ball: any other first op (sub, slice, add, ...) bounds a set of one point. Here
-    the ball is handed on only if all consumers read it, else the box around it. Backward bounds pass through
-    unchanged, and the engine concretizes them with the exact dual norm at the input.
+    The engine gives the input of an l2 ball an interval of width 0 together with the ball, and only linear and
+    convolutional nodes read the ball: any other first operation (sub, slice, add, ...) bounds a set of one point. This
+    node passes the ball on only if all nodes that read it can do so, else the box around the ball. Backward bounds
+    pass through unchanged, and the engine concretizes them with the exact dual norm at the input.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.as_subclass(torch.Tensor)  # not a BoundedTensor, whose max() is a plain tuple
+        return x.as_subclass(torch.Tensor)  # max() of a BoundedTensor would return a plain tuple
 
     def interval_propagate(self, *v: Any) -> Any:
         root = self.inputs[0]
@@ -80,7 +80,7 @@ def _users(node: Any) -> list[Any]:
 
 
 def _all_read_it(node: Any, norm: float) -> bool:
-    """Whether somebody reads a node's value, and all who do know an lp ball of this p."""
+    """Whether some node reads the value of `node`, and all that do can read an lp ball of this p."""
     users = _users(node)
     return bool(users) and all(_knows_the_ball(user, norm) for user in users)
 
@@ -90,16 +90,16 @@ def _knows_the_ball(node: Any, norm: float) -> bool:
     if name in _HAND_ON:
         return _all_read_it(node, norm)
     if name == "BoundConv" and (len(node.output_shape) != 4 or norm != 2):
-        return False  # 0.7's 1-D convolution reads the ball wrongly, and both take every ball for one of p = 2
+        return False  # 1-D convolutions of 0.7 read the ball wrongly, and both versions assume p = 2
     return name in _KNOW_THE_BALL and not any(parent.perturbed for parent in node.inputs[1:])
 
 
 class BoundBallBoxRelu(engine.BoundRelu):  # type: ignore[misc]
-    """ReLU whose backward bound may use a ball besides the box, and explicit lower slopes.
+    """A ReLU whose backward bound may use a ball besides the box, and given lower slopes.
 
     Attributes:
         ball: Set of the input (`BallBox`), or None for the engine's own relaxation on the box.
-        slope: Lower slopes in [0, 1] of the shape of the input (B, ...), or None for the engine's choice.
+        slope: Lower slopes in [0, 1], of the shape of the input (B, ...), or None for the engine's choice.
     """
 
     ball: BallBox | None = None
@@ -125,7 +125,16 @@ class BoundBallBoxRelu(engine.BoundRelu):  # type: ignore[misc]
 
 
 def relu_slopes(state: BallBox, slope: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Slopes (upper, lower) of the triangle relaxation on the box; CROWN's adaptive lower ones by default."""
+    """Slopes of the two lines of a ReLU's triangle relaxation on the box.
+
+    Args:
+        state: Set of the ReLU's input.
+        slope: Lower slopes in [0, 1], (B, ...) or (S, B, ...), read where the box contains 0 inside; default those of
+            CROWN, 1 where u + l > 0, else 0.
+
+    Returns:
+        Slopes of the upper line, (B, ...), and of the lower line, of the shape of `slope`.
+    """
     lower, upper = state.box()
     above, below = upper.clamp(min=0), lower.clamp(max=0)
     line = torch.where(lower >= 0, 1.0, above / (above - below).clamp(min=torch.finfo(upper.dtype).tiny))
@@ -136,17 +145,18 @@ def relu_slopes(state: BallBox, slope: Tensor | None = None) -> tuple[Tensor, Te
 
 
 def relu_backward(rows: Tensor, state: BallBox, slope: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Backward bound of a ReLU over a ball and a box (DESIGN.md 4b).
+    """Backward bound of a ReLU over a ball and a box.
 
-    For any lam, a.relu(v) >= lam.v + min over the set of (a.relu(v) - lam.v); here lam = slope * a, CROWN's.
+    For any lam, a.relu(v) >= lam.v + min over the set of (a.relu(v) - lam.v). As in CROWN, lam is a times the slope
+    of the lower line where a >= 0, and of the upper line where a < 0.
 
     Args:
-        rows: Coefficients a of the ReLU's output, (S, B, ...).
+        rows: Coefficient rows a of the ReLU's output, (S, B, ...).
         state: Set of the ReLU's input.
-        slope: Lower slopes, (B, ...) or (S, B, ...); default CROWN's adaptive ones.
+        slope: Lower slopes, as in `relu_slopes`.
 
     Returns:
-        lam, (S, B, ...), and the minimum, (S, B).
+        lam, (S, B, ...), and a lower bound on the minimum, (S, B).
     """
     line, slope = relu_slopes(state, slope)
     lam = torch.where(rows >= 0, rows * slope, rows * line)
@@ -155,7 +165,7 @@ def relu_backward(rows: Tensor, state: BallBox, slope: Tensor | None = None) -> 
 
 
 def flat_rows(rows: Tensor) -> Tensor:
-    """Rows of the engine's layout, (S, B, ...), as (B, S, n)."""
+    """Coefficient rows in the engine's layout, (S, B, ...), as (B, S, n)."""
     return rows.reshape(*rows.shape[:2], -1).transpose(0, 1)
 
 
@@ -166,10 +176,10 @@ def flat_set(state: BallBox) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class BoundBallBoxLinear(engine.BoundLinear):  # type: ignore[misc]
-    """Linear node whose interval bound is cut with the image of a ball around its input's center.
+    """A linear node whose interval bound is intersected with the image of a ball around its input's center.
 
     Attributes:
-        ball: Set of the input (`BallBox`), or None for the engine's own interval rule.
+        ball: Set of the input (`BallBox`), or None for the engine's own interval arithmetic.
     """
 
     ball: BallBox | None = None
@@ -187,10 +197,15 @@ class BoundBallBoxLinear(engine.BoundLinear):  # type: ignore[misc]
 
 
 class BoundPowerIteration(engine.Bound):  # type: ignore[misc]
-    """Lipschitz power-iteration node: an estimate (from below) of the spectral norm of a linear node's weight.
+    """A node whose value is a lower estimate, by power iteration, of the spectral norm of a linear node's weight.
 
-    It hangs on the weight and feeds nothing: its value is read by `method="lipschitz"` and `"bcp"` with
-    ``norms="estimate"``. Its state `iteration.u` is saved with the module.
+    The node reads the weight, and no other node reads its value; bound methods use its `iteration` if
+    ``norms="estimate"``. The vector ``iteration.u`` is saved with the module.
+
+    Args:
+        weight: Node of the weight.
+        iteration: The power iteration.
+        linear_map: Weight -> linear map.
     """
 
     def __init__(self, weight: Any, iteration: PowerIteration, linear_map: Any) -> None:

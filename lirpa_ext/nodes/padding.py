@@ -1,4 +1,4 @@
-"""Paddings that repeat values: circular, reflected and replicated ones, as selections of the elements of each axis."""
+"""Circular, reflecting and replicating paddings, as selections of elements along each axis."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from torch.nn import functional as F
 from ..errors import UnsupportedNodeError
 from .repairs import BoundAffine, pad
 
-# Names in ONNX and in torch.
+# Name of a mode in ONNX -> name in torch.
 MODES = {"wrap": "circular", "edge": "replicate", "reflect": "reflect"}
 
 
 def repeated(x: Tensor, before: list[int], after: list[int], mode: str) -> Tensor:
-    """Pad each axis of x by values of its own.
+    """Pad each axis of a tensor by values of the tensor itself.
 
     Args:
-        x: Values.
-        before: Places to add before each axis; negative ones cut it.
-        after: Likewise after each axis.
-        mode: "wrap" goes on from the other end, "edge" repeats the last value, "reflect" goes back from it.
+        x: The tensor.
+        before: Number of elements to add at the start of each axis; a negative number removes elements.
+        after: Number of elements to add at the end of each axis, likewise.
+        mode: "wrap" continues with the values from the other end, "edge" repeats the last value, "reflect" mirrors the
+            values at the last one.
     """
     for axis, (first, last) in enumerate(zip(before, after, strict=True)):
         if first or last:
@@ -44,7 +45,7 @@ def _place(places: Tensor, size: int, mode: str) -> Tensor:
 
 
 class BoundRepeatingPad(BoundAffine):
-    """Padding by the map's own values, in the modes of `repeated`."""
+    """Padding by values of the input itself, in the modes of `repeated`."""
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any) -> None:
         super().__init__(attr, inputs, output_index, options)
@@ -63,7 +64,7 @@ def _mode(attr: Any) -> str:
 
 
 class CircularPad(torch.autograd.Function):
-    """torch's circular padding, which the tracer records as one ``Pad`` instead of slices and their concatenation."""
+    """Torch's circular padding, recorded by the tracer as one ``Pad`` instead of slices and a concatenation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -80,12 +81,12 @@ class CircularPad(torch.autograd.Function):
 
 
 def circular(input: Tensor, pad: Sequence[int], *_: Any, **__: Any) -> Tensor:
-    """`CircularPad` with the arguments of torch.nn.functional.pad."""
+    """`CircularPad` with the arguments of ``torch.nn.functional.pad``."""
     return CircularPad.apply(input, tuple(pad))
 
 
 def _pad(attr: Any, inputs: Any, output_index: int, options: Any) -> Any:
-    """Our own padding by values of the map; that by a constant as before."""
+    """Node of an ONNX Pad: `BoundRepeatingPad`, or that of `repairs.pad` for padding by a constant."""
     make = pad if _mode(attr) == "constant" else BoundRepeatingPad
     return make(attr, inputs, output_index, options)
 

@@ -1,6 +1,6 @@
-"""x^p for a number p, 1 / x, roots and |x|: the engines' relaxations hold for p = 2 and positive x at best.
+"""Nodes of x^p for a number p, 1 / x and roots, with sound relaxations; the engine's hold for few p and positive x.
 
-0.3 takes the slope of 1 / sqrt(x) for that of sqrt(x), and relaxes 1 / x as if x were positive; 0.7 is wrong for x^4.
+0.3 uses the slope of 1 / sqrt(x) for sqrt(x), and relaxes 1 / x as if x were positive; 0.7 is wrong for x^4.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .relaxations import BoundScalar
 
 
 class BoundPower(Power, BoundScalar):
-    """x^p as a node."""
+    """Node of x^p, with p the argument `exponent`."""
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any, exponent: float) -> None:
         BoundScalar.__init__(self, attr, inputs, output_index, options)
@@ -22,7 +22,7 @@ class BoundPower(Power, BoundScalar):
 
 
 class BoundRoot(BoundPower, engine.bound_ops.BoundSqrt):  # type: ignore[misc,name-defined]
-    """sqrt(x). 0.3 knows a layer normalization by the quotient by a BoundSqrt."""
+    """Node of sqrt(x), a subclass of BoundSqrt because 0.3 recognizes a layer normalization by a division by it."""
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any) -> None:
         super().__init__(attr, inputs, output_index, options, exponent=0.5)

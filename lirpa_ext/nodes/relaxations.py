@@ -1,4 +1,4 @@
-"""Nodes with linear relaxations of our own, and those that apply a scalar function to each entry."""
+"""Base classes of nodes with linear relaxations of this package, and of nodes of scalar functions."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from ..domain.scalar_functions import ScalarFunction
 
 
 class BoundRelaxed(engine.Bound):  # type: ignore[misc]
-    """Base of a node of one perturbed input with a linear relaxation, for one side: `below`."""
+    """Base class of nodes of one perturbed input with a linear relaxation. Subclasses write `below` for one side."""
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any) -> None:
         super().__init__(attr, inputs, output_index, options)
         self.requires_input_bounds = [0]
 
     def below(self, rows: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """rows.f(x) >= (new rows).x + bias for all x in the box: (S, B, ...) and (S, B).
+        """Carry coefficient rows back: rows.f(x) >= (new rows).x + bias for all x in the box.
 
         Args:
             rows: Coefficients of the node's output, (S, B, ...).
-            lower: Lower end of the input's box, (B, ...).
-            upper: Upper end.
+            lower: Lower corner of the input's box, (B, ...).
+            upper: Upper corner of the input's box, (B, ...).
+
+        Returns:
+            New rows, (S, B, ...), and bias, (S, B).
         """
         raise NotImplementedError
 
@@ -41,9 +44,9 @@ class BoundRelaxed(engine.Bound):  # type: ignore[misc]
 
 
 class BoundScalar(ScalarFunction, BoundRelaxed):
-    """Base of a node that applies a function to each entry; `value` and `derivative` say which.
+    """Base class of nodes that apply a scalar function to each entry. Subclasses write `value` and `derivative`.
 
-    A function with constants of the node (the ends of a clamp) takes them from its `inputs`.
+    A function with constants, such as the ends of a clamp, reads these from the node's `inputs`.
     """
 
     def forward(self, x: Tensor, *constants: Tensor) -> Tensor:

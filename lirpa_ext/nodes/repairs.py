@@ -1,6 +1,6 @@
-"""Linear nodes that the engine cannot build or bound, through its `custom_ops`: their forward, and our rule.
+"""Linear nodes that the engine cannot build or bound, registered through its ``custom_ops``.
 
-`BoundAffine` derives interval and backward bounds from the rule table, so that a node here is its forward only.
+`BoundAffine` derives interval and backward bounds from the table of rules, so that its subclasses only write `forward`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ..rules.quotients import quotient_box
 
 
 class BoundAffine(engine.Bound):  # type: ignore[misc]
-    """Base of a node that is affine in its one perturbed input and has a rule in the table."""
+    """Base class of nodes that are affine in their one perturbed input and have a rule in the table."""
 
     def interval_propagate(self, *v: Any) -> Any:
-        """Center and half width through the linear map and its absolute value, or a monotone forward."""
+        """Interval bounds by the linear map and its absolute value, or by `forward` of both ends for monotone nodes."""
         inputs = self._inputs()
         rule = RULES[type(self).__name__]
         linear_map = rule.linear_map(self, inputs, 0) if isinstance(rule, Affine) else None
@@ -43,7 +43,7 @@ class BoundAffine(engine.Bound):  # type: ignore[misc]
 
 
 def shapes_of_inputs(node: Any) -> list[State]:
-    """Inputs of a node for its rule: values of the constant ones, sets of the right shape for the perturbed."""
+    """Inputs of a node for its rule: values of constant inputs, and for perturbed ones sets that have only shapes."""
     inputs: list[State] = []
     for parent in node.inputs:
         if parent.perturbed:
@@ -55,7 +55,16 @@ def shapes_of_inputs(node: Any) -> list[State]:
 
 
 def affine_backward(node: Any, last_lA: Tensor | None, last_uA: Tensor | None) -> Any:
-    """The engine's `bound_backward` for an affine node: both sides through the adjoint of its rule."""
+    """The engine's `bound_backward` of an affine node, with both sides by the adjoint of its rule.
+
+    Args:
+        node: The node.
+        last_lA: Coefficient rows of the lower side, (S, B, ...), or None.
+        last_uA: Coefficient rows of the upper side, (S, B, ...), or None.
+
+    Returns:
+        (lower rows, upper rows) for each input, lower bias and upper bias, (S, B) each or 0.
+    """
     inputs = shapes_of_inputs(node)
     sides = []
     for rows in (last_lA, last_uA):
@@ -66,7 +75,7 @@ def affine_backward(node: Any, last_lA: Tensor | None, last_uA: Tensor | None) -
 
 
 class BoundConv1d(BoundAffine):
-    """1-D convolution, which auto_LiRPA 0.3 does not build."""
+    """A 1-D convolution, which auto_LiRPA 0.3 cannot build."""
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any) -> None:
         super().__init__(attr, inputs, output_index, options)
@@ -78,7 +87,7 @@ class BoundConv1d(BoundAffine):
 
 
 class BoundAnyConvTranspose(BoundAffine):
-    """Transposed 2-D convolution with the padding, dilation and groups that the engine does not take."""
+    """A transposed convolution (1-D to 3-D) with padding, dilation and groups, which the engine does not support."""
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any) -> None:
         super().__init__(attr, inputs, output_index, options)
@@ -92,31 +101,31 @@ class BoundAnyConvTranspose(BoundAffine):
 
 
 class BoundAnyPad(BoundAffine):
-    """Constant padding of any dimension; the engine's fails on today's traces, whose value is a tensor."""
+    """Padding by a constant in any number of axes; the engine's fails if the traced constant is a tensor."""
 
     def forward(self, x: Tensor, pad: Tensor, value: Any = 0.0) -> Tensor:
         half = len(pad) // 2
         widths = [int(width) for axis in reversed(range(half)) for width in (pad[axis], pad[axis + half])]
-        filled = float(value) if not isinstance(value, Tensor) or value.numel() == 1 else 0.0  # empty: the default
+        filled = float(value) if not isinstance(value, Tensor) or value.numel() == 1 else 0.0  # an empty tensor means 0
         return F.pad(x, widths, value=filled)
 
 
 class BoundTile(BoundAffine):
-    """Repetition along axes, which auto_LiRPA 0.3 does not build, and 0.7.1 carries rows back through wrongly."""
+    """Repetition along axes, which auto_LiRPA 0.3 cannot build, and whose backward bounds are wrong in 0.7.1."""
 
     def forward(self, x: Tensor, repeats: Tensor) -> Tensor:
         return x.repeat(*(int(count) for count in repeats))
 
 
 class BoundSlice(engine.bound_ops.BoundSlice):  # type: ignore[misc, name-defined]
-    """A slice; the engine adds the length to a negative end in place, and with that moves it at every call."""
+    """A slice that keeps its ends: the engine adds the axis length to a negative end in place, at every call."""
 
     def forward(self, x: Any, *ends: Any) -> Any:
         return super().forward(x, *(end.clone() if isinstance(end, Tensor) else end for end in ends))
 
 
 class BoundFill(engine.bound_ops.BoundConstantOfShape):  # type: ignore[misc, name-defined]
-    """A constant of some shape, whose interval in auto_LiRPA 0.3 is of one axis only."""
+    """A constant of a given shape; its interval in auto_LiRPA 0.3 has one axis only."""
 
     def interval_propagate(self, *v: Any) -> Any:
         value = self.forward(v[0][0])
@@ -124,7 +133,7 @@ class BoundFill(engine.bound_ops.BoundConstantOfShape):  # type: ignore[misc, na
 
 
 def _conv(attr: Any, inputs: Any, output_index: int, options: Any) -> Any:
-    """The engine's convolution where it can; the symmetric 1-D one here."""
+    """Node of an ONNX Conv: the engine's, or on 0.3 `BoundConv1d` for a 1-D convolution of symmetric padding."""
     pads = attr["pads"]
     if engine.IS_LEGACY and len(attr["kernel_shape"]) == 1 and pads[0] == pads[1]:
         return BoundConv1d(attr, inputs, output_index, options)
@@ -132,7 +141,7 @@ def _conv(attr: Any, inputs: Any, output_index: int, options: Any) -> Any:
 
 
 def _conv_transpose(attr: Any, inputs: Any, output_index: int, options: Any) -> Any:
-    """The engine's transposed convolution where it takes the attributes; else ours."""
+    """Node of an ONNX ConvTranspose: the engine's if it supports the attributes, else `BoundAnyConvTranspose`."""
     pads = attr["pads"]
     plain = not any(pads) and len(pads) == 4 and set(attr["dilations"]) == {1} and attr["group"] == 1
     if plain and not any(attr.get("output_padding", [])) and len(set(attr["strides"])) == 1:
@@ -141,15 +150,20 @@ def _conv_transpose(attr: Any, inputs: Any, output_index: int, options: Any) -> 
 
 
 def pad(attr: Any, inputs: Any, output_index: int, options: Any) -> Any:
+    """Node of an ONNX Pad: `BoundAnyPad` for padding by a constant, the engine's for other modes.
+
+    Args:
+        attr, inputs, output_index, options: As for the engine's nodes.
+    """
     if attr.get("mode", "constant") not in ("constant", b"constant"):
         return engine.bound_ops.BoundPad(attr, inputs, output_index, options)
     return BoundAnyPad(attr, inputs, output_index, options)
 
 
 def _by_adjoint(base: type) -> type:
-    """0.3's add, sub, mul or div, with our backward bound where one operand is constant.
+    """Subclass of 0.3's add, sub, mul or div node with this package's backward bound if one operand is constant.
 
-    Its own fails if the constant has a batch dimension of 1, as per-channel normalization does.
+    The backward bound of 0.3 fails if the constant has a batch axis of length 1, as in a per-channel normalization.
     """
 
     def bound_backward(self: Any, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> Any:
@@ -164,8 +178,11 @@ def _by_adjoint(base: type) -> type:
 
 
 def _quotient(base: Any) -> type:
-    """0.3's division: by a BoundSqrt it computes a layer normalization without eps, its interval rule is wrong, and its
-    backward bound holds for positive divisors."""
+    """Subclass of 0.3's division node with correct values and intervals, which refuses unsound backward bounds.
+
+    Division by a BoundSqrt in 0.3 computes a layer normalization without eps, its interval arithmetic is wrong, and its
+    backward bound holds only for positive divisors.
+    """
 
     def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
         self.x, self.y = x, y

@@ -1,6 +1,6 @@
-"""Softmax and log-softmax: exact boxes, balls, and linear bounds by log-sum-exp, none of which overflows.
+"""Softmax and log-softmax: exact boxes, and linear bounds by log-sum-exp (LSE), none of which overflows.
 
-Each entry is log p_k = x_k - LSE(x). Over a box LSE(x) lies above its tangent, for it is convex, and LSE(x) <= log S(x)
+Each entry is log p_k = x_k - LSE(x). LSE is convex, so that it lies above its tangents. Over a box, LSE(x) <= log S(x)
 with S the sum of the chords of exp, affine in x (D. Wei et al., Convex bounds on the softmax function, AISTATS 2023).
 """
 
@@ -16,19 +16,27 @@ from .relaxations import BoundRelaxed
 
 
 def others(x: Tensor) -> Tensor:
-    """log of the sum over all other entries of the last axis of exp(x), for each entry; -inf where there is none."""
+    """For each entry, the log-sum-exp of all other entries along the last axis; -inf if there are none."""
     left, right = (torch.logcumsumexp(part, -1) for part in (x, x.flip(-1)))
     nothing = torch.full_like(x[..., :1], -torch.inf)
     return torch.logaddexp(torch.cat([nothing, left[..., :-1]], -1), torch.cat([right[..., :-1].flip(-1), nothing], -1))
 
 
 def log_softmax_box(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and largest log p_k = -log(1 + exp(LSE of the others - x_k)) over a box, along the last axis."""
+    """Least and largest log p_k over a box, along the last axis: log p_k = -log(1 + exp(LSE of the others - x_k)).
+
+    Args:
+        lower: Lower corner of the box.
+        upper: Upper corner of the box.
+
+    Returns:
+        Least and largest values, of the shape of `lower`.
+    """
     return -F.softplus(others(upper) - lower), -F.softplus(others(lower) - upper)
 
 
 class BoundStableLogSoftmax(BoundRelaxed):
-    """log p = x - LSE(x); rows that sum to 0, such as margins, pass through exactly."""
+    """Node of log p = x - LSE(x) along an axis; rows that sum to 0, such as those of margins, pass through exactly."""
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any) -> None:
         super().__init__(attr, inputs, output_index, options)
@@ -42,7 +50,7 @@ class BoundStableLogSoftmax(BoundRelaxed):
         return lower.movedim(-1, self.axis), upper.movedim(-1, self.axis)
 
     def below(self, rows: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """a.log p = a.x - (sum of a) LSE(x), and LSE between its tangent and log S's."""
+        """a.log p = a.x - (sum of a) LSE(x), with LSE between the tangents of LSE and log S at the box's center."""
         axis = self.axis % lower.dim()
         rows, lower, upper = rows.movedim(axis + 1, -1), lower.movedim(axis, -1), upper.movedim(axis, -1)
         center = (lower + upper) / 2
@@ -61,14 +69,26 @@ class BoundStableLogSoftmax(BoundRelaxed):
 def chord_ratio(width: Tensor) -> Tensor:
     """(1 - e^-w) / w: the slope of the chord of exp over [u - w, u] in units of e^u, without cancellation.
 
-    Never more than that but for rounding, so that a line of this slope through (u, e^u) is above exp on the interval.
+    The result is at most the exact slope, up to rounding, so that a line of this slope through (u, e^u) lies above exp
+    on the interval.
+
+    Args:
+        width: w, at least 0.
     """
-    wide = width > 1e-6  # below that it is its first two terms, up to 1e-13
+    wide = width > 1e-6  # for smaller w, the first two terms of the series are right up to 1e-13
     return torch.where(wide, -torch.expm1(-width) / torch.where(wide, width, 1.0), 1 - width / 2)
 
 
 def chords(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Slope and offset of the chord of exp(x - shift) on [l, u], above it; shift is the largest u of the last axis."""
+    """Chords of exp(x - shift) on [l, u], which lie above it, with shift the largest u along the last axis.
+
+    Args:
+        lower: l.
+        upper: u.
+
+    Returns:
+        Slopes and offsets, of the shape of u, and the shift, of length 1 along the last axis.
+    """
     shift = upper.amax(-1, keepdim=True).detach()
     low, high = lower - shift, upper - shift
     width = high - low
@@ -77,7 +97,11 @@ def chords(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class BoundStableSoftmax(BoundStableLogSoftmax):
-    """p = exp(log p). Below: exp(x_k - shift) / S(x) is convex; above: the chord of exp at log p, which is concave."""
+    """Node of the softmax p = exp(log p) along an axis.
+
+    Lower bound: the tangent of exp(x_k - shift) / S(x), which is convex and at most p_k. Upper bound: the chord of exp
+    on the interval of log p_k, with log p_k, which is concave, below its tangent.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.softmax(x, self.axis)

@@ -1,4 +1,4 @@
-"""The table of nodes: the ONNX operation, and what it becomes in the graph; and how to add one."""
+"""The table from ONNX operations to nodes of the graph, and functions that add to it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ check_table({*vars(engine.bound_ops), *(name for _family in _FAMILIES for name i
 
 
 def register_node(op: str, node: type, rule: SetRule | None = None, overwrite: bool = False) -> None:
-    """Add a node: what an ONNX operation becomes in the graph, and its rule.
+    """Add a class of nodes for an ONNX operation, and its rule.
 
     Args:
         op: ONNX operation with its domain, such as ``onnx::Relu`` or ``my_package::Bump``.
-        node: Class of the node, of `lirpa_ext.engine.Bound`.
-        rule: Its rule; None for the engine's interval arithmetic.
-        overwrite: Replace what there is.
+        node: Class of the node, a subclass of `lirpa_ext.engine.Bound`.
+        rule: Rule of the class; None (default) for the node's interval arithmetic alone.
+        overwrite: Replace an existing class or rule. Default False.
 
     Raises:
-        RegistrationError: The operation has a node, or the node's class a rule, or either is none.
+        RegistrationError: The operation has a class already, the class has a rule already, `node` is no subclass of
+            `lirpa_ext.engine.Bound`, or `rule` is no `lirpa_ext.rules.SetRule`.
     """
     if not (isinstance(node, type) and issubclass(node, engine.Bound)):
         raise RegistrationError(f"the node of {op} is {node!r}, no class of lirpa_ext.engine.Bound")
@@ -48,20 +49,20 @@ def register_node(op: str, node: type, rule: SetRule | None = None, overwrite: b
 def register_activation(
     name: str, function: ScalarFunction, exact: bool = False, overwrite: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    """Add an activation: a function of each entry, with box, slopes and lines for all methods.
+    """Add an activation, a function of each entry, which all methods can then bound.
 
     Args:
         name: Name of the operation, such as ``Bump``.
-        function: The function, its derivative, and where that turns. It is compared with itself at points; that its
-            turns are all of them is yours to know.
-        exact: The function is computed without rounding.
-        overwrite: Replace what there is.
+        function: The function, with its derivative and the points at which the derivative turns. `check_function` tests
+            these at points; the caller must know that no turn is missing.
+        exact: Whether the function is computed without rounding. Default False.
+        overwrite: Replace an existing activation. Default False.
 
     Returns:
         The function for use in models, (B, ...) -> (B, ...).
 
     Raises:
-        RegistrationError: The name is taken, or points refute the derivative or the turns.
+        RegistrationError: The name is taken, or the function disagrees with its derivative, turns or range.
     """
     check_function(function)
 

@@ -1,6 +1,6 @@
-"""exp, log, sin, cos and tan on intervals, and as nodes: the engines' relaxations of most of them do not hold.
+"""exp, log, sin, cos and tan as scalar functions and as nodes: most of the engine's relaxations are not sound.
 
-Those of sin and cos are wrong by 1e-6 in auto_LiRPA 0.3 and by 1e-3 in 0.7; log is cut off at 1e-12.
+Its relaxations of sin and cos are wrong by 1e-6 in auto_LiRPA 0.3 and by 1e-3 in 0.7; it cuts log off at 1e-12.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Exponential(ScalarFunction):
 
 
 class Logarithm(ScalarFunction):
-    """log(x), -infinite at 0 and defined from there on."""
+    """log(x), defined for x >= 0 and -inf at 0."""
 
     rising = (False,)
     lipschitz = False
@@ -45,10 +45,14 @@ class Logarithm(ScalarFunction):
 
 
 class Wave(ScalarFunction):
-    """sin or cos. f' turns at `phase` + j pi for whole j: after an even j it falls if `falls`, after an odd one not.
+    """Base class of sin and cos.
 
-    On an interval of a period or more, and where x is so large that its last place is no small angle, the box is
-    [-1, 1] and the lines are level.
+    On an interval of a period or more, and for x so large that rounding x is no small angle, the box is [-1, 1] and the
+    lines have slope 0.
+
+    Attributes:
+        phase: f' turns at phase + j pi for all whole numbers j.
+        falls: Whether f' falls after the turns of even j, and rises after those of odd j; else the reverse.
     """
 
     monotone = False
@@ -84,7 +88,7 @@ class Wave(ScalarFunction):
         return [lower, *between, upper], (~rises, rises, ~rises, rises)
 
     def noise(self, x: Tensor) -> Tensor:
-        """Where f' turns is known up to the last place of x only; f bends by the square of that angle."""
+        """Turns of f' are known only up to the rounding of x, which changes f by about the square of this angle."""
         return _angle(x, x) ** 2 / torch.finfo(x.dtype).eps
 
     @staticmethod
@@ -103,7 +107,7 @@ class Sine(Wave):
 
 
 class Cosine(Wave):
-    """cos(x), whose slope -sin(x) rises after pi / 2."""
+    """cos(x), whose derivative -sin(x) rises after pi / 2."""
 
     phase = math.pi / 2
     falls = False
@@ -116,7 +120,7 @@ class Cosine(Wave):
 
 
 class Tangent(ScalarFunction):
-    """tan(x), with poles at pi / 2 + j pi; between two of them the slope falls, then rises."""
+    """tan(x), with poles at pi / 2 + j pi; between two poles the derivative first falls, then rises."""
 
     rising = (False, True)
     lipschitz = False
@@ -146,32 +150,32 @@ class Tangent(ScalarFunction):
 
 
 def _angle(lower: Tensor, upper: Tensor) -> Tensor:
-    """How far multiples of pi near x may be off in floating point."""
+    """Bound on the error of multiples of pi near the interval in floating point."""
     return 8 * torch.finfo(lower.dtype).eps * torch.maximum(lower.abs(), upper.abs())
 
 
 class BoundExponential(Exponential, BoundScalar):
-    """exp(x) as a node."""
+    """Node of exp(x)."""
 
 
 class BoundLogarithm(Logarithm, BoundScalar):
-    """log(x) as a node."""
+    """Node of log(x)."""
 
 
 class BoundSine(Sine, BoundScalar):
-    """sin(x) as a node."""
+    """Node of sin(x)."""
 
 
 class BoundCosine(Cosine, BoundScalar):
-    """cos(x) as a node."""
+    """Node of cos(x)."""
 
 
 class BoundTangent(Tangent, BoundScalar):
-    """tan(x) as a node."""
+    """Node of tan(x)."""
 
 
 def _unless_fused(name: str, ours: type[BoundScalar]) -> Any:
-    """Our node, but the engine's where its loss fusion wants the exp and log of a cross entropy."""
+    """Constructor of this package's node, or of the engine's under its loss fusion, which needs its own exp and log."""
 
     def make(attr: Any, inputs: Any, output_index: int, options: Any) -> Any:
         kind = getattr(engine.bound_ops, name) if (options or {}).get("loss_fusion") else ours
