@@ -18,7 +18,6 @@ from ..domain.lengths import flat, length
 from ..domain.linear_maps import Dense
 from ..domain.rounding import gamma, row_slack
 from ..domain.specifications import identity_rows
-from ..engine import kind
 from ..rules import RULES
 from ..rules.linear import Affine
 from .base import BoundResult, Problem, register_method, set_of
@@ -146,7 +145,7 @@ def dense_last_layer(problem: Problem, states: dict[str, BallBox | Tensor]) -> L
     """The last layer, if the output is a dense layer of one perturbed vector."""
     final = problem.final
     state, *constants = (states[parent.name] for parent in final.inputs)
-    rule = RULES.get(kind(final))
+    rule = RULES.get(type(final).__name__)
     if not isinstance(rule, Affine) or not isinstance(state, BallBox) or state.center.dim() != 2:
         return None
     tensors = [value for value in constants if isinstance(value, Tensor)]

@@ -14,7 +14,7 @@ import torch
 from .. import engine
 from ..domain.ball_box import BallBox
 from ..domain.batch_axis import merges_batch
-from ..engine import Node, kind
+from ..engine import Node
 from ..errors import OptionError
 from ..passes.intervals import propagate_intervals
 from ..passes.slopes import ACTIVATIONS, SlopePass
@@ -50,9 +50,8 @@ def cap(
     if projections is not None and (isinstance(projections, bool) or not projections >= 1):
         raise OptionError(f"projections must be a whole number from 1, the source takes 50, got {projections}")
     context = problem.context("bound", False if projections else outward)
-    activations = [
-        node for node in engine.ancestors_in_order(problem.final) if kind(node) in ACTIVATIONS and node.perturbed
-    ]
+    order = engine.ancestors_in_order(problem.final)
+    activations = [node for node in order if type(node).__name__ in ACTIVATIONS and node.perturbed]
     # The boxes before the first activations are exact (but for a cut lp ball): nothing to gain there.
     names = frozenset(
         node.inputs[0].name

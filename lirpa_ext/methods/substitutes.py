@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import engine
 from ..domain.ball_box import BallBox
 from ..domain.specifications import identity_rows
-from ..engine import Node, kind
+from ..engine import Node
 from ..errors import OptionError
 from ..passes.intervals import propagate_intervals
 from ..passes.slopes import SlopePass
@@ -150,7 +150,7 @@ def _refined(problem: Problem, context: Any) -> dict[str, State]:
 
 def _is_affine(node: Node, module: Any) -> bool:
     """Whether rows pass through the node exactly, so that no box is read there."""
-    rule = RULES.get(kind(node))
+    rule = RULES.get(type(node).__name__)
     if not isinstance(rule, AffineRule):
         return False
     device = getattr(module, "device", "cpu")
