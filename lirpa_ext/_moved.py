@@ -14,6 +14,8 @@ from typing import Any
 
 # Old name -> new name, both in lirpa_ext.
 MOVED = {
+    "analysis.gather": "analysis.collect",
+    "importer.fusion": "importer.merging",
     "activations": "nodes.activations",
     "analysis.plots": "reporting.plots",
     "analysis.results": "reporting.results",
@@ -28,7 +30,7 @@ MOVED = {
     "evidence": "verification.evidence",
     "falsify": "verification.falsify",
     "fit_cli": "cli.fit",
-    "fusion": "passes.fusion",
+    "fusion": "passes.loss_fusion",
     "goals": "verification.goals",
     "guard": "module.guard",
     "identity": "certification.identity",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LowerSlopes", "has_slopes", "lower_slopes", "plot_lower_slopes"]
 
-METHODS = ("sparse-slope", "slope:crown", "slope:cap", "slope:random")
+DEFAULT_METHODS = ("sparse-slope", "slope:crown", "slope:cap", "slope:random")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def lower_slopes(
     model: nn.Module,
     data: Any,
     eps: Sequence[float],
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = DEFAULT_METHODS,
     *,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     norm: float = math.inf,
@@ -109,7 +109,9 @@ def lower_slopes(
         raise InvalidInputError("lower_slopes looks at one eps or more, got none")
     for method in methods:
         if not has_slopes(method):
-            raise OptionError(f"{method!r} has no lower slopes to count: take {', '.join(METHODS)} or slope:P,Q")
+            raise OptionError(
+                f"{method!r} has no lower slopes to count: take {', '.join(DEFAULT_METHODS)} or slope:P,Q"
+            )
     subject = Subject(model, data, norm, x_L, x_U, batch_size=batch_size)
     shares = [
         {"method": method, "eps": float(level)} | _shares(subject, float(level), method, chosen)

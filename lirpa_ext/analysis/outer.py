@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OuterBound", "outer_bound", "plot_outer_bound", "zonotope"]
 
-METHODS = ("lipschitz", "bcp")
+DEFAULT_METHODS = ("lipschitz", "bcp")
 BOX = "box"
 ATTACKS = ("margin", "cross-entropy")  # losses of PGD, those of Fig. 3.2
 
@@ -98,7 +98,7 @@ def outer_bound(
     x: Tensor,
     y: int,
     eps: float,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = DEFAULT_METHODS,
     *,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     norm: float = 2,

@@ -1,6 +1,6 @@
 """One HTML page of tables and pictures that needs nothing else: no network, no script, no other file.
 
-`lirpa_ext.analysis.gather` fills it from the folder of a run, a folder of results, or a model.
+`lirpa_ext.analysis.collect` fills it from the folder of a run, a folder of results, or a model.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MEASURES", "Tightness", "plot_tightness", "tightness"]
 
-METHODS = ("lipschitz", "bcp", "bcp-crown")
+DEFAULT_METHODS = ("lipschitz", "bcp", "bcp-crown")
 BALL = "lipschitz"
 MEASURES = {
     "tau": "tau(x): mean translation of the logits",
@@ -104,7 +104,7 @@ def tightness(
     model: nn.Module,
     data: Any,
     eps: float,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = DEFAULT_METHODS,
     *,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     norm: float = 2,

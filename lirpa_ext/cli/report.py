@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..analysis.gather import gather
+from ..analysis.collect import collect
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     target = Path(arguments.target)
-    page = gather(target, arguments.others, arguments.title)
+    page = collect(target, arguments.others, arguments.title)
     out = arguments.out or (target / "report.html" if target.is_dir() else target.with_suffix(".html"))
     page.write(out)
     print(f"written to {out}")

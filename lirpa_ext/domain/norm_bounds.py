@@ -14,7 +14,7 @@ from lirpa_ext.domain.linear_maps import Conv, ConvTranspose, Dense, LinearMap, 
 from lirpa_ext.domain.products import Product
 from lirpa_ext.errors import InvalidInputError
 
-__all__ = ["Certificate", "certify", "normalized", "unit_weight"]
+__all__ = ["TangentBound", "norm_bound", "normalized", "unit_weight"]
 
 _EPS = torch.finfo(torch.float64).eps
 # Limits of maps that are turned into a dense matrix: its smaller side, and its number of entries.
@@ -28,7 +28,7 @@ _GRAM_OPERATIONS, _GRAM_ENTRIES = 2e10, 2**24
 _DELTAS, _LANCZOS_STEPS = (1e-6, 1e-5, 1e-4, 1e-3), 300
 
 
-class Certificate(NamedTuple):
+class TangentBound(NamedTuple):
     """An upper bound on a spectral norm, and a function whose gradient serves as that of the bound.
 
     Attributes:
@@ -40,7 +40,7 @@ class Certificate(NamedTuple):
     tangent: Callable[[Any], Tensor]
 
 
-def certify(linear_map: LinearMap) -> Certificate:
+def norm_bound(linear_map: LinearMap) -> TangentBound:
     """The smallest upper bound on the spectral norm that is known for a map, in float64 and rounded outward.
 
     Schur's test holds for every map; dense maps, products, scalings and convolutions have sharper bounds
@@ -60,14 +60,14 @@ def certify(linear_map: LinearMap) -> Certificate:
         unit, scale = unit_weight(linear_map)
         # Rounding: no row or column sum has more terms than the map has inputs and outputs.
         terms = math.prod(unit.input_shape) + math.prod(unit.output_shape)
-        schur = Certificate(float(unit.schur_bound()) * (1 + 2 * terms * _EPS), LinearMap.schur_bound)
+        schur = TangentBound(float(unit.schur_bound()) * (1 + 2 * terms * _EPS), LinearMap.schur_bound)
         if not math.isfinite(schur.value):
             raise InvalidInputError(
                 f"spectral_norm_bound: the {type(linear_map).__name__} of {tuple(linear_map.input_shape)} -> "
                 f"{tuple(linear_map.output_shape)} has NaN or infinite entries, hence no norm."
             )
         value, tangent = min([schur, *_sharp(unit)], key=lambda certificate: certificate.value)
-    return Certificate(value and math.nextafter(value * scale, math.inf), tangent)
+    return TangentBound(value and math.nextafter(value * scale, math.inf), tangent)
 
 
 def unit_weight(linear_map: LinearMap) -> tuple[LinearMap, float]:
@@ -97,52 +97,52 @@ def normalized(x: Tensor) -> Tensor:
 
 
 @singledispatch
-def _sharp(unit: LinearMap) -> list[Certificate]:
+def _sharp(unit: LinearMap) -> list[TangentBound]:
     """Upper bounds on the norm that are specific to the class of the map, beside Schur's test."""
     return []
 
 
 @_sharp.register
-def _(unit: Dense) -> list[Certificate]:
-    return [Certificate(float(_upper(unit.weight)), lambda dense: _top_singular_value(dense.weight))]
+def _(unit: Dense) -> list[TangentBound]:
+    return [TangentBound(float(_upper(unit.weight)), lambda dense: _top_singular_value(dense.weight))]
 
 
 @_sharp.register
-def _(unit: Product) -> list[Certificate]:
+def _(unit: Product) -> list[TangentBound]:
     uppers = _upper(unit.blocks())
     winner = int(uppers.argmax())
-    return [Certificate(float(uppers[winner]), lambda product: _top_singular_value(product.blocks()[winner]))]
+    return [TangentBound(float(uppers[winner]), lambda product: _top_singular_value(product.blocks()[winner]))]
 
 
 @_sharp.register
-def _(unit: Scale) -> list[Certificate]:
+def _(unit: Scale) -> list[TangentBound]:
     def norm(scale: Scale) -> Tensor:
         # A^T A is diagonal: the squares of the factors that each input element meets, summed.
         ones = torch.ones(1, *scale.input_shape, dtype=scale.dtype, device=scale.device)
         return safe_sqrt(scale.adjoint(scale(ones)).max())
 
-    return [Certificate(float(norm(unit)) * (1 + (4 + math.prod(unit.output_shape)) * _EPS), norm)]
+    return [TangentBound(float(norm(unit)) * (1 + (4 + math.prod(unit.output_shape)) * _EPS), norm)]
 
 
 @_sharp.register
-def _(unit: Conv) -> list[Certificate]:
+def _(unit: Conv) -> list[TangentBound]:
     sides = math.prod(unit.input_shape), math.prod(unit.output_shape)
     if min(sides) <= _DENSE_SIDE and math.prod(sides) <= _DENSE_ENTRIES:
-        return [Certificate(float(_upper(_matrix(unit))), lambda conv: _top_singular_value(_matrix(conv)))]
+        return [TangentBound(float(_upper(_matrix(unit))), lambda conv: _top_singular_value(_matrix(conv)))]
     ring = _circulant(unit)
     return [ring, *_factorized(unit, ring.value)]
 
 
 @_sharp.register
-def _(unit: ConvTranspose) -> list[Certificate]:
+def _(unit: ConvTranspose) -> list[TangentBound]:
     return [_of_adjoint(certificate) for certificate in _sharp(unit.adjoint_conv())]
 
 
-def _of_adjoint(conv: Certificate) -> Certificate:
-    return Certificate(conv.value, lambda transpose: conv.tangent(transpose.adjoint_conv()))
+def _of_adjoint(conv: TangentBound) -> TangentBound:
+    return TangentBound(conv.value, lambda transpose: conv.tangent(transpose.adjoint_conv()))
 
 
-def _circulant(conv: Conv) -> Certificate:
+def _circulant(conv: Conv) -> TangentBound:
     """The norm of a circulant map that contains the zero-padded strided convolution.
 
     On a ring of N >= n + p positions per dimension (p: the padding of one side), a window that reaches beyond the
@@ -162,7 +162,7 @@ def _circulant(conv: Conv) -> Certificate:
             top, winner, group = float(uppers.max()), chunk[position : position + 1].clone(), candidate
     taps = waves.shape[2]
     rounding = (taps + 8) * math.sqrt(taps) * _EPS * float(torch.linalg.vector_norm(conv.weight))
-    return Certificate(top + rounding, lambda m: _top_singular_value(_frequency_blocks(m, winner)[0, group]))
+    return TangentBound(top + rounding, lambda m: _top_singular_value(_frequency_blocks(m, winner)[0, group]))
 
 
 def _polyphase_waves(conv: Conv) -> Tensor:
@@ -296,7 +296,7 @@ class _Gram:
         return top, normalized(ritz.to(known.device) @ known).view(1, *self.shape)
 
 
-def _factorized(conv: Conv, ceiling: float) -> list[Certificate]:
+def _factorized(conv: Conv, ceiling: float) -> list[TangentBound]:
     """The norm up to 1e-6, or up to a later one of `_DELTAS`, if a Gram matrix of the map is cheap to factorize."""
     gram = min((_Gram(conv, True), _Gram(conv, False)), key=lambda candidate: candidate.operations)
     if gram.operations > _GRAM_OPERATIONS or gram.entries > _GRAM_ENTRIES:
@@ -309,7 +309,7 @@ def _factorized(conv: Conv, ceiling: float) -> list[Certificate]:
         if not 0 < s < ceiling:
             break
         if gram.at_most(s):
-            return [Certificate(s, lambda m: (left * m(right)).sum())]
+            return [TangentBound(s, lambda m: (left * m(right)).sum())]
     return []
 
 

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lirpa_ext.domain.linear_maps import LinearMap, WeightedMap
-from lirpa_ext.domain.norm_bounds import Certificate, certify, normalized, unit_weight
 from lirpa_ext.errors import InvalidInputError
+
+from .norm_bounds import TangentBound, norm_bound, normalized, unit_weight
 
 __all__ = ["NormBound", "NormCache", "NormEstimate", "PowerIteration", "key_of", "spectral_norm_bound"]
 
 
 @dataclass(frozen=True, eq=False)
 class NormEstimate:
-    """A lower estimate of a spectral norm, which is never a certificate.
+    """A lower estimate of a spectral norm, which is never a found.
 
     Attributes:
         value: 0-dim, <= ||A||_2 up to rounding.
@@ -59,7 +60,7 @@ def spectral_norm_bound(linear_map: LinearMap) -> NormBound:
     >>> spectral_norm_bound(Dense(torch.tensor([[3.0, 0.0], [0.0, -4.0]]))).value.round(decimals=5)
     tensor(4.)
     """
-    return _norm_bound(certify(linear_map), linear_map)
+    return _norm_bound(norm_bound(linear_map), linear_map)
 
 
 def key_of(name: str, linear_map: LinearMap, known: dict[str, object]) -> str:
@@ -104,7 +105,7 @@ class NormCache:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[str, tuple[WeightedMap, Certificate]] = {}
+        self._entries: dict[str, tuple[WeightedMap, TangentBound]] = {}
 
     def bound(self, key: str, linear_map: LinearMap) -> NormBound:
         """`spectral_norm_bound`, remembered under ``key``; a remembered bound has a gradient too.
@@ -121,12 +122,12 @@ class NormCache:
         """
         if not isinstance(linear_map, WeightedMap):
             return spectral_norm_bound(linear_map)
-        known, certificate = self._entries.get(key, (None, None))
-        if certificate is None or known is None or not _same(known, linear_map):
-            certificate = certify(linear_map)
+        known, found = self._entries.get(key, (None, None))
+        if found is None or known is None or not _same(known, linear_map):
+            found = norm_bound(linear_map)
             copy = linear_map.with_weight(linear_map.weight.detach().clone())
-            self._entries[key] = copy, certificate
-        return _norm_bound(certificate, linear_map)
+            self._entries[key] = copy, found
+        return _norm_bound(found, linear_map)
 
     def clear(self) -> None:
         """Forget every bound."""
@@ -230,15 +231,15 @@ def _geometry(linear_map: LinearMap) -> object:
     return *linear_map.geometry, linear_map.weight.stride()
 
 
-def _norm_bound(certificate: Certificate, linear_map: LinearMap) -> NormBound:
-    exact = torch.tensor(certificate.value, dtype=torch.float64, device=linear_map.device)
+def _norm_bound(found: TangentBound, linear_map: LinearMap) -> NormBound:
+    exact = torch.tensor(found.value, dtype=torch.float64, device=linear_map.device)
     value = exact.to(linear_map.dtype)
     if value < exact:
         value = value.nextafter(torch.full_like(value, math.inf))
     weight = linear_map.weight
     if torch.is_grad_enabled() and weight is not None and weight.requires_grad:
         unit, scale = unit_weight(linear_map)
-        singular_value = (certificate.tangent(unit) * scale).to(value.dtype)
+        singular_value = (found.tangent(unit) * scale).to(value.dtype)
         value = value + (singular_value - singular_value.detach())
     return NormBound(value)
 

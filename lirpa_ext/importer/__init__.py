@@ -17,9 +17,9 @@ from ..extensions import load_extensions
 from .batching import add_batch_axis, add_output_axis, fold_shapes, free_batch, lacks_batch_axis
 from .checking import Check, check
 from .converters import convert, import_onnx2torch
-from .fusion import fuse
 from .graph import Graph
 from .lowering import lower, register_lowering
+from .merging import fuse
 from .opsets import downgrade, upgrade
 from .reading import opset_of, read_onnx
 from .reference import Reference

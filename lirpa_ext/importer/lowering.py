@@ -13,8 +13,8 @@ import numpy as np
 from ..errors import OnnxError
 from ..extensions import add
 from . import normalizing, shaping, windows
-from .fusion import fuse_softplus
 from .graph import Graph, Node
+from .merging import fuse_softplus
 from .shaping import reshape
 
 Lowering = Callable[[Graph, Node], "list[Node] | None"]

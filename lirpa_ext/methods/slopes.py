@@ -20,8 +20,8 @@ from ..domain.ball_box import BallBox
 from ..domain.specifications import check_labels, identity_rows, margin_rows
 from ..engine import Node
 from ..errors import InvalidInputError, OptionError, UnknownMethodError
-from ..passes.fusion import chords_of_margins, cross_entropy_bound
 from ..passes.intervals import propagate_intervals
+from ..passes.loss_fusion import chords_of_margins, cross_entropy_bound
 from ..passes.slopes import Lines, SlopePass, Slopes
 from .base import FAMILIES, BoundResult, Family, Method, Problem, context_result, set_of
 from .bcp import tightened
@@ -69,7 +69,7 @@ def sparse_slope(
         norms: Spectral norms of "bcp": "bound" (default), or "estimate" for training, which is no certificate.
         outward: Outward rounding of what floating-point arithmetic may lose. Default: in float64, with "bound".
         loss_fusion: Bound the cross entropy of the labels itself, with one row in place of classes - 1
-            (`lirpa_ext.passes.fusion`): returns (None, upper bound (B, 1)). Then C is not taken, nor the lower side.
+            (`lirpa_ext.passes.loss_fusion`): (None, upper bound (B, 1)). Then C is not taken, nor the lower side.
 
     Returns:
         Lower and upper bounds, (B, S), or of the output's shape without C.

@@ -204,7 +204,7 @@ class Parts:
         return zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True)
 
 
-def split(x: Tensor, y: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def train_validation_split(x: Tensor, y: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Split a data set at random into a training and a validation part.
 
     Args:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..data import load_data
 from ..errors import ConfigError
 from .augmentation import check_augmentation
-from .batches import Batches, Parts, split
+from .batches import Batches, Parts, train_validation_split
 
 __all__ = ["ImageData"]
 
@@ -59,7 +59,7 @@ class ImageData(LightningDataModule):
             self.test_set = load_data(self.source, "test", self.test_limit)
         elif self.train_set is None:
             x, y = load_data(self.source, "train", self.limit)
-            train, validation = split(x, y, self.validation, self.seed)
+            train, validation = train_validation_split(x, y, self.validation, self.seed)
             self.train_set, self.validation_set = (x[train], y[train]), (x[validation], y[validation])
 
     def train_dataloader(self) -> Batches:

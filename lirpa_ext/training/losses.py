@@ -211,7 +211,7 @@ def fused_cross_entropy(
     """Upper bound on each sample's cross entropy over its set, bounded as one function in place of one per class.
 
     The bound is looser than the cross entropy of `worst_case_logits` of the same method, never above that of IBP, and
-    several times cheaper (`lirpa_ext.passes.fusion`).
+    several times cheaper (`lirpa_ext.passes.loss_fusion`).
 
     Args:
         bounded: The classifier's graph, (B, ...) -> (B, classes).

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from lirpa_ext import certify
-from lirpa_ext.analysis.gather import gather
+from lirpa_ext.analysis.collect import collect
 from lirpa_ext.analysis.page import Page, Picture, Section, drawn_picture, file_picture, markdown, table
 from lirpa_ext.attacks import APGD
 from lirpa_ext.cli import main
@@ -226,7 +226,7 @@ def test_a_randomized_network_has_accuracies_and_no_certificates(tmp_path):
         "accuracies": [{"eps": 0.3, "accuracy": 0.456, "low": 0.4, "high": 0.5}],
     }
     (tmp_path / "test.json").write_text(json.dumps(content))
-    made = gather(tmp_path)
+    made = collect(tmp_path)
     assert [(fact.value, fact.name) for fact in made.facts] == [
         ("45.6 %", "accuracy under PGD, eps 0.3"), ("90.0 %", "clean accuracy"), ("50", "samples")
     ]  # fmt: skip
@@ -239,7 +239,7 @@ def test_a_sweep_is_a_table_of_its_runs(folder, tmp_path):
     (tmp_path / "sweep.csv").write_text("loss,eps,seed,samples,clean,pgd,verified,run\nbcp,0.5,0,10,0.9,,0.4,a\n")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.yaml").write_text("{}")
-    (section,) = gather(tmp_path).sections
+    (section,) = collect(tmp_path).sections
     assert section.title == "Sweep" and section.tables[0].rows == (("bcp", "0.5", "0", "10", "0.9", "", "0.4", "a"),)
 
 
@@ -250,7 +250,7 @@ def test_what_is_corrupt_is_named_and_the_rest_is_shown(folder, tmp_path):
     (tmp_path / "run" / "other.png").write_bytes(b"no image")
     (tmp_path / "run" / "model.pt").write_bytes(b"no model")
     (tmp_path / "run" / "analyses" / "my_numbers.json").write_text("{")
-    made = gather(tmp_path / "run")
+    made = collect(tmp_path / "run")
     assert [s.title for s in made.sections][:1] == ["Pictures"] and made.sections[-1].title == "Left out"
     named = {Path(cells[0]).name for cells in made.sections[-1].tables[0].rows}
     assert named == {"test.json", "metrics.csv", "other.png", "model.pt", "my_numbers.json"}
@@ -258,12 +258,12 @@ def test_what_is_corrupt_is_named_and_the_rest_is_shown(folder, tmp_path):
 
 def test_nothing_to_show_is_an_error(tmp_path, capsys):
     with pytest.raises(DataError, match="there is no"):
-        gather(tmp_path / "absent")
+        collect(tmp_path / "absent")
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="is no folder"):
-        gather(tmp_path, [tmp_path / "file"])
+        collect(tmp_path, [tmp_path / "file"])
     with pytest.raises(DataError, match="nothing to show"):
-        gather(tmp_path)
+        collect(tmp_path)
     assert main(["report", str(tmp_path)]) == 2 and "nothing to show" in capsys.readouterr().err
     (tmp_path / "metrics.csv").write_text("epoch\n0\n")
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "no" / "page.html")]) == 2
@@ -274,10 +274,10 @@ def test_certifications_are_told_apart_by_their_place(folder, tmp_path):
     for name in ("report.json", "validate.json", "other/report.json", "other/more.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(folder / "test.json", tmp_path / name)
-    assert [section.title for section in gather(tmp_path).sections] == [
+    assert [section.title for section in collect(tmp_path).sections] == [
         "Certification, other more", "Certification, other", "Certification", "Certification, validation samples",
     ]  # fmt: skip
-    assert gather(tmp_path).sections[0].paragraphs[0].startswith("8 samples, l2 ball, method bcp")
+    assert collect(tmp_path).sections[0].paragraphs[0].startswith("8 samples, l2 ball, method bcp")
 
 
 # --- parts ---
@@ -315,7 +315,7 @@ def test_a_figure_is_drawn_alike_each_time_and_without_pyplot():
         return svg(drawn)
 
     assert draw() == draw() and "A line" in draw()
-    code = "import sys, lirpa_ext.analysis, lirpa_ext.analysis.gather; assert 'matplotlib.pyplot' not in sys.modules"
+    code = "import sys, lirpa_ext.analysis, lirpa_ext.analysis.collect; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

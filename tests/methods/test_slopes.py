@@ -27,8 +27,8 @@ from lirpa_ext.data import load_data
 from lirpa_ext.domain.specifications import margin_rows
 from lirpa_ext.errors import InvalidInputError, LirpaExtError, OptionError, TrainModeError, UnknownMethodError
 from lirpa_ext.passes.backward import BackwardPass
-from lirpa_ext.passes.fusion import chords_of_margins
 from lirpa_ext.passes.intervals import propagate_intervals
+from lirpa_ext.passes.loss_fusion import chords_of_margins
 from lirpa_ext.passes.slopes import SlopePass
 from lirpa_ext.rules import Context
 

@@ -1,4 +1,4 @@
-"""`gather`: what a folder of a run, a folder of results, or a model has to show, as a `Page`.
+"""`collect`: what a folder of a run, a folder of results, or a model has to show, as a `Page`.
 
 Everything is read from files that commands wrote: nothing is computed of the network, and no figure is typed in.
 """
@@ -24,7 +24,7 @@ from ..reporting.results import read_result
 from ..training.learning_curve import plot_metrics, read_metrics
 from .page import Fact, Page, Picture, Section, drawn_picture, file_picture, markdown, table
 
-__all__ = ["gather"]
+__all__ = ["collect"]
 
 _ROWS = 24  # of a table; the file has all
 _DEPTH = 3
@@ -35,7 +35,7 @@ _UNREADABLE = (
 _NAMES = {"test": "test split", "validate": "validation samples"}
 
 
-def gather(target: str | Path, others: Sequence[str | Path] = (), title: str = "") -> Page:
+def collect(target: str | Path, others: Sequence[str | Path] = (), title: str = "") -> Page:
     """Read what there is.
 
     Args:
