@@ -178,7 +178,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         faithful.check_same_function(super().forward, values, shadow, points, self._agreement.reads, defined)
 
     def _add_power_iterations(self) -> None:
-        """Add a power-iteration node for the weight of every linear node, keeping power iterations of earlier builds."""
+        """Add a power-iteration node for the weight of every linear node; earlier builds' power iterations are kept."""
         geometries: dict[str, object] = {}
         for node in engine.ancestors_in_order(self.final_node()):
             found = power_iterable(node)
