@@ -141,7 +141,7 @@ class PowerIteration(nn.Module):
         generator: source of the random start. Default: a new generator with a fixed seed.
 
     Attributes:
-        u: unit vector of the shape of one input, with a leading axis of length 1.
+        u: unit vector, (1, ...), of the shape of one input.
 
     >>> from lirpa_ext.domain.linear_maps import Dense
     >>> dense = Dense(torch.diag(torch.tensor([3.0, 1.0])))
