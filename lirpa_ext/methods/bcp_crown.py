@@ -106,7 +106,7 @@ def bcp_alpha_crown(
 
 
 def _rows(problem: Problem, states: dict[str, BallBox | Tensor], C: Tensor | None, sign: int) -> Tensor:
-    """C, or the identity times sign, for every sample: (B, S, outputs)."""
+    """C, or without C the identity times sign, as rows of every sample: (B, S, outputs)."""
     output = set_of(states[problem.final.name]).center
     if C is None:
         C = sign * torch.eye(output[0].numel(), dtype=output.dtype, device=output.device).unsqueeze(0)

@@ -74,7 +74,7 @@ def run_method(graph: Graph, method: Method, inputs: tuple[Tensor, ...], options
         result = found if isinstance(found, BoundResult) else BoundResult(*found)
         result = replace(result, clean=getattr(final, "forward_value", None))
         if getattr(method, "keywords", {}).get("loss_fusion"):
-            return result  # of the cross entropy
+            return result  # bounds of the cross entropy, not of f
         recording = graph.training and any(bound is not None and bound.requires_grad for bound in result.sides)
         bounds = result.sides
         if not (result.estimate or (recording and result.clean is None)):

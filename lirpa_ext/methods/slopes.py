@@ -377,7 +377,7 @@ _FIXED: dict[str, Method] = {
 
 
 def _variant(name: str) -> Method:
-    """Method "slope:name"."""
+    """The method "slope:NAME" for a variant's name."""
     if name in _FIXED:
         return _FIXED[name]
     parts = name.split(",")

@@ -97,7 +97,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
     ) -> None:
         load_extensions()
         engine_options |= {"bound_opts": bound_opts, "device": device}
-        set_attribute = object.__setattr__  # nn.Module's would make graph nodes of modules
+        set_attribute = object.__setattr__  # nn.Module's would register modules as graph nodes
         set_attribute(self, "source", model)
         set_attribute(self, "_build_options", engine_options)
         set_attribute(self, "_custom_ops", CUSTOM_OPS | (custom_ops or {}))
@@ -407,7 +407,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
                 engine.BoundedTensor(plain(x), x.ptb.engines_box(x)) if getattr(x, "ptb", None) is not None else x
                 for x in inputs
             )
-        if name == "alpha-CROWN":  # the engine's ascent goes backward more than once
+        if name == "alpha-CROWN":  # the engine's ascent runs backward several times through one graph
             engine.refresh(self.source, self._readers, detach=True)
         check_request(inputs, C, lower, upper, self.final_node().output_shape[1])
         C = None if C is None else C.expand(len(inputs[0]), -1, -1)
@@ -462,7 +462,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, **kwargs: Any) -> Any:
         """Load a state dict that `state_dict` returned, or one of the model alone."""
-        if self._inside:  # the engine puts back what its forward pass may have changed: nothing, in eval mode
+        if self._inside:  # the engine restores buffers after its forward pass, which changes none in eval mode
             return None
         own = {key: value for key, value in state_dict.items() if not key.startswith("power_iteration.")}
         for name, iteration in self.power_iterations.items():

@@ -76,7 +76,7 @@ def of_set(inputs: Inputs) -> list[Point]:
     points = []
     for corner in (False, True):
         state = generator.get_state()
-        for sign in (1, -1):  # the same directions
+        for sign in (1, -1):  # both with the same directions
             generator.set_state(state)
             points.append(Point(tuple(moved(x, corner, sign) for x in inputs), True))
     return points
@@ -125,7 +125,7 @@ def check_same_function(
     actual = torch.stack(outputs).to(expected)
     asked = torch.tensor([point.asked for point in points], device=expected.device)
     off, comparable = _difference(expected, actual, asked.view(-1, *[1] * (expected.dim() - 1)))
-    if off.amax() > 1:  # is it the model's own rounding?
+    if off.amax() > 1:  # compare again with the model's own rounding allowed
         rounding = _rounding(model, points, expected)
         off, comparable = _difference(expected, actual, asked.view(-1, *[1] * (expected.dim() - 1)), rounding)
     if defined and not comparable.all():

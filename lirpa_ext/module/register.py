@@ -1,4 +1,4 @@
-"""`register()`: the methods of this package on the engine's own BoundedModule."""
+"""`register`, which adds the methods of this package to the engine's own BoundedModule."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class BackwardPass:
         self.order = engine.ancestors_in_order(self.final)
         self._parts: dict[str, Part] = {}
         self._handed: dict[Any, Any] | None = (
-            None  # values of constants, while the engine's nodes have this pass's sets
+            None  # own values of constants, while the engine's nodes hold the sets and values of this pass
         )
         self.perturbations = perturbations or {
             node.name: PerturbationLpNorm.of(node.perturbation)

@@ -98,8 +98,8 @@ class _Chord(torch.autograd.Function):
     def backward(ctx: Any, to_chord: Tensor, to_value: Tensor) -> Any:
         below, chord, width = ctx.saved_tensors
         rest = 1 - chord
-        rise = to_chord / width.clamp(min=torch.finfo(width.dtype).tiny ** 0.5)  # finite for a box of one point, 0
-        # sign() is 0 where l or u is cut to 0
+        rise = to_chord / width.clamp(min=torch.finfo(width.dtype).tiny ** 0.5)  # finite for the box {0}
+        # sign() is 0 where l or u is clipped to 0, which has no gradient
         to_lower = (rise - to_value * chord).mul_(chord).mul_(below.sign().neg_())
         to_upper = rise.addcmul_(to_value, rest).mul_(rest).mul_(chord.sign())
         return to_lower, to_upper
