@@ -1,4 +1,5 @@
 # make demo      fresh machine to certified network: environment, training, ONNX, certificates, plot
+# make quick     the first case of each short test, for the inner loop: under 90 s on two cores
 # make test      environment, then the test suite
 # make test-slow the slow part of it: the shipped configurations, real ONNX networks, more fuzzing of files
 # make fuzz      random networks, their bounds attacked (SECONDS=60, SEED=, GRAPHS=, METHODS="bcp CROWN", JSON=file)
@@ -14,7 +15,7 @@ RUN := $(if $(AUTO_LIRPA),PYTHONPATH=$(abspath $(AUTO_LIRPA))$(if $(PYTHONPATH),
 PYTEST_ARGS ?= -n 2
 SECONDS ?= 60
 
-.PHONY: env demo test test-slow fuzz reproduce check docs benchmark benchmark-slopes benchmark-graddiv benchmark-trainer clean
+.PHONY: env demo quick test test-slow fuzz reproduce check docs benchmark benchmark-slopes benchmark-graddiv benchmark-trainer clean
 
 env: $(STAMP)
 
@@ -28,6 +29,9 @@ $(STAMP): setup.cfg setup.py Makefile
 
 demo: env
 	$(RUN)python examples/demo.py
+
+quick: env
+	OMP_NUM_THREADS=1 $(RUN)python -m pytest $(PYTEST_ARGS) --quick tests
 
 test: env
 	OMP_NUM_THREADS=1 $(RUN)python -m pytest $(PYTEST_ARGS) tests

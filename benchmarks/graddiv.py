@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from lirpa_ext.attacks import EOT, PGD
+from lirpa_ext.certification import evaluate
 from lirpa_ext.data import load_data
-from lirpa_ext.randomized import evaluate, gradients, von_mises_fisher
+from lirpa_ext.randomized import gradients, von_mises_fisher
 from lirpa_ext.training.checkpoints import read_checkpoint
 from lirpa_ext.training.runs import fit, parse
 

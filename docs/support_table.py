@@ -66,7 +66,7 @@ ENGINE = """\
 ## What the engine is trusted with
 
 The engine's own bounds do not hold for everything that it accepts. This list has the nodes, by their configuration, on
-which the contract suite (`python tests/trust/make_list.py`) attacked bounds of the engine and found every one to hold,
+which the contract suite (`python tests/engine/make_list.py`) attacked bounds of the engine and found every one to hold,
 for l1, l2, l3 and l-infinity sets, with an eps for each sample, and cut to a range. A method of the engine runs on a
 graph all of whose nodes are here for its family; else this package's own operators compute the method of that name
 (IBP, CROWN-IBP, CROWN, alpha-CROWN), or it is refused (the forward methods). Another version of the engine has no list.

@@ -16,8 +16,9 @@ from torch import nn
 
 from lirpa_ext import PerturbationLpNorm
 from lirpa_ext.attacks import EOT, PGD
+from lirpa_ext.certification import evaluate
 from lirpa_ext.data import load_digits
-from lirpa_ext.randomized import elbo_loss, evaluate, gradients, make_adv_bnn, mean_resultant_length
+from lirpa_ext.randomized import elbo_loss, gradients, make_adv_bnn, mean_resultant_length
 from lirpa_ext.randomized.graddiv import kappa
 
 EPS, EPOCHS, BATCH = 0.2, 25, 100

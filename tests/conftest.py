@@ -53,13 +53,26 @@ THINNED = {
 }
 
 
+# Tests of over a second, which `make quick` leaves out (`long_tests.py`).
+LONG = frozenset(Path(__file__).with_name("long.txt").read_text(encoding="utf-8").split())
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="the first case of each test, if it takes under a second")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Mark what is thinned as slow."""
+def pytest_collection_modifyitems(config, items):
+    """Mark what is thinned as slow, and of a quick run keep little."""
     seen = collections.Counter()
+    kept = []
     for item in items:
-        name = item.nodeid.partition("[")[0].removeprefix("tests/")
-        if name in THINNED:
-            if seen[name] % THINNED[name]:
-                item.add_marker(pytest.mark.slow)
-            seen[name] += 1
+        name = item.nodeid.partition("[")[0].rpartition("/")[2]
+        if name in THINNED and seen[name] % THINNED[name]:
+            item.add_marker(pytest.mark.slow)
+        if not seen[name] and name not in LONG:
+            kept.append(item)
+        seen[name] += 1
+    if config.getoption("quick"):
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept

@@ -18,10 +18,11 @@ from torch import nn
 import lirpa_ext
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm
 from lirpa_ext.attacks import EOT, FGSM, PGD
+from lirpa_ext.certification import evaluate
 from lirpa_ext.cli import main
 from lirpa_ext.domain.specifications import margin_rows
 from lirpa_ext.methods import label_option
-from lirpa_ext.randomized import REGULARIZERS, evaluate, gradients, make_adv_bnn, make_rse, predict, sample
+from lirpa_ext.randomized import REGULARIZERS, gradients, make_adv_bnn, make_rse, predict, sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -20,17 +21,16 @@ NAME = re.compile(r"\blirpa_ext((?:\.[A-Za-z_]\w*)+)")
 
 
 def resolve(dotted: str) -> object:
-    """The object of that name: attributes first, then submodules."""
+    """The object of that name: an attribute, a field of a dataclass, or a module."""
     found: object = importlib.import_module("lirpa_ext")
     parts = dotted.split(".")
     for position, part in enumerate(parts[1:], 1):
-        if not hasattr(found, part):
-            found = importlib.import_module(".".join(parts[: position + 1]))
-        elif position + 1 < len(parts) and not hasattr(getattr(found, part), parts[position + 1]):
-            # a function that hides the module of its name, as lirpa_ext.certify does
-            found = importlib.import_module(".".join(parts[: position + 1]))
-        else:
+        if hasattr(found, part):
             found = getattr(found, part)
+        elif dataclasses.is_dataclass(found) and part in {field.name for field in dataclasses.fields(found)}:
+            return found
+        else:
+            found = importlib.import_module(".".join(parts[: position + 1]))
     return found
 
 

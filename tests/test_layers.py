@@ -104,3 +104,8 @@ def test_an_old_name_is_found_and_names_the_new_one(old, monkeypatch):
     if function:
         vars(lirpa_ext).pop(old, None)
         assert getattr(lirpa_ext, old) is getattr(new, old)
+
+
+def test_the_tests_mirror_the_package():
+    folders = {path.name for path in Path(__file__).parent.iterdir() if path.is_dir() and path.name[0] not in "_."}
+    assert folders - {"fuzz", "hostile"} <= set(LAYERS)

@@ -7,9 +7,7 @@ callbacks need Lightning; the rest does not.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
+from ..training import of_lightning
 from ..training.trade_off import TradeOff, read_trade_off
 from .activity import Activity, relu_activity
 from .connectivity import CertifiedObjective, Connectivity, bezier, connect, plot_connectivity
@@ -56,11 +54,4 @@ __all__ = [
     "verified_curves",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _OF_LIGHTNING:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ..training import require_lightning
-
-    require_lightning()
-    return getattr(importlib.import_module(f".{_OF_LIGHTNING[name]}", __name__), name)
+__getattr__ = of_lightning(__name__, _OF_LIGHTNING)

@@ -297,7 +297,7 @@ class Attack(ABC):
         Returns:
             The best point of each sample, inside of its set, and its margin. The clean input is a candidate. Of a
             randomized model the ends of the attack's runs are the only ones (`EOT`, ``keep``), and the margin is that
-            of the draw that scored it: evaluate it on others (`lirpa_ext.randomized.evaluate`). Samples of which no
+            of the draw that scored it: evaluate it on others (`lirpa_ext.certification.evaluate`). Samples of which no
             gradient had a direction (``masked``) are also searched at random (`RandomSearch`), and a warning is logged.
 
         Raises:

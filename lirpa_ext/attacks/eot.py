@@ -23,7 +23,7 @@ class EOT(Attack):
 
     A. Athalye et al., Synthesizing robust adversarial examples, ICML 2018. Each gradient takes fresh draws. Points are
     scored by the mean class probabilities over the same draws; to know what they do to others, evaluate them on others
-    (`lirpa_ext.randomized.evaluate`). Of a deterministic model all draws are one, and the attack is what it is without.
+    (`lirpa_ext.certification.evaluate`). A deterministic model has one draw, and its attack is the one that is wrapped.
 
     Args:
         attack: The attack, such as ``PGD(20, step_size=0.25)`` (EOT-PGD) or ``FGSM()`` (EOT-FGSM).

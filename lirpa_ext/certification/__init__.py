@@ -1,1 +1,8 @@
-"""Certified accuracy of a classifier on a data set: its samples, results, reports and robust accuracy."""
+"""Certified accuracy of a classifier on a data set: samples, results, reports; robust accuracy of random networks."""
+
+from __future__ import annotations
+
+from .report import Report
+from .robust_accuracy import RobustAccuracy, evaluate
+
+__all__ = ["Report", "RobustAccuracy", "evaluate"]

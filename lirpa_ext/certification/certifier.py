@@ -1,4 +1,4 @@
-"""The work behind `certify`, one batch at a time: bounds, attacks, what refutes a bound, outcomes, certified radii."""
+"""The work behind `certify`, batch by batch: bounds, attacks, checks of the bounds at points, certified radii."""
 
 from __future__ import annotations
 
@@ -38,14 +38,37 @@ from .results_file import Record
 
 _logger = logging.getLogger(__name__)
 
-# Wrong arguments: whatever the sample, they stop the run.
+# Wrong arguments: these errors do not depend on the sample, so they stop the run.
 _ARGUMENTS = (EstimateError, InvalidInputError, OptionError, TrainModeError, UnknownMethodError)
-# Errors that every sample would meet, unless one was bounded before; anything else is the error of one sample.
+# Errors of the model: they stop the run, unless a batch was bounded before. Any other error is that of one sample.
 _OF_THE_RUN = (TraceError, UnsupportedNodeError)
 
 
 class Certifier:
-    """A copy of a model, with what bounds and attacks it one batch at a time; no single sample stops it."""
+    """Bounds and attacks a copy of a model, batch by batch; an error of one sample does not stop the others.
+
+    `certify` makes one for a data set, and `lirpa_ext.training.CertifiedClassifier` one for each validation.
+
+    Args:
+        model: Classifier, (B, ...) -> (B, classes). It is copied, not changed.
+        method: Any method of `BoundedModule.compute_bounds`.
+        options: Options of the method.
+        norm: p of the lp ball.
+        data_range: Lower and upper end of the data range; None for no limit.
+        dtype: torch.float32 or torch.float64, of the whole computation.
+        device: Where to compute; None for the model's device.
+
+    Attributes:
+        bounded: Graph of the copy, made at the first bound and after every error.
+        most: Largest number of samples that fit into memory together; None until a batch did not fit.
+        fallbacks: Nodes (name: class) of the last bound that the engine's interval rule bounded for want of a rule.
+        worked: Whether a batch was bounded.
+
+    Raises:
+        InvalidInputError: The model is no plain torch module, or dtype, device, norm or data range is not possible.
+        TraceError: The model cannot be copied, or draws random numbers.
+        TrainModeError: A batch norm is in train mode.
+    """
 
     def __init__(
         self,
@@ -92,17 +115,24 @@ class Certifier:
         self.worked = False
 
     def place(self, x: Tensor) -> Tensor:
-        """Inputs on the device, in the dtype."""
+        """Inputs x, (B, ...), moved to the certifier's device and dtype."""
         placed = x.detach().to(self.device, self.dtype)
         return placed.clone() if placed.is_inference() else placed
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits, (B, classes)."""
+        """Logits of x, (B, classes), without gradient."""
         with torch.no_grad():
             return self.model(x)
 
     def count_classes(self, x: Tensor) -> int:
-        """Number of classes, if the model takes such inputs."""
+        """Number of classes of the model, found by running it on one input.
+
+        Args:
+            x: One input, (1, ...).
+
+        Raises:
+            InvalidInputError: The model fails on x, or its output is not of shape (1, classes).
+        """
         try:
             logits = self.logits(self.place(x))
         except Exception as error:  # whatever a user's model raises
@@ -124,21 +154,25 @@ class Certifier:
         seed: int,
         tolerance: float | None = None,
     ) -> list[Record]:
-        """Records of a batch.
+        """Bound and attack the samples of a batch at every eps.
 
         Args:
-            batch: Indices of the samples.
+            batch: Indices of the samples in the data set.
             x: Inputs, (B, ...).
             y: Labels, (B,).
             levels: Every eps, ascending.
-            attack: Or None.
-            seed: Of the attack.
-            tolerance: Of the search for the largest eps that is certified; None for no search.
+            attack: Attack on the correctly classified samples; None for no attack.
+            seed: Seed of the attack.
+            tolerance: Width at which the search for the certified radius stops; None for no search.
+
+        Returns:
+            One record for each sample, see `lirpa_ext.certification.results_file`.
 
         Raises:
             EstimateError, InvalidInputError, OptionError, TrainModeError, UnknownMethodError: Wrong arguments.
-            OutOfMemoryError: One sample alone does not fit.
-            TraceError, UnsupportedNodeError: The model cannot be bounded; once a batch was, of its samples.
+            OutOfMemoryError: One sample alone does not fit into memory.
+            TraceError, UnsupportedNodeError: The model cannot be bounded, and no batch was bounded before. After a
+                batch was bounded, these errors are put into the records.
         """
 
         def clean(x: Tensor, y: Tensor) -> Tensor:
@@ -158,7 +192,7 @@ class Certifier:
         masked = torch.zeros(len(levels), len(x), dtype=torch.bool, device=x.device)
         messages = [list(problems) for _ in levels]
         defined, correct = (chosen.nonzero().flatten() for chosen in (margin.isfinite(), margin > 0))
-        noise = torch.full_like(margin, math.nan, dtype=torch.float64)  # against which no bound is right
+        noise = torch.full_like(margin, math.nan, dtype=torch.float64)  # with NaN, `refuted` accepts no bound
         if len(defined):
             found, failed = self.by_sample(self._noise, x[defined])
             noise[defined] = found[:, 0]
@@ -166,7 +200,7 @@ class Certifier:
                 note(some_messages, defined, failed)
         for k, level in enumerate(levels):
             eps = x.new_full((len(x),), level)
-            seen[k] = seen[max(k - 1, 0)]  # the points of a smaller set are in this one too
+            seen[k] = seen[max(k - 1, 0)]  # points of the ball with a smaller eps are in this ball too
             if len(defined):
                 lower[k, defined], failed = self.lower(x[defined], y[defined], eps[defined])
                 note(messages[k], defined, failed)
@@ -174,7 +208,7 @@ class Certifier:
                 found, failed = self.by_sample(attacked, x[correct], y[correct], eps[correct])
                 see(seen[k], messages[k], correct, found[:, :-1], failed)
                 masked[k, correct] = found[:, -1] == 1
-            # What would be certified is also held against corners.
+            # Bounds that would certify a sample are also compared with values at corners of the set.
             promising = (lower[k].amin(1) > 0) & torch.tensor([not why for why in messages[k]], device=x.device)
             hopeful = promising.nonzero().flatten()
             if len(hopeful):
@@ -214,13 +248,23 @@ class Certifier:
         return PerturbationLpNorm(eps, self.norm, *self.data_range)
 
     def _noise(self, x: Tensor) -> Tensor:
-        """What rounding errors of the logits scale with, (B, 1), float64."""
+        """Scale of the rounding errors of the logits (`guard.noise`), (B, 1), float64."""
         if self._other is None:
             self._other = copy.deepcopy(self.model).to(self.other)
         return guard.noise(self.model, lambda x: self._other(x.to(self.other)), x).unsqueeze(1)  # type: ignore[misc]
 
     def at_corners(self, x: Tensor, y: Tensor, eps: Tensor, lower: Tensor) -> Tensor:
-        """Least value of each row at points of the set that are likely to refute a bound, (B, S)."""
+        """Least margins at points of the set that are likely to refute a wrong bound.
+
+        Args:
+            x: Inputs, (B, ...).
+            y: Labels, (B,).
+            eps: Radius of each sample, (B,).
+            lower: Lower bounds of the margins z_y - z_j, (B, S) or (B, 1); S = classes - 1.
+
+        Returns:
+            Least value of each margin over the points, (B, S).
+        """
         watched = Watched(self.model, y)
         clean = margins_to(self.logits(x), y)
         rows = guard.closest(clean, lower.expand_as(clean))
@@ -230,7 +274,20 @@ class Certifier:
         return watched.least
 
     def lower(self, x: Tensor, y: Tensor, eps: Tensor) -> tuple[Tensor, list[Problem | None]]:
-        """Lower bounds on all z_y - z_j of each sample over its set, (B, S), and what went wrong with a sample."""
+        """Lower bounds on all margins z_y - z_j over each sample's set.
+
+        Args:
+            x: Inputs, (B, ...).
+            y: Labels, (B,).
+            eps: Radius of each sample, (B,).
+
+        Returns:
+            Lower bounds, (B, classes - 1) or (B, 1), NaN where bounding failed; and for each sample its problem, or
+            None.
+
+        Raises:
+            LirpaExtError: As `certify`.
+        """
         lower, problems = self.by_sample(self._bound, x, y, eps, fatal=() if self.worked else _OF_THE_RUN)
         undefined = lower.isnan().any(1).tolist()
         return lower, [
@@ -260,10 +317,21 @@ class Certifier:
     def by_sample(
         self, function: Callable[..., Tensor], *tensors: Tensor, fatal: tuple[type[Exception], ...] = ()
     ) -> tuple[Tensor, list[Problem | None]]:
-        """function(*tensors), (B, columns); if it raises, sample by sample: NaN, and what the sample raised alone.
+        """Call a function on a batch; if it raises, call it on each sample alone to find those that fail.
 
-        What does not fit into memory is halved, in the calls that follow too. What refutes a batch, but none of its
-        samples alone, is a problem of all of them.
+        A batch that does not fit into memory is halved, and later calls keep the smaller size. A `SoundnessError` of
+        the batch that no sample raises alone is a problem of all samples.
+
+        Args:
+            function: Takes the tensors and gives (B, columns).
+            *tensors: Tensors of B samples each.
+            fatal: Errors that are raised again, besides those of wrong arguments.
+
+        Returns:
+            Values, (B, columns), NaN for a sample that fails; and for each sample its problem, or None.
+
+        Raises:
+            OutOfMemoryError: One sample alone does not fit into memory.
         """
         batch = len(tensors[0])
         whole = Problem("")
@@ -301,7 +369,16 @@ class Certifier:
     def defect(
         self, index: int, label: int, row: int, eps: float, bound: Tensor | float, value: Tensor | float
     ) -> Problem:
-        """What is said, and logged, of a bound of a row that a point of a sample's set refutes."""
+        """The problem of a lower bound that is above a value of the network; the message is logged as an error.
+
+        Args:
+            index: Index of the sample in the data set.
+            label: Its label.
+            row: Row of the margin, 0 to classes - 2.
+            eps: Radius of the set.
+            bound: The refuted lower bound.
+            value: Value of the margin at a point of the set.
+        """
         other = row + (row >= label)
         where = f"sample {index} at eps {eps:.6g}"
         text = guard.refuted(self.method, f"row {row}, z_{label} - z_{other},", where, float(bound), float(value))

@@ -1,7 +1,7 @@
-"""Which function a model is: a hash of its traced graph with every tensor, and its outputs at a few samples.
+"""Identify the function that a model computes: a hash of its traced graph with every tensor, and a few outputs.
 
-A state dict does not tell: buffers that are not saved, attributes, hooks and functions decide outputs too. All of them
-are in the graph that the model is traced to, but for what runs inside one operator; that shows in the outputs.
+A state dict does not identify it: buffers that are not saved, attributes, hooks and functions change outputs too. The
+traced graph contains all of them, except for the code of a single operator; the outputs reveal changes of that code.
 """
 
 from __future__ import annotations
@@ -16,25 +16,28 @@ from torch import Tensor, nn
 
 from ..errors import TraceError
 
-SAMPLES = 8  # at which outputs are kept
-NUMBERS = 16  # of each sample: its outputs, or as many random sums of them
+SAMPLES = 8  # samples of which outputs are kept
+NUMBERS = 16  # numbers kept of a sample: its outputs, or random sums of them if there are more
 
 
 def model_hash(model: nn.Module, x: Tensor) -> str:
     """SHA-256 of the graph that a model is traced to, and of each parameter, buffer and constant in it.
 
-    The device and the place of the source code do not count.
+    The hash does not depend on the device or on where the source code lies.
 
     Args:
-        model: In the mode in which it is used.
-        x: A batch, (B, ...).
+        model: The model, in the mode (train or eval) in which it is used.
+        x: Example inputs for the trace, (B, ...).
+
+    Returns:
+        Hexadecimal digits.
 
     Raises:
         TraceError: The model cannot be traced.
     """
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # what a trace fixes; the graph is held against the model elsewhere
+            warnings.simplefilter("ignore")  # tracer warnings; the graph is compared with the model elsewhere
             graph, _ = torch.jit._get_trace_graph(model, (x,))  # type: ignore[attr-defined]
         torch._C._jit_pass_inline(graph)
     except Exception as error:  # whatever a user's model raises
@@ -46,12 +49,16 @@ def model_hash(model: nn.Module, x: Tensor) -> str:
 
 
 def outputs(model: nn.Module, x: Tensor, place: Callable[[Tensor], Tensor]) -> list[list[float | None]]:
-    """What a classifier gives for samples spread over a data set: `NUMBERS` numbers each, None for NaN and infinity.
+    """Outputs of a classifier at samples spread over a data set, in a form that JSON can hold.
 
     Args:
-        model: (B, ...) -> (B, classes).
-        x: The data set, of which `SAMPLES` are taken.
-        place: Gives samples the device and dtype of the model.
+        model: Classifier, (B, ...) -> (B, classes).
+        x: Inputs of the data set, (N, ...), of which at most `SAMPLES` are taken.
+        place: Moves samples to the device and dtype of the model.
+
+    Returns:
+        For each sample its logits, or `NUMBERS` random sums of them if there are more classes; None in place of NaN and
+        infinity.
     """
     chosen = torch.linspace(0, len(x) - 1, min(SAMPLES, len(x))).round().long().unique()
     with torch.no_grad():
@@ -64,19 +71,25 @@ def outputs(model: nn.Module, x: Tensor, place: Callable[[Tensor], Tensor]) -> l
 
 
 def agree(before: Any, now: list[list[float | None]], dtype: torch.dtype) -> bool:
-    """Whether two `outputs` are of one function: to half of the digits of the dtype, for devices round differently."""
+    """Whether two results of `outputs` agree to half of the digits of the dtype (devices round differently).
+
+    Args:
+        before: Outputs that were read from a file; anything malformed does not agree.
+        now: Outputs of the model.
+        dtype: In which the outputs were computed.
+    """
     try:
         rows = list(zip(before, now, strict=True))
         pairs = [(a, b) for row, other in rows for a, b in zip(row, other, strict=True)]
         scale = max((abs(b) for _, b in pairs if b is not None), default=0.0)
         most = torch.finfo(dtype).eps ** 0.5 * scale
         return all(a is b or (None not in (a, b) and abs(a - b) <= most) for a, b in pairs)
-    except (TypeError, ValueError):  # of other lengths, or something else was on file
+    except (TypeError, ValueError):  # other lengths, or something else was in the file
         return False
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:
-    """SHA-256 of a text and of named tensors: names, dtypes, shapes and values."""
+    """SHA-256, in hexadecimal digits, of a text and of named tensors: names, dtypes, shapes and values."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in tensors:
         for part in _bytes(name, tensor):
@@ -85,7 +98,7 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:
 
 
 def _lines(block: Any, numbers: dict[Any, int]) -> Iterator[bytes]:
-    """A graph in words: each node's kind, attributes and operands, numbered in the order in which they are made."""
+    """The graph as bytes: kind, attributes and operands of each node; values are numbered in order of creation."""
 
     def number(value: Any) -> int:
         return numbers.setdefault(value.unique(), len(numbers))
@@ -95,7 +108,7 @@ def _lines(block: Any, numbers: dict[Any, int]) -> Iterator[bytes]:
         operands = [number(value) for value in node.inputs()]
         results = [(number(value), _type(value)) for value in node.outputs()]
         yield f"{results} = {node.kind()} {operands}".encode()
-        if node.kind() == "prim::PythonOp":  # an autograd function, and its plain arguments
+        if node.kind() == "prim::PythonOp":  # an autograd function with its arguments that are no tensors
             yield f"{node.pyname()} {node.scalar_args()!r}".encode()
         elif not any(kind == "Device" for _, kind in results):
             for name in sorted(node.attributeNames()):

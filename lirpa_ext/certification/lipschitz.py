@@ -24,17 +24,17 @@ from ..rules.linear import Affine, TimesConstant, differs_by_sample
 from ..rules.softmax import LogSoftmax, Softmax
 from ..rules.structure import Concat, Monotone, Negation, Sum
 
-_FAR = 1e150  # stands for infinity where a slope is looked at, so that products of it are numbers
+_FAR = 1e150  # stands for infinity in the ends of an activation's input, so that their products are finite
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One node that may lengthen vectors.
+    """Lipschitz constant of one node of the graph.
 
     Attributes:
-        name: Name of its weight in the model; its own and its class where it has none.
-        estimate: Power-iteration estimate of a linear layer's spectral norm, a lower bound of it; else `bound`.
-        bound: Upper bound on its Lipschitz constant in l2, over all inputs; infinite where none is known.
+        name: Name of the node's weight in the model; for a node without weight, the node's name and class.
+        estimate: Of a linear layer, the power-iteration estimate of its spectral norm (a lower bound); else `bound`.
+        bound: Upper bound on the Lipschitz constant in l2 over all inputs; infinite where none is known.
     """
 
     name: str
@@ -43,23 +43,24 @@ class Layer:
 
     @property
     def ratio(self) -> float:
-        """bound / estimate: how much the bound may overestimate; 1 for a layer of zeros."""
+        """bound / estimate, an upper limit on the bound's overestimation; 1 for a layer of zeros."""
         return self.bound / self.estimate if self.estimate > 0 else (1.0 if self.bound == 0 else float("inf"))
 
 
 @dataclass(frozen=True)
 class LipschitzReport:
-    """Lipschitz constants of a model's layers, and of all of it.
+    """Lipschitz constants of a model's layers, and of the whole model.
 
     Attributes:
         layers: All dense and convolutional layers, and every other node whose constant is not 1: batch norms, constant
-            factors, paddings that repeat values, overlapping pools, activations steeper than 1. What is at most 1 and
-            no layer, as a ReLU or a tanh, counts as 1.
-        product: Upper bound on the model's Lipschitz constant in l2, over all inputs. Along a chain it is the product
-            of the layers' bounds; branches that are added add theirs, those that are concatenated the squares. Infinite
-            if a node's is (a product of branches, a layer normalization, exp, ...).
-        estimate: The same of the layers' estimates: a bound of nothing.
-        chain: Whether the model is a chain, of which `product` is the product of the layers' bounds.
+            factors, paddings that repeat values, overlapping pools, activations steeper than 1. The constant of a node
+            without weights that is at most 1 (ReLU, tanh) is taken as 1.
+        product: Upper bound on the model's Lipschitz constant in l2 over all inputs. Along a chain it is the product of
+            the layers' bounds; the bounds of branches that are added are added, those of branches that are concatenated
+            are combined as the root of the sum of squares. Infinite if no bound is known for a node (a product of
+            branches, a layer normalization, exp, ...).
+        estimate: The same combination of the layers' estimates; neither an upper nor a lower bound.
+        chain: Whether the model is a chain, so that `product` is the product of the layers' bounds.
     """
 
     layers: tuple[Layer, ...]
@@ -83,16 +84,17 @@ def lipschitz(
     max_steps: int = 2000,
     verbose: bool = True,
 ) -> LipschitzReport:
-    """Lipschitz constant in l2 of every layer and of the model, estimated and bounded; prints the table.
+    """Estimate and bound the l2 Lipschitz constant of every layer and of the model, and print a table.
 
-    `method="lipschitz"` uses the same norms, but the slopes of activations on the ball that is asked for.
+    The constants hold over all inputs. The bound method "lipschitz" uses the same spectral norms, but takes the slopes
+    of activations on the given ball only.
 
     Args:
         model: The torch model.
-        x: Example input, (B, ...), for the shapes.
-        tolerance: Relative change at which a power iteration counts as converged.
-        max_steps: Most power steps a layer.
-        verbose: Print the table.
+        x: Example input, (B, ...); only its shape matters.
+        tolerance: Relative change at which a power iteration counts as converged, default 1e-6.
+        max_steps: Largest number of power steps for a layer, default 2000.
+        verbose: Whether to print the table, default True.
 
     Returns:
         The report.
@@ -147,7 +149,7 @@ def _report(graph: BoundedModule, tolerance: float, max_steps: int) -> Lipschitz
 def _layer(
     node: Any, inputs: list[State], value: Tensor, known: dict[str, object], tolerance: float, max_steps: int
 ) -> tuple[Layer, bool]:
-    """Constant of a node in its one perturbed input, and whether the report lists it."""
+    """Lipschitz constant of a node in its only perturbed input, and whether the report lists the node."""
     rule, index = RULES.get(type(node).__name__), only_perturbed(inputs)
     assert index is not None
     state = inputs[index]
@@ -188,7 +190,7 @@ def _of_map(
 
 
 def _fixed(node: Any, factor: float) -> tuple[Layer, bool]:
-    """A constant that is known in closed form, of which less than 1 counts as 1."""
+    """A constant known in closed form (raised to at least 1), and whether the report lists the node."""
     factor = max(factor, 1.0)
     return Layer(_named(node), factor, factor), factor > 1
 
@@ -202,7 +204,7 @@ def _named(node: Any) -> str:
 
 
 def _joined(node: Any, inputs: list[State], value: Tensor, before: list[Layer]) -> Layer:
-    """From the input to a node of several perturbed ones."""
+    """Constant of the map from the model's input to a node with several perturbed inputs."""
     rule = RULES.get(type(node).__name__)
     sets = [state for state in inputs if isinstance(state, BallBox)]
     if isinstance(rule, Concat) and len(value) == len(sets[0].center):
@@ -218,7 +220,7 @@ def _joined(node: Any, inputs: list[State], value: Tensor, before: list[Layer]) 
 
 
 def _scaled(before: Layer, layer: Layer) -> Layer:
-    """After one more layer; one of constant 0 makes a constant, whatever is before or after it."""
+    """Constant of `before` followed by `layer`; a factor 0 gives 0 even if the other factor is infinite."""
     estimate, bound = (
         0.0 if 0.0 in pair else pair[0] * pair[1]
         for pair in ((before.estimate, layer.estimate), (before.bound, layer.bound))

@@ -1,4 +1,4 @@
-"""What became of the samples of a batch: the values that were seen, the bounds that they refute, and the records."""
+"""Outcomes of the samples of a batch: margins at points of the set, bounds that they refute, and the records."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ NOT_FINITE = "the model's output is NaN or infinite at a point of the set"
 
 
 class Problem(NamedTuple):
-    """What went wrong with a sample.
+    """An error of one sample.
 
     Attributes:
         text: The message.
-        defect: Whether a bound was refuted, after which no bound of that method on the sample counts.
+        defect: Whether a point refuted a bound; then no bound of that method on the sample counts.
     """
 
     text: str
@@ -27,7 +27,15 @@ class Problem(NamedTuple):
 
 
 class Watched(nn.Module):
-    """A model that keeps the least value of each row z_y - z_j over all points that it was given, (B, S) as `least`."""
+    """A model that records the least margins over all points on which it is evaluated.
+
+    Args:
+        model: Classifier, (B, ...) -> (B, classes).
+        y: Labels of the samples, (B,).
+
+    Attributes:
+        least: Least value of each z_y - z_j so far, (B, classes - 1); NaN once a logit was not finite.
+    """
 
     least: Tensor
 
@@ -52,7 +60,13 @@ def margins_to(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def note(messages: list[Problem | None], samples: Tensor, failed: list[Problem | None]) -> None:
-    """Enter the problems of some samples of a batch, the first of each sample."""
+    """Add the problems of some samples to those of the batch, keeping the first problem of each sample.
+
+    Args:
+        messages: Problems of all samples of the batch, changed in place.
+        samples: Positions in the batch, (K,).
+        failed: Problem of each of these samples, or None.
+    """
     for i, problem in zip(samples.tolist(), failed, strict=True):
         messages[i] = messages[i] or problem
 
@@ -60,14 +74,31 @@ def note(messages: list[Problem | None], samples: Tensor, failed: list[Problem |
 def see(
     seen: Tensor, messages: list[Problem | None], samples: Tensor, found: Tensor, failed: list[Problem | None]
 ) -> None:
-    """Enter what was found at points of some samples' sets, where that did not fail."""
+    """Add margins found at points of some samples' sets, except for samples that failed.
+
+    Args:
+        seen: Least margins of all samples of the batch, (B, S), changed in place.
+        messages: Problems of all samples of the batch, changed in place.
+        samples: Positions in the batch, (K,).
+        found: Least margins of these samples, (K, S).
+        failed: Problem of each of these samples, or None.
+    """
     note(messages, samples, failed)
     worked = torch.tensor([problem is None for problem in failed], device=seen.device)
     seen[samples[worked]] = torch.minimum(seen[samples[worked]], found[worked])
 
 
 def refuted(lower: Tensor, seen: Tensor, noise: Tensor) -> Tensor:
-    """Which bounds (..., B, S) are above values that were seen in the set, by more than rounding; NaN is no bound."""
+    """Which lower bounds are above a value found in the set by more than rounding errors.
+
+    Args:
+        lower: Lower bounds of the margins, (..., B, S); NaN stands for no bound, and is not refuted.
+        seen: Least values of the margins at points of the set, (..., B, S).
+        noise: Scale of the rounding errors (`guard.noise`), (B,).
+
+    Returns:
+        Bool, (..., B, S).
+    """
     most = seen + guard.slack(noise.unsqueeze(1), 2.0, lower)  # a row has the coefficients 1 and -1
     return (lower == math.inf) | ~(lower.isnan() | (lower <= most))
 
@@ -79,7 +110,18 @@ def judge(
     problems: list[Problem | None],
     masked: list[bool],
 ) -> list[dict[str, Any]]:
-    """Outcome of one sample at each eps, from the largest down: a certificate holds at smaller eps too."""
+    """Outcome of one sample at each eps; a certificate at one eps counts at every smaller eps too.
+
+    Args:
+        levels: Every eps, ascending.
+        found: Least margin found by the attack or at other points, for each eps.
+        lower: Lower bound of the margin, for each eps.
+        problems: Problem at each eps, or None.
+        masked: Whether the attack at this eps never had a gradient.
+
+    Returns:
+        One dict for each eps, see `lirpa_ext.certification.results_file`.
+    """
     outcomes = []
     held = -math.inf
     for eps, attack, own, problem, hidden in reversed(list(zip(levels, found, lower, problems, masked, strict=True))):
@@ -87,7 +129,7 @@ def judge(
         bound = own if message else max(own, held)
         if not message:
             held = bound
-        # An attack comes first: a bound may be above it by its rounding.
+        # The attack comes first: a bound may be above the attack's margin by a rounding error.
         status = "error" if message else "attacked" if attack <= 0 else "certified" if bound > 0 else "unknown"
         outcomes.append(
             {
@@ -103,7 +145,12 @@ def judge(
 
 
 def distrust(record: Record, defect: Problem) -> None:
-    """No bound of a sample counts once the method was caught with a wrong one, whatever the eps."""
+    """Discard all bounds of a sample, at every eps, because one of them was refuted.
+
+    Args:
+        record: Record of the sample, changed in place.
+        defect: The refuted bound.
+    """
     where = f"sample {record['index']}"
     text = defect.text if f"{where} " in defect.text else f"{where}: {defect.text}"
     for level in record["levels"]:
@@ -112,12 +159,15 @@ def distrust(record: Record, defect: Problem) -> None:
 
 
 def distrusted(record: Record) -> bool:
+    """Whether all bounds of a sample were discarded, by `distrust` or because of an error at every eps."""
     return all(level["status"] == "error" and level["verified_margin"] is None for level in record["levels"])
 
 
 def say(record: Record, text: str) -> None:
+    """Append a text to the message of a record."""
     record["message"] = "; ".join(part for part in (record["message"], text) if part)
 
 
 def finite(value: float | Tensor) -> float | None:
+    """The value as a float, or None if it is NaN or infinite."""
     return float(value) if math.isfinite(value) else None

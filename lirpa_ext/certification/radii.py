@@ -21,19 +21,19 @@ _LARGEST_GROWTH = 2.0**20
 def add_radii(
     certifier: Certifier, records: list[Record], x: Tensor, y: Tensor, seen: Tensor, noise: Tensor, tolerance: float
 ) -> None:
-    """Put the largest eps that is certified into each record, by bisection on all samples at once.
+    """Write the largest certified eps into each record, by bisection on all samples at once.
 
-    Only an eps that was certified itself is reported, so nothing is assumed of the method. 0 for a sample
-    that is misclassified or certified nowhere, None for one that is certified nowhere due to an error.
+    A reported radius was certified itself, so the search does not assume that bounds are monotone in eps. The radius is
+    0 for a sample that is misclassified or certified at no eps, and None if no eps was certified due to an error.
 
     Args:
-        certifier: Bounds and evaluates.
-        records: Of the batch.
+        certifier: Computes the bounds.
+        records: Records of the batch, changed in place.
         x: Inputs, (B, ...).
         y: Labels, (B,).
-        seen: Least value of each row at the clean point, and at points of the set of each level, (1 + L, B, S).
-        noise: As in `guard`, (B,).
-        tolerance: Width at which the bisection stops.
+        seen: Least value of each margin at the clean point, and at points of the set of each eps, (1 + L, B, S).
+        noise: Scale of the rounding errors (`guard.noise`), (B,).
+        tolerance: Width at which the bisection stops, in units of eps (times the largest eps if that is below 1).
     """
     margins = [record["clean_margin"] for record in records]
     some = [i for i, margin in enumerate(margins) if margin is not None and not (margin > 0 and distrusted(records[i]))]
@@ -42,7 +42,15 @@ def add_radii(
 
 
 class _Search:
-    """One bisection. Of each sample: `certified`, the largest eps that was; `failed`, the least that was not."""
+    """One bisection over a batch.
+
+    Attributes:
+        certified: Largest eps at which each sample was certified, (B,).
+        failed: Smallest eps at which each sample was not certified, (B,); infinite if there is none yet.
+        stopped: Whether an error ended the search of a sample, (B,).
+        before: `certified` before the search, (B,).
+        proof: Lower bounds of the margins at `certified`, (B, S); -inf where `certified` is still `before`.
+    """
 
     def __init__(
         self, certifier: Certifier, records: list[Record], x: Tensor, y: Tensor, seen: Tensor, noise: Tensor
@@ -50,7 +58,7 @@ class _Search:
         self.certifier, self.records, self.x, self.y, self.seen, self.noise = certifier, records, x, y, seen, noise
         self.levels = [level["eps"] for level in records[0]["levels"]]
         self.certified, self.failed = x.new_zeros(len(x)), x.new_zeros(len(x))
-        self.stopped = torch.zeros(len(x), dtype=torch.bool, device=x.device)  # by an error
+        self.stopped = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for i, record in enumerate(records):
             status = {level["eps"]: level["status"] for level in record["levels"]}
             self.stopped[i] = set(status.values()) == {"error"}
@@ -62,13 +70,13 @@ class _Search:
         self.before, self.proof = self.certified.clone(), torch.full_like(seen[0], -math.inf)
 
     def run(self, tolerance: float) -> None:
-        """Search, and write the radii into the records."""
+        """Run the search, and write the radii into the records."""
         largest = max(self.levels)
         width, limit = tolerance * min(1.0, largest or 1.0), _LARGEST_GROWTH * (largest or 1.0)
         while True:
             grown = torch.where(self.certified > 0, 2 * self.certified, largest or tolerance)
             trial = torch.where(self.failed < math.inf, (self.certified + self.failed) / 2, grown)
-            between = (self.certified < trial) & (trial < self.failed)  # fails where rounding leaves no number between
+            between = (self.certified < trial) & (trial < self.failed)  # False if no float lies between the two
             wide = (self.failed - self.certified > width) & (self.certified < limit)
             active = ~self.stopped & between & wide
             if not active.any():
@@ -80,7 +88,7 @@ class _Search:
 
     def _try(self, eps: Tensor, active: list[int]) -> None:
         lower, problems = self.certifier.lower(self.x, self.y, eps)
-        # The points that were seen in the largest level below eps are points of this set too.
+        # Points found in the ball of the largest level below eps are in the ball of eps too.
         inside = (eps.new_tensor(self.levels) <= eps.unsqueeze(1)).sum(1)
         known = self.seen[inside, torch.arange(len(eps), device=eps.device)]
         wrong = refuted(lower, known, self.noise)
@@ -99,7 +107,11 @@ class _Search:
                 self.failed[i] = eps[i]
 
     def _hold_against_corners(self) -> None:
-        """Hold the bounds of what was certified last against corners, those of the levels were."""
+        """Compare the bounds that certified the final radii with the network at corners of the sets.
+
+        The bounds of the levels were compared in `Certifier.certify` already. A sample that fails goes back to
+        `before`, its certified eps before the search.
+        """
         grown = (self.certified > self.before).nonzero().flatten()
         if not len(grown):
             return
@@ -114,7 +126,7 @@ class _Search:
                 problem = self._defect(i, wrong[j], eps[j], lower[j], found[j])
             if problem and problem.defect:
                 self._distrust(i, problem)
-            elif problem or not found[j].amin() > 0:  # or a tie, which rounding hid from the bound
+            elif problem or not found[j].amin() > 0:  # no positive margin: within rounding errors of the bound
                 self.certified[i] = self.before[i]
                 if problem:
                     say(self.records[i], f"radius search: at eps {float(eps[j]):.6g}: {problem.text}")

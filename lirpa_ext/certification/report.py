@@ -1,4 +1,4 @@
-"""What a certification found, one record a sample (`lirpa_ext.certification.results_file`): summary, files and plot."""
+"""`Report`, the results of `certify`: accuracies at each eps, the curve of certified radii, files and plot."""
 
 from __future__ import annotations
 
@@ -29,18 +29,20 @@ class Report:
 
     Attributes:
         meta: Method, options, dtype, eps, norm, data range, versions, hashes of model and data, attack, date.
-        records: One dict a sample, in order of the data (`lirpa_ext.certification.results_file`).
+        records: One dict for each sample, in the order of the data (`lirpa_ext.certification.results_file`).
     """
 
     meta: Meta
     records: list[Record]
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row for each eps: accuracies as fractions of all samples, and counts of the four statuses.
+        """Accuracies and counts of the samples at each eps.
 
-        `clean` counts correct predictions, `pgd` samples that are certified or unknown (None if nothing was
-        attacked), `verified` the certified ones. An error counts as neither robust nor attacked. `masked` counts
-        unknown samples of which the attack never had a gradient: that they were not attacked is no evidence.
+        Returns:
+            One dict for each eps. Fractions of all samples: ``clean`` (predicted correctly), ``pgd`` (certified or
+            unknown; None without an attack) and ``verified`` (certified). Counts: ``certified``, ``attacked``,
+            ``unknown`` and ``error``, and ``masked``, the unknown samples of which the attack never had a gradient, so
+            that its failure is no evidence of robustness. A sample in error is neither robust nor attacked.
         """
         total = max(len(self.records), 1)
         clean = sum((record["clean_margin"] or 0) > 0 for record in self.records) / total
@@ -58,14 +60,19 @@ class Report:
         return rows
 
     def curve(self) -> list[tuple[float, float]]:
-        """(eps, fraction of samples whose certified radius is at least eps), at every eps where it falls."""
+        """Certified accuracy over eps, a step function.
+
+        Returns:
+            Pairs (eps, fraction of all samples whose certified radius is at least eps), at 0 and at every eps at which
+            the fraction falls, ascending in eps.
+        """
         radii = sorted(record["radius"] for record in self.records if (record["radius"] or 0) > 0)
         total = max(len(self.records), 1)
         points = {radius: (len(radii) - position) / total for position, radius in reversed(list(enumerate(radii)))}
         return [(0.0, len(radii) / total), *sorted(points.items())]
 
     def table(self) -> str:
-        """The summary as text, accuracies in percent."""
+        """The summary as a text table, accuracies in percent."""
         lines = [f"{'eps':>10} {'clean %':>8} {'PGD %':>8} {'verified %':>10} {'unknown':>8} {'errors':>7}"]
         for row in self.summary():
             pgd = "-" if row["pgd"] is None else f"{100 * row['pgd']:.2f}"
@@ -84,12 +91,20 @@ class Report:
     # --- files ---
 
     def to_json(self, path: PathLike) -> None:
-        """Write meta, summary and records."""
+        """Write a JSON file with meta data, summary and records.
+
+        Raises:
+            ResultsError: The file cannot be written.
+        """
         content = {"meta": self.meta, "summary": self.summary(), "records": self.records}
         write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def to_csv(self, path: PathLike) -> None:
-        """Write one row for each sample and eps, below comment lines ``# key: value`` with the meta data."""
+        """Write a CSV file with one row for each sample and eps, below comment lines ``# key: value`` (meta data).
+
+        Raises:
+            ResultsError: The file cannot be written.
+        """
         columns = ["eps", "status", "attack_margin", "masked", "verified_margin", "message"]
         shared = ["index", "label", "prediction", "clean_margin", "radius"]
         file = io.StringIO(newline="")
@@ -102,8 +117,12 @@ class Report:
         write_whole(path, file.getvalue())
 
     def figure(self) -> Figure:
-        """Accuracies over eps: clean, PGD, verified, and the curve of the certified radii; with an alt text."""
-        from ..reporting.plots import figure  # the analyses import what certifies
+        """Plot clean, PGD and verified accuracy and the curve of certified radii over eps; the figure has an alt text.
+
+        Returns:
+            The figure, of matplotlib.
+        """
+        from ..reporting.plots import figure  # slow to import
 
         rows, meta = self.summary(), self.meta
         drawn, ((axes,),) = figure(self._told(rows))
@@ -142,7 +161,11 @@ class Report:
         return f"Accuracies over eps of {len(self.records)} samples, {100 * rows[0]['clean']:.1f}% clean. {levels}."
 
     def plot(self, path: PathLike) -> None:
-        """Write `figure` to a file, with the meta data in it."""
+        """Write `figure` to a file, with the meta data in its Description (PNG, SVG) or Subject (PDF).
+
+        Raises:
+            ResultsError: The file cannot be written.
+        """
         kind = Path(path).suffix.lower()
         field = {".png": "Description", ".svg": "Description", ".pdf": "Subject"}.get(kind)
         try:
@@ -152,13 +175,13 @@ class Report:
 
     @classmethod
     def load(cls, path: PathLike) -> Report:
-        """Read a report back from `to_json`, or from a results file, finished or not.
+        """Read a report from a file of `to_json`, or from a results file of `certify`, finished or not.
 
         Raises:
-            ResultsError: The file is neither, or corrupt.
+            ResultsError: The file is neither of these, or it is corrupt.
         """
         text = read_bytes(path)
-        if text.startswith(b"{\n"):  # a results file has its first object on one line
+        if text.startswith(b"{\n"):  # of `to_json`; a results file has its first object on one line
             try:
                 content = loads(text)
                 meta, lines = check_meta(content["meta"]), content["records"]

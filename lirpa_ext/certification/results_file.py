@@ -1,9 +1,10 @@
 """The file of a certification's results, one record a line: locked, resumed, and checked field by field when read.
 
-A record is a dict: `index`, `label`, `prediction`, `clean_margin`, `radius` (largest certified eps, None if
-unknown), `message`, and `levels`, one dict an eps: `eps`, `status` (certified, attacked, unknown, error),
-`attack_margin` (smallest margin found), `masked` (whether the attack never had a gradient, so that what it did not find
-is no evidence), `verified_margin` (lower bound on the margin), `message`. What is not finite is None.
+A record is a dict: ``index``, ``label``, ``prediction``, ``clean_margin``, ``radius`` (largest certified eps, None if
+unknown), ``message``, and ``levels``, one dict for each eps: ``eps``, ``status`` (certified, attacked, unknown, error),
+``attack_margin`` (smallest margin found), ``masked`` (whether the attack never had a gradient, so that its failure is
+no evidence of robustness), ``verified_margin`` (lower bound on the margin), ``message``. A number that is not finite
+is None.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ PathLike = str | os.PathLike[str]
 
 _FORMAT = "lirpa-ext certification 1"
 _HEADER = f'{{"format": "{_FORMAT}"'.encode()
-# What may differ between a run and its resumption without making the results those of something else.
+# Entries of the meta data that may differ when a run is resumed, because the results do not depend on them.
 _FREE = frozenset({"date", "device", "batch_size", "fallbacks"})
 _KIND = {
     "text": (str,), "flag": (bool,), "list": (list,), "map": (dict,), "map?": (dict, type(None)),
     "whole": (int,), "whole?": (int, type(None)), "number": (int, float), "number?": (int, float, type(None)),
     "norm": (int, float, str),
 }  # fmt: skip
-# What is read of a file, and of what kind it must be.
+# The fields that a file must have, and the kind (in `_KIND`) of each.
 _META_FIELDS = {
     "method": "text", "options": "map", "norm": "norm", "eps": "list", "dtype": "text", "model": "text",
     "model_hash": "text", "samples": "whole", "attack": "map?", "radius": "flag",
@@ -52,18 +53,19 @@ _LEVEL_FIELDS = {
 
 
 class ResultsFile:
-    """Results on disk as they come, JSON Lines: the meta data, then one record a line.
+    """A results file that grows while a certification runs. JSON Lines: the meta data, then one record a line.
+
+    The file is locked against other processes and threads from the construction of this object to `close`, or to the
+    end of a ``with``.
 
     Args:
         path: The file; None keeps the records in memory only.
         meta: Meta data of the run.
-        resume: Go on with an existing file. False puts it aside as ``NAME.1`` (or .2, ...), losing nothing.
+        resume: Go on with an existing file, default True. False renames it to ``NAME.1`` (or .2, ...).
 
     Attributes:
-        meta: Meta data, of the existing file where there is one.
-        records: index -> record.
-
-    It is open, and locked against other processes and threads, from its making to `close`, or to the end of a ``with``.
+        meta: Meta data; those of the existing file if the run goes on with it.
+        records: Index of a sample -> its record.
 
     Raises:
         ResultsError: The file is corrupt, in use, cannot be written, or is of another model, data set or setting.
@@ -100,12 +102,16 @@ class ResultsFile:
         self.close()
 
     def close(self) -> None:
-        """Let others have the file."""
+        """Release the lock of the file."""
         release(self._lock)
         self._lock = None
 
     def append(self, records: list[Record]) -> None:
-        """Keep records, on disk before this returns."""
+        """Add records; they are on disk when this returns.
+
+        Raises:
+            ResultsError: The file cannot be written.
+        """
         lines = records if self.records else [self.meta, *records]
         self.records |= {record["index"]: record for record in records}
         if self.path is None:
@@ -119,7 +125,7 @@ class ResultsFile:
             raise unwritable(self.path, error) from error
 
     def ordered(self) -> list[Record]:
-        """The records so far, in order of the data."""
+        """The records so far, in the order of the data."""
         return [self.records[index] for index in sorted(self.records)]
 
     def _resume(self, path: Path) -> None:
@@ -143,13 +149,13 @@ class ResultsFile:
 
 
 def read_results(path: PathLike) -> tuple[Meta, dict[int, Record], int]:
-    """Read a results file, dropping a last line that was cut off while it was being written.
+    """Read a results file; an incomplete last line, left by a killed process, is ignored.
 
     Returns:
-        Meta data (empty if cut off too), records by index, and the size in bytes of what is whole.
+        Meta data (empty if their line is incomplete), records by index, and the size in bytes of the complete lines.
 
     Raises:
-        ResultsError: A line is corrupt, or the file is something else.
+        ResultsError: A line is corrupt, or the file is no results file.
     """
     text = read_bytes(path)
     whole = text[: text.rfind(b"\n") + 1]
@@ -178,7 +184,7 @@ def _same_outputs(before: Meta, now: Meta) -> bool:
     return agree(before.get("outputs"), now["outputs"], getattr(torch, now["dtype"]))
 
 
-# --- What is read is checked, field by field. ---
+# --- Checks of what is read, field by field. They raise ValueError, KeyError or TypeError. ---
 
 
 def _parse_header(path: PathLike, line: bytes) -> Meta:
@@ -191,7 +197,11 @@ def _parse_header(path: PathLike, line: bytes) -> Meta:
 
 
 def loads(text: bytes) -> Any:
-    """Strict JSON: no NaN or infinity."""
+    """Read JSON, refusing NaN and infinity.
+
+    Raises:
+        ValueError: The text is no such JSON, or nested too deeply.
+    """
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is no number of a results file")
@@ -203,6 +213,11 @@ def loads(text: bytes) -> Any:
 
 
 def check_meta(meta: Any) -> Meta:
+    """The meta data as read from a file, checked.
+
+    Raises:
+        ValueError, KeyError, TypeError: A field is missing, of another type, or out of range.
+    """
     _check_fields(meta, _META_FIELDS)
     if not float(meta["norm"]) >= 1:  # a ValueError as well if that is another word than inf
         raise ValueError(f"its norm is {meta['norm']!r}")
@@ -212,6 +227,11 @@ def check_meta(meta: Any) -> Meta:
 
 
 def check_record(record: Any, meta: Meta) -> Record:
+    """A record as read from a file, checked against the meta data.
+
+    Raises:
+        ValueError, KeyError, TypeError: A field is missing, of another type, or out of range.
+    """
     _check_fields(record, _RECORD_FIELDS)
     if not 0 <= record["index"] < meta["samples"]:
         raise ValueError(f"sample {record['index']} is none of {meta['samples']}")
@@ -233,7 +253,7 @@ def _check_fields(content: Any, fields: dict[str, str]) -> None:
 
 
 def _is(value: Any, kind: str) -> bool:
-    """Whether a value is of a kind; numbers are finite, and True is none."""
+    """Whether a value is of a kind of `_KIND`; numbers must be finite, and a bool is no number."""
     if isinstance(value, bool):
         return kind == "flag"
     return isinstance(value, _KIND[kind]) and not (isinstance(value, int | float) and not _finite(value))
@@ -247,6 +267,11 @@ def _finite(value: float) -> bool:
 
 
 def read_bytes(path: PathLike) -> bytes:
+    """The content of a file.
+
+    Raises:
+        ResultsError: The file cannot be read.
+    """
     try:
         return Path(path).read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Robust accuracy of a randomized model: adversarial examples, judged by draws that the attacker has not seen."""
+"""Robust accuracy of a randomized model: adversarial examples, judged by networks that are drawn after the attack."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..attacks import EOT, PGD, Attack
 from ..data import gather
-from ..domain.perturbation import PerturbationLpNorm, check_eps
+from ..domain.lp_ball import check_eps
+from ..domain.perturbation import PerturbationLpNorm
 from ..domain.specifications import margins
 from ..errors import InvalidInputError
 from ..module.tracing import check_mode
@@ -37,11 +38,12 @@ class Level:
 
     Attributes:
         eps: Radius of the ball.
-        single: Of one drawn network: the mean over samples and draws. Its interval is for the choice of the samples.
-        spread: Standard deviation of a single network's accuracy from draw to draw, on the same samples.
-        ensemble: Of the ensemble of all draws.
-        masked: Samples that the ensemble gets right and of which the attack had no gradient (gradient masking): that it
-            found nothing there is no evidence.
+        single: Accuracy of one drawn network, the mean over samples and draws. The interval accounts for the choice of
+            the samples, not of the draws.
+        spread: Standard deviation over draws of a single network's accuracy on the same samples.
+        ensemble: Accuracy of the ensemble of all draws.
+        masked: Number of samples that the ensemble classifies correctly and of which the attack had no gradient
+            (gradient masking), so that its failure there is no evidence of robustness.
     """
 
     eps: float
@@ -53,15 +55,15 @@ class Level:
 
 @dataclass(frozen=True)
 class RobustAccuracy(Result):
-    """What `evaluate` found.
+    """Result of `evaluate`.
 
     Attributes:
-        levels: One for each eps.
-        attack: The attack, in words.
+        levels: Accuracies, one `Level` for each eps.
+        attack: The attack, as text.
         norm: p of the ball.
         samples: Number of samples.
-        draws: Networks that judge each sample.
-        confidence: Of the intervals.
+        draws: Number of networks that judge each sample.
+        confidence: Confidence level of the intervals, in (0, 1).
     """
 
     levels: tuple[Level, ...]
@@ -85,7 +87,7 @@ class RobustAccuracy(Result):
         return rows
 
     def summary(self) -> str:
-        """How it was measured, and what of it is no evidence."""
+        """How the accuracies were measured, and how many samples masked their gradient."""
         masked = "".join(
             f"; at eps {level.eps:g} {level.masked} of the right ones gave the attack no gradient: no evidence"
             for level in self.levels
@@ -114,24 +116,25 @@ def evaluate(
 ) -> RobustAccuracy:
     """Accuracy on adversarial examples, judged by networks drawn after the attack.
 
-    The score that an attack optimized is that of the draws it saw, and too good to be true of others. Here each batch
-    is attacked, and then `draws` fresh networks say which samples they get right, one by one and as an ensemble. A tie
-    or a NaN is not right. All eps have the same draws, so that differences between them are less noisy than each.
+    An attack adapts to the networks that it draws, so their accuracy on its examples is not that of other draws. Here
+    each batch is attacked, and then `draws` networks, drawn anew, classify the examples, singly and as an ensemble. A
+    tie or a NaN counts as wrong. The same seeds are used at all eps, which makes differences between eps less noisy.
 
     Args:
-        model: Classifier, (B, ...) -> (B, classes), randomized or not, its batch norms in eval mode. Whatever draws in
-            the mode that it is in (dropout in train mode) is drawn.
-        data: Pair (x, y), or batches of it.
-        eps: Radii; 0 is the clean accuracy.
-        attack: Default EOT-PGD of the source: 20 steps of eps / 4 on the cross entropy from the clean input, 20 draws.
+        model: Classifier, (B, ...) -> (B, classes), randomized or not, with batch norms in eval mode. A layer that
+            draws in its current mode, such as a dropout in train mode, makes the model randomized.
+        data: Pair (x, y), or an iterable of batches (x, y).
+        eps: Radius or radii in units of the input; 0 gives the clean accuracy.
+        attack: The attack. Default EOT-PGD as in Lee (2021): 20 steps of eps / 4 on the cross entropy from the clean
+            input, 20 draws.
         norm: p of the ball, default inf.
         x_L: Lower end of the data range, default 0; None for none.
-        x_U: Upper end, default 1.
-        draws: Fresh networks, default 20; a deterministic model is one.
+        x_U: Upper end of the data range, default 1; None for none.
+        draws: Number of networks drawn to judge the examples, default 20; 1 for a deterministic model.
         by: How the ensemble decides, "probability" (default) or "vote".
-        confidence: Of the intervals, default 0.95.
+        confidence: Confidence level of the intervals, default 0.95.
         batch_size: Samples at a time, default 100.
-        seed: Of all draws, default 0.
+        seed: Seed of all draws, default 0.
 
     Returns:
         Single and ensemble accuracy at each eps.
@@ -185,36 +188,57 @@ def evaluate(
 
 
 def source_attack(steps: int = 20) -> PGD:
-    """PGD as the source evaluates with it (2.2.4): steps of eps / 4 on the cross entropy, from the clean input.
+    """The PGD attack with which Lee (2021, 2.2.4) evaluates: steps of eps / 4 on the cross entropy, no random start.
 
     Args:
-        steps: m in the source.
+        steps: Number of steps, m in Lee (2021), default 20.
     """
     return PGD(steps, step_size=0.25, loss="cross-entropy", random_start=False)
 
 
 def drawn_networks(model: nn.Module, draws: int, generator: torch.Generator) -> list[nn.Module]:
-    """So many fresh draws, held; of a deterministic model itself alone."""
+    """Draw networks from a randomized model.
+
+    Args:
+        model: The model; a deterministic one is returned as the only network.
+        draws: Number of networks.
+        generator: Source of the draws.
+
+    Returns:
+        Deterministic networks, each with its draws held fixed.
+    """
     return [sample(model, generator) for _ in range(draws)] if is_randomized(model) else [model]
 
 
 @torch.no_grad()
 def correct(networks: Sequence[nn.Module], x: Tensor, y: Tensor) -> Tensor:
-    """How many of the samples each network gets right, (networks,), in float64. A tie or a NaN is not right."""
+    """Number of samples that each network classifies correctly; a tie or a NaN counts as wrong.
+
+    Args:
+        networks: Classifiers, (B, ...) -> (B, classes).
+        x: Inputs, (B, ...).
+        y: Labels, (B,).
+
+    Returns:
+        Counts, (networks,), float64, on the CPU.
+    """
     return torch.stack([(margins(network(x), y) > 0).sum() for network in networks]).double().cpu()
 
 
 def wilson(successes: float, trials: int, confidence: float = 0.95) -> Accuracy:
-    """Wilson's interval for the chance of success.
+    """Wilson's confidence interval of a success probability.
 
     E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927. For trials whose
-    results are fractions in [0, 1], such as the share of draws that are right, it errs on the wide side, for no such
-    result varies more than one that is 0 or 1.
+    results are fractions in [0, 1], such as the share of draws that are right, the interval is too wide rather than too
+    narrow, because a result of 0 or 1 has the largest variance for a given mean.
 
     Args:
         successes: Number of successes, or sum of fractions.
         trials: Number of trials.
-        confidence: In (0, 1), default 0.95.
+        confidence: Confidence level, in (0, 1), default 0.95.
+
+    Returns:
+        The observed share, and the ends of the interval.
 
     Raises:
         InvalidInputError: No trial, more successes than trials, or a confidence out of range.
@@ -228,5 +252,5 @@ def wilson(successes: float, trials: int, confidence: float = 0.95) -> Accuracy:
     share = successes / trials
     center = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z * math.sqrt(max(share * (1 - share), 0) / trials + (z / (2 * trials)) ** 2) / (1 + z * z / trials)
-    # The share lies inside, also where rounding has an end of 0 or 1 a digit off.
+    # The share lies in the interval; rounding may move an end past a share of 0 or 1.
     return Accuracy(share, min(max(center - half, 0.0), share), max(min(center + half, 1.0), share))

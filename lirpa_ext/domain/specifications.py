@@ -72,3 +72,16 @@ def margins(logits: Tensor, y: Tensor) -> Tensor:
     """
     own = logits.gather(1, y.unsqueeze(1))
     return (own - logits).scatter(1, y.unsqueeze(1), torch.inf).amin(1)
+
+
+def identity_rows(values: Tensor, sign: int = 1) -> Tensor:
+    """Specification rows of the values themselves, or of their negatives.
+
+    Args:
+        values: Values of a node, (B, ...), n of them for each sample.
+        sign: 1 or -1.
+
+    Returns:
+        Sign times the identity, (1, n, n).
+    """
+    return sign * torch.eye(values[0].numel(), dtype=values.dtype, device=values.device).unsqueeze(0)

@@ -2,7 +2,7 @@
 
 The list is data, `positive_list.json`: by version of the engine and family of bounds, the kinds of nodes and their
 configurations (`lirpa_ext.engine.configuration`) on which the contract suite attacked the engine's bounds and found
-them to hold. `python tests/trust/make_list.py` runs the suite and writes the list of the engine that it runs on. An
+them to hold. `python tests/engine/make_list.py` runs the suite and writes the list of the engine that it runs on. An
 engine of another version has an empty list: the package's own operators then bound everything.
 """
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import engine
@@ -18,7 +17,7 @@ from ..domain.ball_box_min import ball_box_min, merged_min
 from ..domain.lengths import flat, length
 from ..domain.linear_maps import Dense
 from ..domain.rounding import gamma, row_slack
-from ..engine import kind
+from ..domain.specifications import identity_rows
 from ..rules import RULES
 from ..rules.linear import Affine
 from .base import BoundResult, Problem, register_method, set_of
@@ -133,7 +132,7 @@ def last_step(
         if outputs > _LARGEST_IDENTITY:
             lower, upper = output.box()
             return lower if sign > 0 else -upper
-        C = sign * torch.eye(outputs, dtype=output.center.dtype, device=output.center.device).unsqueeze(0)
+        C = identity_rows(output.center, sign)
     merged = dense_last_layer(problem, states)
     if merged is None:
         bound = ball_box_min(C, *_flat(output), solver=solver, max_steps=max_steps)
@@ -167,7 +166,7 @@ def dense_last_layer(problem: Problem, states: dict[str, BallBox | Tensor]) -> L
     """
     final = problem.final
     state, *constants = (states[parent.name] for parent in final.inputs)
-    rule = RULES.get(kind(final))
+    rule = RULES.get(type(final).__name__)
     if not isinstance(rule, Affine) or not isinstance(state, BallBox) or state.center.dim() != 2:
         return None
     tensors = [value for value in constants if isinstance(value, Tensor)]

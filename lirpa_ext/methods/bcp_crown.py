@@ -13,6 +13,7 @@ from torch import Tensor
 from ..domain.ball_box import BallBox
 from ..domain.ball_box_min import relu_ball_box_min, relu_ball_box_value
 from ..domain.lengths import flat
+from ..domain.specifications import identity_rows
 from ..engine import Node
 from ..errors import OptionError
 from ..passes.backward import BackwardPass, Part
@@ -109,7 +110,7 @@ def _rows(problem: Problem, states: dict[str, BallBox | Tensor], C: Tensor | Non
     """C, or without C the identity times sign, as rows of every sample: (B, S, outputs)."""
     output = set_of(states[problem.final.name]).center
     if C is None:
-        C = sign * torch.eye(output[0].numel(), dtype=output.dtype, device=output.device).unsqueeze(0)
+        C = identity_rows(output, sign)
     return C.expand(len(output), -1, -1)
 
 

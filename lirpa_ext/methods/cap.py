@@ -14,7 +14,7 @@ import torch
 from .. import engine
 from ..domain.ball_box import BallBox
 from ..domain.batch_axis import merges_batch
-from ..engine import Node, kind
+from ..engine import Node
 from ..errors import OptionError
 from ..passes.intervals import propagate_intervals
 from ..passes.slopes import ACTIVATIONS, SlopePass
@@ -22,10 +22,7 @@ from ..rules import Context
 from .base import BoundResult, Problem, register_method, set_of
 from .bcp import tightened
 from .projections import Projections
-from .slopes import chord, random_source, slope_result, uniform
-
-# Rows that one pass carries from a hidden layer, of which each neuron is one.
-_ROWS_AT_ONCE = 64
+from .slopes import box_by_rows, chord, random_source, slope_result, uniform
 
 
 def cap(
@@ -56,9 +53,8 @@ def cap(
     if projections is not None and (isinstance(projections, bool) or not projections >= 1):
         raise OptionError(f"projections must be a whole number from 1, the source takes 50, got {projections}")
     context = problem.context("bound", False if projections else outward)
-    activations = [
-        node for node in engine.ancestors_in_order(problem.final) if kind(node) in ACTIVATIONS and node.perturbed
-    ]
+    order = engine.ancestors_in_order(problem.final)
+    activations = [node for node in order if type(node).__name__ in ACTIVATIONS and node.perturbed]
     # Before the first activations, boxes are exact (except for lp balls cut to a range) and need no refinement.
     names = frozenset(
         node.inputs[0].name
@@ -76,14 +72,8 @@ def cap(
         if merges_batch(node):  # rows need whole samples along the first axis
             return known
         chosen = _parallel(problem, tightened(states) if context.outward else states, context, node)
-        size, total = known.center[0].numel(), known.center.shape
-        eye = torch.eye(size, dtype=known.center.dtype, device=known.center.device)
-        ends = []
-        for sign in (1, -1):
-            rows = (sign * eye).split(_ROWS_AT_ONCE)
-            bounds = [chosen.lower(some.expand(len(known.center), -1, -1)) for some in rows]
-            ends.append(sign * torch.cat(bounds, dim=1).view(total))
-        return BallBox(0.5 * (ends[0] + ends[1]), known.radius, *ends)
+        lower, upper = box_by_rows(chosen, known.center)
+        return BallBox(0.5 * (lower + upper), known.radius, lower, upper)
 
     states = propagate_intervals(problem.module, context, (refine, names))
     states = tightened(states) if context.outward else states

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import engine
 from ..domain.ball_box import BallBox, per_sample
 from ..domain.perturbation import PerturbationLpNorm
-from ..engine import Node, kind
+from ..engine import Node
 from ..passes.slopes import ACTIVATIONS, Lines
 from ..rules import RULES, AffineRule, State
 from ..rules.base import apply
@@ -78,12 +78,12 @@ class Projections:
         inputs, own = [states[parent.name] for parent in node.inputs], set_of(states[node.name])
         if isinstance(node, engine.BoundInput) and PerturbationLpNorm.of(node.perturbation).norm == 2:
             return self._ball(own)
-        if kind(node) in ACTIVATIONS:
+        if type(node).__name__ in ACTIVATIONS:
             lines, before = Lines.of(node, set_of(inputs[0])), self.sums[node.inputs[0].name]
             half = 0.5 * lines.offset  # half the height of the strip between the parallel lines
             cauchy = lines.line * before.cauchy + half * self._cauchy(half)
             return Sums(lines.line * before.middle + half, cauchy, lines.line * before.normal)
-        rule, rows = RULES.get(kind(node)), own.center.new_zeros(1, *own.center.shape)
+        rule, rows = RULES.get(type(node).__name__), own.center.new_zeros(1, *own.center.shape)
         if not inputs or not isinstance(rule, AffineRule) or rule.adjoint(node, inputs, rows) is None:
             return self._of_box(own)
         # The node is affine in its perturbed inputs.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .. import engine
-from ..engine import kind
 from ..errors import InvalidInputError, OptionError
 from ..passes.ball_box import propagate
 from ..passes.intervals import propagate_intervals
@@ -163,7 +162,7 @@ def run_activation_bounds(
         context = Context(graph.cache)
         states = propagate(module, context, True) if intermediate == "bcp" else propagate_intervals(module, context)
         order = engine.ancestors_in_order(module.final_node())
-        activations = [node for node in order if node.perturbed and kind(node) in ACTIVATIONS]
+        activations = [node for node in order if node.perturbed and type(node).__name__ in ACTIVATIONS]
         return {node.name: set_of(states[node.inputs[0].name]).box() for node in activations}
     finally:
         engine.free_graphs(module)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..domain.ball_box import BallBox
-from ..domain.specifications import check_labels, margin_rows
+from ..domain.specifications import check_labels, identity_rows, margin_rows
 from ..engine import Node
 from ..errors import InvalidInputError, OptionError, UnknownMethodError
 from ..passes.fusion import chords_of_margins, cross_entropy_bound
@@ -29,6 +29,9 @@ from .relaxation import Relaxation
 
 # Without C the bounds of so many outputs are those of a box, as in "bcp".
 _LARGEST_IDENTITY = 1024
+
+# Rows that one pass carries from a hidden layer, of which each neuron is one.
+_ROWS_AT_ONCE = 64
 
 VARIANTS = ("slope:crown", "slope:cap", "slope:random", "slope:P,Q", "slope:ibp", "slope:same")
 
@@ -295,10 +298,24 @@ def slope_result(problem: Problem, chosen: SlopePass, relaxation: Relaxation | N
         if outputs > _LARGEST_IDENTITY:
             lower, upper = output.box()
             return lower if sign > 0 else -upper
-        eye = sign * torch.eye(outputs, dtype=output.center.dtype, device=output.center.device)
-        return chosen.lower(eye.expand(shape[0], -1, -1)).view(shape)
+        return chosen.lower(identity_rows(output.center, sign).expand(shape[0], -1, -1)).view(shape)
 
     return problem.result(chosen.context, minimum, relaxation)
+
+
+def box_by_rows(chosen: SlopePass, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds of a hidden node's values (B, ...), of their shape: a row for each neuron.
+
+    Args:
+        chosen: The pass that ends at the node, with its slopes.
+        values: Some values of the node.
+    """
+    ends = []
+    for sign in (1, -1):
+        rows = identity_rows(values, sign)[0].split(_ROWS_AT_ONCE)
+        bounds = [chosen.lower(some.expand(len(values), -1, -1)) for some in rows]
+        ends.append(sign * torch.cat(bounds, dim=1).view_as(values))
+    return ends[0], ends[1]
 
 
 def _saveable() -> contextlib.AbstractContextManager[Any]:

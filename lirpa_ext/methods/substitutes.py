@@ -16,16 +16,16 @@ from torch import Tensor
 
 from .. import engine
 from ..domain.ball_box import BallBox
-from ..engine import Node, kind
+from ..domain.specifications import identity_rows
+from ..engine import Node
 from ..errors import OptionError
 from ..passes.intervals import propagate_intervals
 from ..passes.slopes import SlopePass
 from ..rules import RULES, AffineRule, State
 from .base import FAMILIES, BoundResult, Problem, context_result, set_of
 from .bcp import tightened
-from .slopes import adaptive, slope_ibp, slope_result
+from .slopes import adaptive, box_by_rows, slope_ibp, slope_result
 
-_ROWS_AT_ONCE = 64  # of one pass from a hidden layer
 _ELEMENTS_AT_ONCE = 2**21  # of one coefficient tensor while slopes are optimized
 
 
@@ -114,7 +114,7 @@ def alpha_crown(problem: Problem) -> BoundResult:
             continue
         rows = problem.C
         if rows is None:
-            rows = torch.eye(output[0].numel(), dtype=output.dtype, device=output.device).unsqueeze(0)
+            rows = identity_rows(output)
         found = _ascend_all(plain, sign * rows.expand(len(output), -1, -1), steps, rate)
         sides.append(sign * torch.fmax(sign * bound, found.view_as(bound)))
     return context_result(context, sides[0], sides[1])
@@ -144,14 +144,9 @@ def _refined(problem: Problem, context: Any) -> dict[str, State]:
         before = tightened(states) if context.outward else states
         plain = SlopePass(problem.module, before, context, {}, final=node)
         chosen = plain.with_slopes(_adaptive_slopes(plain))
-        size = known.center[0].numel()
-        eye = torch.eye(size, dtype=known.center.dtype, device=known.center.device)
-        ends = []
-        for sign, end in zip((1, -1), known.box(), strict=True):
-            rows = [sign * some.expand(len(known.center), -1, -1) for some in eye.split(_ROWS_AT_ONCE)]
-            bound = torch.cat([chosen.lower(some) for some in rows], dim=1).view_as(known.center)
-            ends.append(sign * torch.fmax(bound, sign * end))  # NaN is no bound; both hold, so the better one does
-        return BallBox(0.5 * (ends[0] + ends[1]), known.radius, *ends)
+        (lower, upper), (least, most) = box_by_rows(chosen, known.center), known.box()
+        lower, upper = torch.fmax(lower, least), torch.fmin(upper, most)  # both hold, and NaN is no bound
+        return BallBox(0.5 * (lower + upper), known.radius, lower, upper)
 
     states = propagate_intervals(problem.module, context, (refine, names))
     return tightened(states) if context.outward else states
@@ -159,7 +154,7 @@ def _refined(problem: Problem, context: Any) -> dict[str, State]:
 
 def _is_affine(node: Node, module: Any) -> bool:
     """Whether coefficient rows pass through the node exactly, so that the box of its input is not needed."""
-    rule = RULES.get(kind(node))
+    rule = RULES.get(type(node).__name__)
     if not isinstance(rule, AffineRule):
         return False
     device = getattr(module, "device", "cpu")

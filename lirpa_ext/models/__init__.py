@@ -1,4 +1,4 @@
-"""Models: the zoo's by name, from files, and with what comes before them."""
+"""Models: networks of the literature by name, models from files, and the preprocessing of raw images."""
 
 from __future__ import annotations
 

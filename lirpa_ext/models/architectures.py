@@ -1,87 +1,38 @@
-"""Networks by the names of the source (A.1, B.3.3, C.1), for images of any size and any number of classes.
-
-S. Lee's dissertation (2021); 4C3F is E. Wong et al.'s (2018), Small, Medium and Large are S. Gowal et al.'s (2018).
-Each is a plain torch module, with the per-channel normalization inside: eps is in units of the raw image. Those of A.1
-are named here as the others are: 3C2F (MNIST), VGG16 (CIFAR-10) and 6C1F (STL-10).
-"""
+"""From a description to the torch module: a network of the zoo or of the user's, normalized, randomized."""
 
 from __future__ import annotations
 
 import importlib
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ConfigError, InvalidInputError
 from ..randomized import make_adv_bnn, make_rse
 from .preprocessing import Normalization
+from .zoo import ARCHITECTURES, zoo_network
 
-__all__ = ["ARCHITECTURES", "Network", "Residual", "build", "named_network"]
-
-Conv = tuple[int, int, int, int]  # output channels, kernel, stride, padding
-
-# name -> (convolutions, widths of the hidden dense layers). The source writes C(channels, kernel, stride, padding).
-_PLAIN: dict[str, tuple[list[Conv], list[int]]] = {
-    "4C3F": ([(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)], [512, 512]),
-    "6C2F": (
-        [(32, 3, 1, 1), (32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 1)],
-        [512],
-    ),
-    "8C2F": (
-        [(64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 0), (128, 3, 1, 1), (128, 3, 1, 1), (128, 4, 2, 0), (256, 3, 1, 1),
-         (256, 4, 2, 0)],
-        [256],
-    ),
-    "Small": ([(16, 4, 2, 0), (32, 4, 1, 0)], [100]),
-    "Small*": ([(16, 4, 2, 0), (32, 4, 2, 0)], [100]),
-    "Medium": ([(32, 3, 1, 0), (32, 4, 2, 0), (64, 3, 1, 0), (64, 4, 2, 0)], [512, 512]),
-    "Large": ([(64, 3, 1, 0), (64, 3, 1, 0), (128, 3, 2, 0), (128, 3, 1, 0), (128, 3, 1, 0)], [512]),
-    "Large*": ([(64, 3, 1, 0), (128, 3, 2, 0), (128, 3, 1, 0), (128, 3, 1, 0)], [512]),
-    # The small net of the official BCP code's MNIST example, with padding.
-    "2C2F": ([(16, 4, 2, 1), (32, 4, 2, 1)], [100]),
-}  # fmt: skip
-
-# name -> (activation, batch norm after convolutions, convolutions and poolings, widths of the hidden dense layers).
-# MP and AP halve the sides. The source says "VGG-16" alone: this is the usual one for CIFAR-10, K. Simonyan and
-# A. Zisserman's (2015) convolutions with batch norm and one dense layer, as in the official code of Adv-BNN.
-_POOLED: dict[str, tuple[type[nn.Module], bool, list[Conv | str], list[int]]] = {
-    "3C2F": (nn.LeakyReLU, False, [(32, 3, 1, 1), (64, 3, 1, 1), "MP", (128, 3, 1, 1), "MP"], [1024]),
-    "VGG16": (
-        nn.ReLU, True,
-        [(width, 3, 1, 1) if width else "MP" for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0,
-                                                            512, 512, 512, 0)],
-        [],
-    ),
-    "6C1F": (
-        nn.ReLU, True,
-        [(32, 3, 1, 1), "MP", (64, 3, 1, 1), "MP", (128, 3, 1, 1), "MP", (256, 3, 1, 1), "MP", (256, 3, 1, 0),
-         (512, 3, 1, 0), "AP"],
-        [],
-    ),
-}  # fmt: skip
-
-ARCHITECTURES = (*_PLAIN, *_POOLED, "WRN")
+__all__ = ["ARCHITECTURES", "Network", "build", "named_network"]
 
 RANDOMIZED: dict[str, Callable[..., nn.Module]] = {"adv-bnn": make_adv_bnn, "rse": make_rse}
-"""How a network becomes a randomized one."""
+"""Name -> function that turns a network into a randomized one."""
 
 
 @dataclass
 class Network:
-    """Which network.
+    """Architecture and input of a network, from which `build` makes the torch module.
 
     Args:
         name: One of `ARCHITECTURES`, or ``package.module:callable`` that returns a torch module.
-        input_shape: Of one image, (C, H, W).
+        input_shape: Shape of one image, (C, H, W).
         classes: Number of classes, default 10.
         mean: Per-channel mean, subtracted inside of the network; default none.
-        std: Per-channel standard deviation, likewise.
-        randomized: "adv-bnn" or "rse" (`RANDOMIZED`), default "": not.
-        options: Of `lirpa_ext.randomized.make_adv_bnn` or `make_rse`, such as ``{prior_std: 0.05}``.
+        std: Per-channel standard deviation, by which the network divides its input; default none.
+        randomized: "adv-bnn" or "rse" (`RANDOMIZED`) for a randomized network, default "" for a deterministic one.
+        options: Options of `lirpa_ext.randomized.make_adv_bnn` or `make_rse`, such as ``{prior_std: 0.05}``.
     """
 
     name: str
@@ -94,22 +45,25 @@ class Network:
 
 
 def build(network: Network) -> nn.Module:
-    """The network, with torch's initial weights.
+    """Build a network with torch's default initial weights, in train mode.
+
+    Args:
+        network: Name, input shape, number of classes and normalization.
+
+    Returns:
+        Classifier, (B, C, H, W) -> (B, classes).
 
     Raises:
-        ConfigError: No such name, too small an image, or a callable of the user's that fails.
+        ConfigError: The name is unknown, the image is too small for the network, the output does not have one logit for
+            each class, or the user's callable fails.
     """
     shape = list(network.input_shape)
     if len(shape) != 3 or min(shape) < 1:
         raise ConfigError(f"network.input_shape is (channels, height, width) of one image, got {shape}")
     if network.classes < 2:
         raise ConfigError(f"network.classes must be 2 or more, got {network.classes}")
-    if network.name in _PLAIN:
-        body: nn.Module = _plain_net(*_PLAIN[network.name], shape, network.classes)
-    elif network.name in _POOLED:
-        body = _pooled_net(*_POOLED[network.name], shape, network.classes)
-    elif network.name == "WRN":
-        body = _wide_residual(shape, network.classes)
+    if network.name in ARCHITECTURES:
+        body = zoo_network(network.name, shape, network.classes)
     elif ":" in network.name:
         body = _users(network.name)
     else:
@@ -153,93 +107,20 @@ def _randomized(body: nn.Module, network: Network) -> nn.Module:
 
 
 def named_network(**network: Any) -> nn.Module:
-    """`build` for the names of `ARCHITECTURES` alone: what a checkpoint that is not trusted may ask for.
+    """Build a network of `ARCHITECTURES` only; an untrusted checkpoint may call this function and no other.
+
+    Args:
+        **network: The fields of `Network`.
+
+    Returns:
+        Classifier, (B, C, H, W) -> (B, classes), in train mode.
 
     Raises:
-        ConfigError: Another name.
+        ConfigError: The name is not in `ARCHITECTURES`, or as `build`.
     """
     if network.get("name") not in ARCHITECTURES:
         raise ConfigError(f"network {network.get('name')!r} is none of {', '.join(ARCHITECTURES)}")
     return build(Network(**network))
-
-
-def _plain_net(convolutions: Sequence[Conv], widths: Sequence[int], shape: Sequence[int], classes: int) -> nn.Module:
-    layers: list[nn.Module] = []
-    channels, *sides = shape
-    for out, kernel, stride, padding in convolutions:
-        layers += [nn.Conv2d(channels, out, kernel, stride, padding), nn.ReLU()]
-        channels = out
-        sides = [(side + 2 * padding - kernel) // stride + 1 for side in sides]
-        if min(sides) < 1:
-            raise ConfigError(f"an image of shape {list(shape)} is too small for this network's convolutions")
-    features = channels * math.prod(sides)
-    layers.append(nn.Flatten())
-    for width in widths:
-        layers += [nn.Linear(features, width), nn.ReLU()]
-        features = width
-    return nn.Sequential(*layers, nn.Linear(features, classes))
-
-
-def _pooled_net(
-    activation: type[nn.Module],
-    batch_norm: bool,
-    layout: Sequence[Conv | str],
-    widths: Sequence[int],
-    shape: Sequence[int],
-    classes: int,
-) -> nn.Module:
-    layers: list[nn.Module] = []
-    channels = shape[0]
-    for part in layout:
-        if isinstance(part, str):
-            layers.append({"MP": nn.MaxPool2d, "AP": nn.AvgPool2d}[part](2))
-            continue
-        out, kernel, stride, padding = part
-        norm = [nn.BatchNorm2d(out)] if batch_norm else []
-        layers += [nn.Conv2d(channels, out, kernel, stride, padding), *norm, activation()]
-        channels = out
-    body = nn.Sequential(*layers, nn.Flatten())
-    try:
-        with torch.no_grad():
-            features = body.eval()(torch.zeros(1, *shape)).shape[1]
-    except RuntimeError as error:  # an image smaller than a kernel
-        raise ConfigError(f"an image of shape {list(shape)} is too small for this network: {error}") from error
-    for width in widths:
-        body.extend([nn.Linear(features, width), activation()])
-        features = width
-    return body.append(nn.Linear(features, classes))
-
-
-class Residual(nn.Module):
-    """ReLU(conv(ReLU(conv(x))) + shortcut(x)), without batch norm; the shortcut is a convolution.
-
-    With stride 2 the first convolution has a 4 x 4 kernel and the shortcut 2 x 2, else 3 x 3 and 1 x 1.
-    """
-
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.branch = nn.Sequential(
-            nn.Conv2d(channels, out, 2 + stride, stride, 1), nn.ReLU(), nn.Conv2d(out, out, 3, 1, 1)
-        )
-        self.shortcut = nn.Conv2d(channels, out, stride, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.branch(x) + self.shortcut(x))
-
-
-def _wide_residual(shape: Sequence[int], classes: int) -> nn.Module:
-    """The source's WRN: E. Wong et al.'s (2018) residual net of widths 16, 16, 32, 64 and a dense layer of 1000.
-
-    The source does not print its layers; these have the 4,214,850 parameters that its Table 3.2 states.
-    """
-    channels, height, width = shape
-    if min(height, width) < 4 or height % 4 or width % 4:
-        raise ConfigError(f"WRN takes images whose height and width are multiples of 4, got {list(shape)}")
-    blocks = [Residual(16, 16, 1), Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 64, 2)]
-    return nn.Sequential(
-        nn.Conv2d(channels, 16, 3, 1, 1), nn.ReLU(), *blocks, nn.Flatten(),
-        nn.Linear(64 * (height // 4) * (width // 4), 1000), nn.ReLU(), nn.Linear(1000, classes),
-    )  # fmt: skip
 
 
 def _users(name: str) -> nn.Module:

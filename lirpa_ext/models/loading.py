@@ -1,4 +1,4 @@
-"""Models from files: ONNX, checkpoints of this package, state dicts. Nothing untrusted is unpickled."""
+"""Models from files: ONNX, checkpoints of this package, state dicts. Pickled objects are loaded only if trusted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import DataError
 from ..reporting.files import write_tensors
 
 TRUSTED = ("lirpa_ext.models.architectures:named_network",)
-"""What a checkpoint may name by itself: callables that build networks of a fixed list from plain numbers."""
+"""Architectures that an untrusted checkpoint may name: they build networks of a fixed list from plain numbers."""
 
 _FORMERLY = {"lirpa_ext.training.architectures:named_network": TRUSTED[0]}  # in files of earlier versions
 
@@ -26,16 +26,17 @@ _KEYS = {"architecture", "kwargs", "state_dict"}
 
 
 def save_model(model: nn.Module, path: str | Path, architecture: str, **kwargs: Any) -> None:
-    """Save a checkpoint that `load_model` can open: the state dict, and how to build the model that it fits.
+    """Save a checkpoint that `load_model` can open: the state dict, and how to build the model.
 
     Args:
         model: The model.
-        path: Where to.
-        architecture: ``package.module:callable``; ``callable(**kwargs)`` builds a model of the same shape.
-        **kwargs: Plain values for it.
+        path: File to write.
+        architecture: ``package.module:callable``; ``callable(**kwargs)`` builds a model with the same parameters.
+        **kwargs: Arguments of the callable: numbers, strings, and lists or dicts of them.
 
     Raises:
         DataError: The architecture cannot be built, or the state dict does not fit it.
+        ResultsError: The file cannot be written.
     """
     state = model.state_dict()
     _fill(_build(architecture, kwargs), state, architecture)
@@ -46,12 +47,12 @@ def load_model(path: str | Path, architecture: str | None = None, trust: bool = 
     """Load a classifier, in eval mode.
 
     Args:
-        path: A ``.onnx`` or ``.onnx.gz`` file (`lirpa_ext.load_onnx`, a softmax at its end cut off, for logits have
-            the same classes and tighter bounds), a checkpoint of `save_model`, or a state dict.
-        architecture: ``package.module:callable`` that builds the model of a state dict; it takes precedence
-            over the one that a checkpoint names. By itself a checkpoint may name those of `TRUSTED` only.
-        trust: Believe the file: unpickle a whole module, build whatever architecture the checkpoint names.
-            Both can run any code, so only for files of your own.
+        path: A ``.onnx`` or ``.onnx.gz`` file, a checkpoint of `save_model`, or a state dict. A softmax at the end of
+            an ONNX network is cut off (`lirpa_ext.load_onnx`): the logits predict the same class, with tighter bounds.
+        architecture: ``package.module:callable`` that builds the model of a state dict; it takes precedence over the
+            one that a checkpoint names. Without it, an untrusted checkpoint may only name those of `TRUSTED`.
+        trust: Whether to unpickle a whole module and to build whatever architecture the checkpoint names, default
+            False. Both can run any code, so pass True for your own files only.
 
     Returns:
         The model.
@@ -112,7 +113,7 @@ def _from_checkpoint(path: Path, content: Mapping[str, Any], architecture: str |
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is a number, a word, or a few of them, perhaps by names."""
+    """Whether a value is None, a number, a short string, or a short list or dict of these."""
     if isinstance(value, dict):
         return len(value) < _MOST and all(isinstance(key, str) and _is_plain(part) for key, part in value.items())
     if isinstance(value, list | tuple):
@@ -123,7 +124,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _check_sizes(state: Mapping[str, Any], name: str, kwargs: Mapping[str, Any]) -> None:
-    """Raise DataError unless the state dict has the tensors of that network, before any memory is taken for it."""
+    """Raise DataError unless the tensors of a state dict fit the network; checked before memory is allocated."""
     with torch.device("meta"):
         expected = {key: value for key, value in _build(name, kwargs).state_dict().items()}
     for key in {*expected, *state}:
@@ -141,7 +142,7 @@ def _check_sizes(state: Mapping[str, Any], name: str, kwargs: Mapping[str, Any])
 
 
 def _check_unpacked(path: Path) -> None:
-    """Raise DataError for an archive whose parts are compressed: torch stores them as they are."""
+    """Raise DataError for an archive with compressed parts (torch writes none): it may unpack to an enormous size."""
     if not zipfile.is_zipfile(path):
         return
     try:

@@ -1,4 +1,4 @@
-"""What a network expects of a raw image, put inside of the model: eps is then in units of the raw image."""
+"""Preprocessing of raw images as a part of the model, so that eps is in units of the raw image."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ _CHANNELS = (1, 3, 4)
 
 
 class Normalization(nn.Module):
-    """(scale x - mean) / std for each channel.
+    """Normalization (scale x - mean) / std of each channel.
 
     Args:
-        mean: One number for each channel, or one for all.
-        std: Likewise, positive.
-        dims: Number of axes of the input with the batch, default 4.
-        scale: Factor to begin with: 255 for a network of bytes, and mean and std in their units. Default 1.
-        axis: Of the channels, default 1.
+        mean: One number for each channel, or one for all channels.
+        std: One positive number for each channel, or one for all channels.
+        dims: Number of axes of the input, the batch axis included; default 4.
+        scale: Factor by which the input is multiplied first, default 1. For a network of bytes, whose mean and std are
+            in units of 0 to 255, it is 255.
+        axis: Axis of the channels, default 1.
 
     Raises:
         DataError: A std or a scale that is not positive and finite, or numbers that do not pair up.
@@ -47,28 +48,30 @@ class Normalization(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalized inputs, of the shape of x."""
         return ((x if self.scale == 1 else self.scale * x) - self.mean) / self.std
 
     def extra_repr(self) -> str:
-        """Its numbers, which so are part of the model's hash."""
+        """The scale, for the printed model; mean and std are buffers."""
         return f"scale={self.scale}"
 
 
 class Preprocessed(nn.Module):
-    """A network behind what it expects of raw images: normalized, its channels where it has them, in its shape.
+    """A network preceded by its preprocessing: raw images are normalized, and their axes moved and reshaped for it.
 
-    Moving and reshaping entries keeps every lp norm, and the normalization is a part of the model that is bounded, so
-    that a certificate is one for the raw image.
+    The normalization is a part of the bounded model, and moving or reshaping entries keeps every lp norm, so that a
+    certificate of this model holds for the raw image.
 
     Args:
-        network: The network. `input_shape`, `layout` and `batch_size` of an `ImportedModel` are followed.
-        sample_shape: Shape of one raw sample. An image is (C, H, W), or (H, W, C) if only its last axis could be that
-            of channels (1, 3 or 4).
-        mean: As in `Normalization`; default none.
-        std: Likewise.
-        scale: Likewise.
-        layout: Where the network has channels: "NCHW", "NHWC", or "auto" (default): as the file tells, and first where
-            it does not. A network of vectors gets the image's entries in that order.
+        network: The network. `input_shape`, `layout` and `batch_size` of an `ImportedModel` are taken into account.
+        sample_shape: Shape of one raw sample. An image is (C, H, W); it is (H, W, C) if its last axis, and not its
+            first, has size 1, 3 or 4.
+        mean: Per-channel mean, as in `Normalization`; default none.
+        std: Per-channel standard deviation, as in `Normalization`; default none.
+        scale: Factor of the raw image, as in `Normalization`; default 1.
+        layout: Position of the channels in the network's input: "NCHW", "NHWC", or "auto" (default), which takes the
+            layout of the imported file, and "NCHW" where it is unknown. A network of vectors gets the image's entries
+            in that order.
 
     Raises:
         DataError: The shapes do not go together, or the numbers do not make a normalization.
@@ -110,19 +113,32 @@ class Preprocessed(nn.Module):
         self.input_shape = shape
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs of raw images."""
+        """Outputs of the network for raw samples, (B, ...)."""
         x = self.normalization(x)
         if self.permutation is not None:
             x = x.permute(self.permutation)
         return self.network(x if self.reshaped is None else x.reshape(-1, *self.reshaped))
 
     def extra_repr(self) -> str:
-        """How entries are moved, which so is part of the model's hash."""
+        """Permutation and new shape, for the printed model."""
         return f"permutation={self.permutation}, reshaped={self.reshaped}"
 
 
 def preprocessed(network: nn.Module, sample_shape: Sequence[int], *args: Any, **kwargs: Any) -> nn.Module:
-    """`Preprocessed` with these arguments, in the network's mode; the network itself where there is nothing to do."""
+    """Put the preprocessing of raw images before a network.
+
+    Args:
+        network: The network.
+        sample_shape: Shape of one raw sample.
+        *args: Further arguments of `Preprocessed`.
+        **kwargs: Further arguments of `Preprocessed`.
+
+    Returns:
+        The `Preprocessed` network, in the mode of the network; or the network itself if there is nothing to do.
+
+    Raises:
+        DataError: As `Preprocessed`.
+    """
     made = Preprocessed(network, sample_shape, *args, **kwargs).train(network.training)
     steps = (made.permutation, made.reshaped)
     return network if steps == (None, None) and isinstance(made.normalization, nn.Identity) else made

@@ -66,7 +66,7 @@ def check_deterministic(model: nn.Module) -> None:
     if draws_in_eval_mode(model):
         raise TraceError(
             f"{type(model).__name__} is a randomized network: it draws another function at every call, and no bound "
-            "of one holds for the next. Judge it under attack, by lirpa_ext.randomized.evaluate"
+            "of one holds for the next. Judge it under attack, by lirpa_ext.certification.evaluate"
         )
 
 

@@ -17,7 +17,7 @@ from ..domain.lengths import flat
 from ..domain.perturbation import PerturbationLpNorm
 from ..domain.rounding import row_slack
 from ..domain.scalar_functions import scalar_function
-from ..engine import Node, kind
+from ..engine import Node
 from ..engine.limits import is_out_of_memory
 from ..engine.positive_list import is_listed, is_ours
 from ..nodes.operators import flat_rows, flat_set
@@ -207,7 +207,7 @@ class BackwardPass:
 
     def _step(self, node: Node, a: Tensor, relax: Relax | None) -> tuple[list[Tensor | None], Tensor]:
         """Rows of the node's inputs, (S, B, ...), and the bias (S, B) of the inequality."""
-        name = kind(node)
+        name = type(node).__name__
         if name in RELU_CLASSES:
             return self._relu(node, a, relax)
         inputs = [self.states[parent.name] for parent in node.inputs]
@@ -244,7 +244,7 @@ class BackwardPass:
 
     def _end(self, node: Node, a: Tensor, why: str) -> tuple[list[Tensor | None], Tensor]:
         """End rows at a node, at their minimum over its own set, and note the reason in the context."""
-        self.context.ended[node.name] = f"{kind(node)}: {why}"
+        self.context.ended[node.name] = f"{type(node).__name__}: {why}"
         output = self.states[node.name]
         assert isinstance(output, BallBox)
         return [], ball_box_min(flat_rows(a), *flat_set(output)).t()

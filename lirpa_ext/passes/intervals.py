@@ -14,7 +14,7 @@ from ..domain.batch_axis import batch_size, check_has_batch, check_is_batch
 from ..domain.lengths import length
 from ..domain.linear_maps import Conv, ConvTranspose, Dense, LinearMap
 from ..domain.rounding import gamma, sign_kept, summands
-from ..engine import Node, kind
+from ..engine import Node
 from ..rules import RULES, Context, State, propagate_node
 from ..rules.base import apply, only_perturbed
 from ..rules.elementwise import Elementwise
@@ -102,7 +102,7 @@ def propagate_intervals(
 
 def _step(node: Node, inputs: list[State], ball: bool, context: Context) -> tuple[BallBox, bool]:
     """Set of a node, and whether its ball is to be kept."""
-    rule = RULES.get(kind(node))
+    rule = RULES.get(type(node).__name__)
     index = only_perturbed(inputs)
     if index is not None and isinstance(rule, Affine):
         linear_map = rule.linear_map(node, inputs, index)

@@ -15,7 +15,7 @@ from ..domain.ball_box import BallBox
 from ..domain.lengths import flat
 from ..domain.linear_maps import Dense
 from ..domain.perturbation import PerturbationLpNorm
-from ..engine import Node, kind
+from ..engine import Node
 from ..nodes.operators import flat_rows
 from ..rules import RULES, Context, State, rows_times_constant
 from ..rules.base import only_perturbed
@@ -209,7 +209,7 @@ class SlopePass(BackwardPass):
     @property
     def activations(self) -> list[Node]:
         """The perturbed ReLU and LeakyReLU nodes, inputs before users."""
-        return [node for node in self.order if node.perturbed and kind(node) in ACTIVATIONS]
+        return [node for node in self.order if node.perturbed and type(node).__name__ in ACTIVATIONS]
 
     def lines(self, node: Node) -> Lines:
         """The relaxation of a ReLU or LeakyReLU node."""
@@ -295,7 +295,7 @@ class SlopePass(BackwardPass):
         return bound
 
     def _step(self, node: Node, a: Tensor, relax: Any) -> tuple[list[Tensor | None], Tensor]:
-        if kind(node) in ACTIVATIONS and node.perturbed:
+        if type(node).__name__ in ACTIVATIONS and node.perturbed:
             if self.slopes is None:
                 state = self.states[node.name]
                 assert isinstance(state, BallBox)
@@ -320,12 +320,12 @@ class SlopePass(BackwardPass):
         The layer's rows can then be computed as rows of the image with channels last in memory, without a copy at the
         reshape. None for other nodes.
         """
-        rule = RULES.get(kind(node))
+        rule = RULES.get(type(node).__name__)
         if self.outward or not isinstance(rule, Affine) or not node.perturbed:
             return None
         parent = node.inputs[0]
         users = [other for other in self.order if parent in other.inputs]
-        if len(users) != 1 or kind(parent) not in ("BoundFlatten", "BoundReshape"):
+        if len(users) != 1 or type(parent).__name__ not in ("BoundFlatten", "BoundReshape"):
             return None
         inputs = [self.states[other.name] for other in node.inputs]
         layer = rule.linear_map(node, inputs, 0) if only_perturbed(inputs) == 0 else None

@@ -2,23 +2,18 @@
 
 `make_rse` and `make_adv_bnn` turn a torch network into a randomized one. `sample` draws networks from a randomized one
 and fixes the draws; `predict` averages many draws. `lirpa_ext.randomized.graddiv` measures and penalizes how similar
-the gradients of draws are. `evaluate` tests adversarial examples on fresh draws, which the attack has not seen.
+the gradients of draws are. `lirpa_ext.certification.evaluate` tests adversarial examples on fresh draws.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .bayesian import BayesianLayer, elbo_loss, kl_divergence, make_adv_bnn
 from .graddiv import REGULARIZERS, gradients, mean_resultant_length, von_mises_fisher
 from .rse import Noise, make_rse
 from .sampling import ADAPTERS, Adapter, RandomLayer, Sampled, is_randomized, predict, require_randomized, sample
-
-if TYPE_CHECKING:
-    from ..certification.robust_accuracy import RobustAccuracy, evaluate
-
-_OF_EVALUATION = ("RobustAccuracy", "evaluate")  # imported when asked for: they need attacks, which import this package
 
 __all__ = [
     "ADAPTERS",
@@ -27,10 +22,8 @@ __all__ = [
     "BayesianLayer",
     "Noise",
     "RandomLayer",
-    "RobustAccuracy",
     "Sampled",
     "elbo_loss",
-    "evaluate",
     "gradients",
     "is_randomized",
     "kl_divergence",
@@ -45,6 +38,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _OF_EVALUATION:
+    if name not in ("RobustAccuracy", "evaluate"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(".evaluation", __name__), name)
+    return getattr(importlib.import_module(".evaluation", __name__), name)  # the old name of the module, which warns

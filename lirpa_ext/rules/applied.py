@@ -9,7 +9,7 @@ from torch import Tensor
 from ..domain.ball_box import BallBox
 from ..domain.lengths import length
 from ..domain.rounding import widened
-from ..engine import Node, kind
+from ..engine import Node
 from ..errors import UnsupportedNodeError
 from .base import AffineRule, Rows, State, apply, only_perturbed, propagate_interval
 from .context import Context
@@ -34,15 +34,15 @@ def propagate_node(node: Node, inputs: Sequence[State], center: Tensor, context:
     """
     if not center.is_floating_point():
         raise UnsupportedNodeError(
-            f"node {node.name!r} ({kind(node)}) turns the perturbed input into {center.dtype}; a ball needs "
+            f"node {node.name!r} ({type(node).__name__}) turns the perturbed input into {center.dtype}; a ball needs "
             "real values. Remove the cast or comparison from the model."
         )
-    rule = RULES.get(kind(node))
+    rule = RULES.get(type(node).__name__)
     state = None
     if rule is not None:
         state = rule.propagate(node, inputs, center, context)
     if state is None:
-        context.fallbacks[node.name] = kind(node)
+        context.fallbacks[node.name] = type(node).__name__
         state = propagate_interval(node, inputs, center)
     if context.ball_only:
         state = BallBox(state.center, state.radius)
@@ -63,7 +63,7 @@ def adjoint_and_bias(node: Node, inputs: Sequence[State], rows: Tensor) -> tuple
         Rows of each input, (S, B, ...) or None for constant ones, and the rows times the node's value at 0, (S, B);
         None if the node is not affine.
     """
-    rule, sums = RULES.get(kind(node)), None
+    rule, sums = RULES.get(type(node).__name__), None
     if not isinstance(rule, AffineRule):
         return None
     if rule.by_channel:
@@ -85,7 +85,7 @@ def rows_times_constant(node: Node, inputs: Sequence[State], rows: Tensor, sums:
     Returns:
         (S, B).
     """
-    rule = RULES[kind(node)]
+    rule = RULES[type(node).__name__]
     assert isinstance(rule, AffineRule)
     if rule.homogeneous or all(isinstance(state, BallBox) for state in inputs):
         return rows.new_zeros(rows.shape[:2])
@@ -109,7 +109,7 @@ def frobenius(node: Node, inputs: Sequence[State]) -> Tensor | float:
         node: The node.
         inputs: As in `SetRule.propagate`.
     """
-    linear_map = getattr(RULES.get(kind(node)), "linear_map", None)
+    linear_map = getattr(RULES.get(type(node).__name__), "linear_map", None)
     index = only_perturbed(inputs)
     found = None if linear_map is None or index is None else linear_map(node, inputs, index)
     return 1.0 if found is None else length(found.row_norms().expand(found.output_shape).reshape(-1)).detach()

@@ -20,7 +20,7 @@ from ..domain.lengths import flat
 from ..domain.linear_maps import Conv, ConvTranspose, Dense, LinearMap, NonNegative, Scale, Selection
 from ..domain.products import Product
 from ..domain.rounding import gamma, input_of_affine, output_of_affine, sign_kept, summands
-from ..engine import Node, kind
+from ..engine import Node
 from .base import AffineRule, Rows, State, apply, only_perturbed
 from .context import Context, weight_name
 from .cut import Cut
@@ -305,13 +305,13 @@ def _scaling(inverse: bool) -> Callable[[Node, Sequence[State], int], LinearMap 
 def nonnegative(node: Node, inputs: Sequence[State], index: int) -> LinearMap | None:
     """The node's function as a linear map without negative entries; None if the node mixes samples."""
     center = _center(inputs[0])
-    if index != 0 or (kind(node) in _ALONG_AXES and moves_samples(node, center.dim())):
+    if index != 0 or (type(node).__name__ in _ALONG_AXES and moves_samples(node, center.dim())):
         return None
 
     def function(x: Tensor) -> Tensor:
         return node.forward(x, *inputs[1:])
 
-    made = Selection if kind(node) in _SELECTIONS else NonNegative
+    made = Selection if type(node).__name__ in _SELECTIONS else NonNegative
     return made(function, center.shape[1:], center.dtype, center.device)
 
 
@@ -361,7 +361,7 @@ def power_iterable(node: Node) -> tuple[str, Any, Callable[[Tensor], LinearMap]]
         "BoundConv1d": conv,
         "BoundConvTranspose": conv_transpose,
         "BoundAnyConvTranspose": conv_transpose,
-    }.get(kind(node))
+    }.get(type(node).__name__)
     read = [i for i, parent in enumerate(node.inputs[:2]) if _reads_input(parent)] if build is not None else []
     if build is None or len(read) != 1:
         return None

@@ -13,7 +13,7 @@ from ..domain.ball_box import BallBox
 from ..domain.batch_axis import acts_on_axes, moves_samples, regrouped, regroups_samples
 from ..domain.lengths import length
 from ..domain.rounding import gamma
-from ..engine import Node, kind
+from ..engine import Node
 from ..errors import UnsupportedNodeError
 from .base import AffineRule, Rows, State, apply, only_perturbed
 from .context import Context
@@ -107,7 +107,7 @@ class Cast(Monotone):
         dtype = _precision_of_input(node)
         if torch.finfo(center.dtype).eps > torch.finfo(dtype).eps:
             raise UnsupportedNodeError(
-                f"node {node.name!r} ({kind(node)}) rounds the perturbed {dtype} input to {center.dtype}, "
+                f"node {node.name!r} ({type(node).__name__}) rounds the perturbed {dtype} input to {center.dtype}, "
                 "which no bound here counts. Remove the cast from the model, or give the model and its input that type."
             )
         return super().propagate(node, inputs, center, context)

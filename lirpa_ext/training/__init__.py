@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import ConfigError
@@ -46,7 +47,7 @@ __all__ = [
 
 
 def require_lightning() -> None:
-    """Raise ConfigError, with the command that installs them, unless Lightning and jsonargparse are there."""
+    """Raise ConfigError, with the command to install them, unless Lightning and jsonargparse can be imported."""
     for name in ("lightning", "jsonargparse"):
         try:
             importlib.import_module(name)
@@ -57,8 +58,21 @@ def require_lightning() -> None:
             ) from error
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _OF_LIGHTNING:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    require_lightning()
-    return getattr(importlib.import_module(f".{_OF_LIGHTNING[name]}", __name__), name)
+def of_lightning(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's ``__getattr__`` for names whose modules need Lightning: they are imported when first asked for.
+
+    Args:
+        package: Name of the package.
+        places: Module, relative to the package, of each name.
+    """
+
+    def find(name: str) -> Any:
+        if name not in places:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        require_lightning()
+        return getattr(importlib.import_module(f".{places[name]}", package), name)
+
+    return find
+
+
+__getattr__ = of_lightning(__name__, _OF_LIGHTNING)

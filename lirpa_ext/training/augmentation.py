@@ -1,4 +1,4 @@
-"""Random crops and flips of a batch, drawn from one generator: the same for any number of processes."""
+"""Random crops and flips of a batch, drawn from one generator, so that all processes augment alike."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from torch.nn import functional
 from ..errors import ConfigError
 
 AUGMENTATIONS = {"none": (0, False), "crop": (4, False), "crop-flip": (4, True)}
-"""Name -> (zero padding before the crop back to size, whether to flip left and right). CIFAR-10 and Tiny-ImageNet are
-usually trained with "crop-flip", digits with "none"."""
+"""Name -> (zero padding before the crop to the original size, whether to flip left and right).
+
+CIFAR-10 and Tiny-ImageNet are usually trained with "crop-flip", digits with "none".
+"""
 
 
 def check_augmentation(name: str) -> None:
-    """Raise ConfigError for a name that is not there."""
+    """Raise ConfigError unless the name is one of `AUGMENTATIONS`."""
     if name not in AUGMENTATIONS:
         raise ConfigError(f"unknown augmentation {name!r}: known are {', '.join(AUGMENTATIONS)}")
 
 
 def augment(x: Tensor, name: str, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to 4 pixels, with zeros from outside, and flipped with chance 1/2.
+    """Shift each image by up to 4 pixels, filling with zeros, and flip it left and right with probability 1/2.
 
     Args:
         x: Images, (B, C, H, W).

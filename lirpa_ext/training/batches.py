@@ -1,7 +1,7 @@
-"""Batches in an order that depends on the seed, the epoch and the step alone, whoever asks and after whichever restart.
+"""Batches whose order depends only on seed, epoch and step, so that a restarted run sees the same batches.
 
-torch's DataLoader draws from a generator that nobody saves: a run killed within an epoch cannot go on with the batch
-that came next, and processes that share a batch augment it differently. Images that fit in memory need none of it.
+torch's DataLoader draws from a generator whose state is not saved: a run killed within an epoch cannot go on with the
+next batch, and processes that share a batch augment it differently. `Batches` avoids it for images that fit in memory.
 """
 
 from __future__ import annotations
@@ -20,16 +20,21 @@ from ..errors import ConfigError
 from .augmentation import augment
 
 _logger = logging.getLogger(__name__)
-_EPOCHS = 1_000_003  # seed of (seed, epoch, step), far from each other
+_EPOCHS = 1_000_003  # base of the mixed number (seed, epoch, step): more than the epochs or steps of any run
 
 
 class Place:
-    """Where the next batch is: what Lightning asks of a loader that goes on within an epoch.
+    """Position of the next batch, and the methods that Lightning needs to resume a loader within an epoch.
 
-    Lightning calls `set_epoch` before each epoch, and keeps `state_dict` in its checkpoints.
+    Lightning calls `set_epoch` before each epoch, and keeps `state_dict` in its checkpoints. `Batches` and `Resumable`
+    are subclasses.
 
     Args:
-        seed: Of what is drawn.
+        seed: Seed of everything that is drawn.
+
+    Attributes:
+        epoch: Number of the epoch.
+        step: Number of the next batch in the epoch.
     """
 
     def __init__(self, seed: int) -> None:
@@ -38,41 +43,41 @@ class Place:
 
     @property
     def sampler(self) -> Place:
-        """Itself: Lightning looks for `set_epoch` here."""
+        """The loader itself; Lightning calls `set_epoch` of a loader's sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of another epoch; within the same one, stay."""
+        """Go to the start of an epoch; the current epoch goes on where it is."""
         if epoch != self.epoch:
             self.epoch, self.step = epoch, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch is."""
+        """Epoch and step of the next batch."""
         return {"epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go where `state_dict` was taken."""
+        """Continue at the position saved by `state_dict`."""
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
 
     def _value(self, number: int) -> int:
-        """Seed of something that is drawn in this epoch."""
+        """Seed for the draw of this number in the current epoch."""
         return ((self.seed * _EPOCHS + self.epoch) * _EPOCHS + number) % 2**64
 
 
 class Batches(Place):
-    """One process's share of shuffled, augmented batches.
+    """Shuffled, augmented batches of images in memory; of several processes, the share of one.
 
     Args:
-        x: All images, (N, ...).
+        x: All images, (N, ...); (N, C, H, W) if they are augmented.
         y: All labels, (N,).
-        batch_size: Samples of the joint batch of all processes; the last, smaller batch of an epoch is left out.
-        seed: Of order and augmentation.
-        augmentation: One of `AUGMENTATIONS`.
-        rank: Of this process.
-        world: Number of processes; each gets a contiguous part of the joint batch.
+        batch_size: Samples in the joint batch of all processes; the last, smaller batch of an epoch is left out.
+        seed: Seed of order and augmentation, default 0.
+        augmentation: One of `AUGMENTATIONS`, default "none".
+        rank: Number of this process, default 0.
+        world: Number of processes, default 1; each gets a contiguous part of the joint batch.
 
     Raises:
-        ConfigError: `batch_size` is above N, or no multiple of `world`.
+        ConfigError: `batch_size` is below 1 or above N, or no multiple of `world`.
     """
 
     def __init__(
@@ -94,11 +99,11 @@ class Batches(Place):
         self.rank, self.world = rank, world
 
     def __len__(self) -> int:
-        """Steps of an epoch."""
+        """Number of batches in an epoch."""
         return len(self.x) // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rest of the epoch."""
+        """The remaining batches of the epoch: images (batch_size / world, ...) and labels."""
         order = torch.randperm(len(self.x), generator=self._generator(-1))
         share = self.batch_size // self.world
         while self.step < len(self):
@@ -112,15 +117,15 @@ class Batches(Place):
 
 
 class Resumable(Place):
-    """A DataLoader of the user's, in an order that depends on seed and epoch, which can go on within an epoch.
+    """A user's DataLoader whose order depends only on seed and epoch, and which can be resumed within an epoch.
 
-    Its samplers' generators are seeded at the start of an epoch, and torch's, numpy's and Python's before each batch:
-    a data set that draws (augments) in this process draws the same again. After a restart the batches that are done
-    are loaded and left out.
+    The generators of the samplers are seeded at the start of an epoch, and those of torch, numpy and Python before each
+    batch, so that a data set that draws (augments) in this process draws the same after a restart. A resumed epoch
+    loads the batches that were done once more, and skips them.
 
     Args:
-        loader: Of a data set with a length.
-        seed: Of what is drawn.
+        loader: The DataLoader; its data set has a length.
+        seed: Seed of everything that is drawn.
     """
 
     def __init__(self, loader: DataLoader[Any], seed: int) -> None:
@@ -131,7 +136,7 @@ class Resumable(Place):
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        """The rest of the epoch."""
+        """The remaining batches of the epoch."""
         self._seed_all(0)
         parts = (self.loader, self.loader.sampler, self.loader.batch_sampler)
         inner = (getattr(part, "sampler", None) for part in parts)
@@ -156,9 +161,15 @@ class Resumable(Place):
 
 
 def resumable(loader: Any, seed: int) -> Any:
-    """A loader that goes on where it was: a `DataLoader` as `Resumable`, one that has a state as it is.
+    """Make a loader resumable within an epoch, if possible; otherwise log a warning.
 
-    What cannot go on is told to the log.
+    Args:
+        loader: The training loader.
+        seed: Seed of everything that is drawn.
+
+    Returns:
+        A `DataLoader` wrapped in `Resumable`; any other loader as it is, resumable if it has ``state_dict`` and
+        ``load_state_dict``.
     """
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
         return loader
@@ -175,12 +186,12 @@ def resumable(loader: Any, seed: int) -> Any:
 
 
 class Parts:
-    """Images in order, so many at a time, the last batch smaller.
+    """Batches of images in order, without shuffling; the last batch may be smaller.
 
     Args:
         x: Images, (N, ...).
         y: Labels, (N,).
-        batch_size: How many.
+        batch_size: Samples in a batch.
     """
 
     def __init__(self, x: Tensor, y: Tensor, batch_size: int) -> None:
@@ -194,16 +205,16 @@ class Parts:
 
 
 def split(x: Tensor, y: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the training and of the validation part, `count` samples drawn at random.
+    """Split a data set at random into a training and a validation part.
 
     Args:
-        x: Images.
-        y: Labels.
-        count: Samples of the validation part.
-        seed: Of the draw.
+        x: Images, (N, ...).
+        y: Labels, (N,); not read.
+        count: Number of validation samples.
+        seed: Seed of the draw.
 
     Returns:
-        Both in ascending order.
+        Indices of the training part, (N - count,), and of the validation part, (count,), ascending.
 
     Raises:
         ConfigError: There are not more than `count` samples.

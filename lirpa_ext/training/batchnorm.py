@@ -1,9 +1,9 @@
-"""Batch norm in certified training: the bounds take the clean batch's statistics, evaluation the population's.
+"""Batch norm in certified training: bounds use the statistics of the clean batch, evaluation the running statistics.
 
-In train mode a sample's output depends on the others of its batch, so no set of it can be propagated by itself. With
-the mean and variance of the clean batch held fixed, each batch norm is an affine map of its sample, and the bound is
-one of the function that gave the clean logits. The bound's gradient does not flow through the statistics: they are
-constants to it. Processes take the statistics of their own share of a batch.
+In train mode the output of a sample depends on the other samples of its batch, so that no set around a single sample
+can be propagated. With the mean and variance of the clean batch held fixed, each batch norm is an affine map of the
+sample, and the bound is one of the function that gave the clean logits. The statistics are constants of the bound: its
+gradient does not flow through them. Each process takes the statistics of its own share of the batch.
 """
 
 from __future__ import annotations
@@ -19,14 +19,21 @@ Statistics = dict[nn.Module, tuple[Tensor, Tensor]]
 
 
 def differs_in_training(model: nn.Module) -> bool:
-    """Whether the model has a batch norm or a dropout in train mode, so that its clean logits are not its graph's."""
+    """Whether a batch norm or a dropout is in train mode, so that the model's logits differ from those of its graph."""
     kinds = (_BatchNorm, nn.modules.dropout._DropoutNd)
     return any(isinstance(module, kinds) and module.training for module in model.modules())
 
 
 @contextlib.contextmanager
 def recorded_statistics(model: nn.Module) -> Iterator[Statistics]:
-    """Collect mean and (biased) variance of what each train-mode batch norm is given, (channels,) each."""
+    """Collect mean and (biased) variance of the input of each train-mode batch norm during the ``with``.
+
+    Args:
+        model: The model; call it once within the ``with``.
+
+    Yields:
+        Batch norm -> (mean, variance), (channels,) each, filled when the model is called.
+    """
     statistics: Statistics = {}
 
     def record(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -45,7 +52,11 @@ def recorded_statistics(model: nn.Module) -> Iterator[Statistics]:
 
 @contextlib.contextmanager
 def fixed_statistics(statistics: Statistics) -> Iterator[None]:
-    """Let these batch norms normalize with these statistics, as in eval mode; afterwards they are as before."""
+    """Let batch norms use given statistics, as in eval mode, during the ``with``; afterwards they are as before.
+
+    Args:
+        statistics: Batch norm -> (mean, variance), of `recorded_statistics`.
+    """
     before = {
         module: (module._buffers["running_mean"], module._buffers["running_var"]) for module in statistics
     }  # fmt: skip
@@ -62,7 +73,7 @@ def fixed_statistics(statistics: Statistics) -> Iterator[None]:
 
 @contextlib.contextmanager
 def population_statistics(model: nn.Module) -> Iterator[None]:
-    """Let the batch norms of a model be in eval mode for a while."""
+    """Put the batch norms of a model in eval mode during the ``with``."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
     try:
         for module in norms:

@@ -1,4 +1,4 @@
-"""The model card of a run: what was trained on what, how, with which result, and what it may be used for."""
+"""The model card of a run: network, data, loss and schedule of the training, its results, and their limits."""
 
 from __future__ import annotations
 
@@ -35,11 +35,14 @@ _RANDOMIZED = [
 
 
 def write_card(folder: Path) -> None:
-    """Write ``README.md`` from the other files of a run's folder.
+    """Write the model card, ``README.md``, from the other files in the folder of a run.
 
     Args:
-        folder: Of the run, with ``config.yaml``, ``environment.json`` and ``metrics.csv``; ``test.json`` and
-            ``validate.json`` count where they are.
+        folder: Folder of the run, with ``config.yaml`` and ``environment.json``; ``metrics.csv``, ``test.json`` and
+            ``validate.json`` are read if they exist.
+
+    Raises:
+        ResultsError: The file cannot be written.
     """
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     model, data = config["model"], config["data"]
@@ -83,7 +86,7 @@ def write_card(folder: Path) -> None:
 
 
 def best_row(folder: Path) -> dict[str, str] | None:
-    """The row of ``metrics.csv`` that ``best.ckpt`` was kept at, or None."""
+    """The row of ``metrics.csv`` of the epoch whose weights ``best.ckpt`` holds; None if no epoch was judged."""
     path = folder / "metrics.csv"
     if not path.is_file():
         return None
@@ -93,7 +96,7 @@ def best_row(folder: Path) -> dict[str, str] | None:
 
 
 def judged(row: dict[str, str]) -> str:
-    """What a checkpoint is chosen by: the verified samples, or, where nothing is verified, those PGD left."""
+    """The accuracy by which a checkpoint is chosen: verified, or under PGD where nothing is verified; "" for none."""
     return row["val_verified"] or row["val_pgd"]
 
 

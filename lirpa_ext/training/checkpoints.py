@@ -1,9 +1,9 @@
-"""What is kept of a run, and when: ``last.ckpt`` to go on from, ``best.ckpt`` to ship.
+"""The checkpoints of a run: ``last.ckpt``, from which it is resumed, and ``best.ckpt``, the network to use.
 
-A run that is killed at any moment and started again ends as one that was not. Three rules make it so. A state is saved
-after a step of the optimizer, never between the batches whose gradients are added up. It is never saved where a
-validation comes next (the last batch of an epoch): that validation would be skipped, so the state at the end of the
-epoch is saved after it. And a file is replaced as a whole, by a state whose weights are finite.
+A run that is killed at any moment and resumed gives the same result as one that was not killed. Three rules ensure
+this. A state is saved after a step of the optimizer, never between batches whose gradients are accumulated. No state is
+saved right before a validation (at the last batch of an epoch), since a resumed run would skip the validation; the
+state at the end of an epoch is saved after it. A file is replaced as a whole, by a state whose weights are finite.
 """
 
 from __future__ import annotations
@@ -24,22 +24,32 @@ __all__ = ["Best", "Checkpoints", "Last", "State", "cut_short", "read_checkpoint
 
 
 class Checkpoints(TorchCheckpointIO):
-    """Lightning's plugin that writes and reads checkpoints: whole files, which run nothing when they are read."""
+    """Plugin of Lightning's trainer that replaces checkpoints as whole files, and reads them without running code."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Replace the file as a whole."""
+        """Write a checkpoint; the file is replaced as a whole.
+
+        Raises:
+            ResultsError: The file cannot be written.
+        """
         write_tensors(path, checkpoint)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Read tensors and plain values."""
+        """Read a checkpoint, see `read_checkpoint`; the other arguments are not used."""
         return read_checkpoint(path)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of this trainer, its tensors on the CPU; nothing that it names is run.
+    """Read a checkpoint of this trainer: tensors, on the CPU, and plain values. No code of the file is run.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Lightning's checkpoint dict.
 
     Raises:
-        ConfigError: It is missing, truncated, or of another program.
+        ConfigError: The file is missing or truncated, or another program wrote it.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -55,13 +65,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 class Best(Checkpoint):
-    """Keeps ``best.ckpt``: most verified validation samples among the epochs after the ramp; a tie goes to more clean.
+    """Callback that keeps ``best.ckpt``, the epoch after the ramp with the highest verified validation accuracy.
 
-    Of a randomized network, of which nothing is verified, those that withstand EOT-PGD count. An epoch without a
-    validation is not judged.
+    Of equal epochs, the one with the higher clean accuracy is better. For a randomized network, of which nothing is
+    verified, the accuracy under EOT-PGD takes the place of the verified accuracy. Epochs without validation are
+    skipped.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
+
+    Attributes:
+        score: Verified (or PGD) and clean accuracy of the best epoch; None before the first one.
+        epoch: Number of the best epoch, from 0; None before the first one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,11 +86,11 @@ class Best(Checkpoint):
         self._validated = -1  # step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note at which step the metrics are of."""
+        """Remember the step at which the validation ran."""
         self._validated = trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep this epoch's weights if they are the best so far."""
+        """Save a checkpoint if this epoch is the best so far."""
         metrics = trainer.callback_metrics
         judged = next((name for name in ("val_verified", "val_pgd") if name in metrics), None)
         validated = self._validated == trainer.global_step
@@ -87,21 +102,21 @@ class Best(Checkpoint):
             trainer.save_checkpoint(self.path, weights_only=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score and its epoch."""
+        """Score and number of the best epoch."""
         return {"score": self.score and list(self.score), "epoch": self.epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Restore score and number of the best epoch."""
         score = state_dict["score"]
         self.score, self.epoch = score and (score[0], score[1]), state_dict["epoch"]
 
 
 class Last(Checkpoint):
-    """Keeps ``last.ckpt``, from which a killed run goes on to the same result.
+    """Callback that keeps ``last.ckpt``, from which a killed run is resumed with the same result.
 
     Args:
-        folder: Of the run.
-        every: Steps between two within an epoch; 0 for the ends of epochs only.
+        folder: Folder of the run.
+        every: Steps between two checkpoints within an epoch, default 0: at the ends of epochs only.
     """
 
     def __init__(self, folder: Path, every: int = 0) -> None:
@@ -110,12 +125,12 @@ class Last(Checkpoint):
         self._ended = self._stopped = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on counting."""
+        """Start from the step count of the trainer."""
         self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Save every so many steps, where the rules at the top of this file let it."""
-        if trainer.global_step == self._step:  # gradients are being added up
+        """Save a checkpoint every `every` steps, as far as the rules at the top of this file allow."""
+        if trainer.global_step == self._step:  # gradients are being accumulated
             return
         self._step = trainer.global_step
         self._due |= bool(self.every) and self._step % self.every == 0
@@ -124,7 +139,7 @@ class Last(Checkpoint):
             trainer.save_checkpoint(self.path, weights_only=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save at the end of an epoch, unless its time is out before that."""
+        """Save a checkpoint at the end of an epoch, unless the time ran out within the epoch."""
         if not cut_short(trainer):
             self._due, self._ended = False, True
             left = _time_left(trainer)
@@ -133,17 +148,17 @@ class Last(Checkpoint):
             self._ended = self._stopped = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether an epoch has ended, and the training with it, by a callback that stops it early."""
+        """Whether the checkpoint is from the end of an epoch, and whether another callback stopped the training."""
         return {"ended": self._ended, "stopped": self._stopped}
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a run is, by its ``last.ckpt``.
+    """Progress of a run, read from its ``last.ckpt``.
 
     Attributes:
-        content: The checkpoint.
-        path: Of the file.
+        content: The checkpoint, see `read_checkpoint`.
+        path: The file.
     """
 
     content: dict[str, Any]
@@ -151,10 +166,10 @@ class State:
 
     @classmethod
     def read(cls, folder: Path) -> State | None:
-        """The state of a run's folder, None for one that has none yet.
+        """Read the state from the folder of a run; None if there is no ``last.ckpt``.
 
         Raises:
-            ConfigError: ``last.ckpt`` or the ``best.ckpt`` that it counts on cannot be read.
+            ConfigError: ``last.ckpt``, or the ``best.ckpt`` to which it refers, cannot be read.
         """
         path = folder / "last.ckpt"
         if not path.exists():
@@ -173,19 +188,23 @@ class State:
 
     @property
     def network(self) -> dict[str, Any]:
-        """Which network it is of."""
+        """The fields of the `Network` that was trained."""
         return dict(self.content["lirpa_ext"]["network"])
 
     @property
     def rates(self) -> list[list[float]]:
-        """[step, learning rate] of each change that `--resume_lr` made."""
+        """[step, learning rate] of each change that ``--resume_lr`` made."""
         return list(self.content["lirpa_ext"].get("rates", []))
 
     def finished(self, max_epochs: int | None, max_steps: int) -> bool:
-        """Whether nothing is left to train.
+        """Whether the training is complete.
+
+        Args:
+            max_epochs: Epochs of the training; None or -1 for no limit.
+            max_steps: Steps of the training; -1 for no limit.
 
         Raises:
-            ConfigError: More epochs or steps are done than these.
+            ConfigError: More than `max_epochs` epochs have begun.
         """
         step, begun = int(self.content["global_step"]), int(self.content["epoch"]) + 1
         if max_epochs not in (None, -1) and begun > max_epochs:  # type: ignore[operator]
@@ -199,23 +218,23 @@ class State:
         return out or bool(self._of("Last")["stopped"])
 
     def _of(self, callback: str) -> dict[str, Any]:
-        """State of a callback of ours."""
+        """Saved state of one of this module's callbacks; {} if there is none."""
         return dict(self.content.get("callbacks", {}).get(callback, {}))
 
 
 def _time_left(trainer: Trainer) -> float | None:
-    """Seconds that ``trainer.max_time`` leaves, None without it."""
+    """Seconds left of ``trainer.max_time``; None if it is not set."""
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
     return min((left for timer in timers if (left := timer.time_remaining()) is not None), default=None)
 
 
 def cut_short(trainer: Trainer) -> bool:
-    """Whether the epoch ends before its last batch because time is out: it counts for nothing, and goes on later."""
+    """Whether the time ran out before the last batch of the epoch: the epoch is not judged, and resumed later."""
     return trainer.should_stop and _time_left(trainer) is not None and not trainer.is_last_batch
 
 
 def _validation_follows(trainer: Trainer) -> bool:
-    """Whether a validation comes right after this batch, other than that of an epoch which is cut short."""
+    """Whether a validation follows this batch; an epoch that is cut short does not count."""
     every = trainer.val_check_batch
     batch = trainer.fit_loop.epoch_loop.batch_idx
     done = trainer.fit_loop.epoch_loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch
@@ -224,6 +243,6 @@ def _validation_follows(trainer: Trainer) -> bool:
 
 
 def _resumable(trainer: Trainer) -> bool:
-    """Whether the data can go on within an epoch."""
+    """Whether the training loader can be resumed within an epoch."""
     loaders = trainer.train_dataloader
     return hasattr(loaders, "state_dict") and hasattr(loaders, "load_state_dict")

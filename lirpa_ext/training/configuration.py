@@ -1,4 +1,4 @@
-"""The configuration of a run: parsed from YAML and arguments, written to its folder, and compared with another one."""
+"""Configurations of runs: parsed from YAML and arguments, written to the run's folder, and compared on resuming."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .module import CertifiedClassifier
 
 __all__ = ["differences", "parse", "parser", "write"]
 
-# What changes nothing of what comes out.
+# Keys on which the trained network does not depend, so that they may differ when a run is resumed.
 _FREE = {"config", "run", "resume", "resume_lr", "checkpoint", "checkpoint_every", "progress"}
 _FREE_OF_TRAINER = {
     "accelerator", "devices", "num_nodes", "strategy", "max_time", "logger", "callbacks", "enable_progress_bar",
@@ -27,14 +27,14 @@ _FREE_OF_TRAINER = {
 }  # fmt: skip
 
 
-_MOST_BYTES, _MOST_VALUES = 2**17, 10_000  # of a file
+_MOST_BYTES, _MOST_VALUES = 2**17, 10_000  # limits on a YAML file
 
 
 def parser(command: str = "fit") -> ArgumentParser:
-    """Parser of a configuration: YAML files by ``--config``, and every key as an argument.
+    """Make the parser of a configuration: YAML files by ``--config``, and every key as an argument.
 
     Args:
-        command: "fit", "validate" or "test", for the help.
+        command: Name of the command in the help text, default "fit".
     """
     made = ArgumentParser(
         prog=f"lirpa-ext {command}",
@@ -63,10 +63,17 @@ def parser(command: str = "fit") -> ArgumentParser:
 
 
 def parse(arguments: Sequence[str], command: str = "fit") -> Namespace:
-    """Parse and check types and keys.
+    """Parse a configuration, and check its types and keys.
+
+    Args:
+        arguments: Arguments of the command line, such as ``["--config", "mnist.yaml", "--seed", "1"]``.
+        command: Name of the command in error messages, default "fit".
+
+    Returns:
+        The configuration, for `fit` and `evaluate` of `lirpa_ext.training.runs`.
 
     Raises:
-        ConfigError: An unknown key, a value of the wrong type, a file that is not there or is no YAML.
+        ConfigError: A key is unknown, a value has the wrong type, or a file is missing or no YAML.
     """
     made = parser(command)
     for before, argument in itertools.pairwise(["", *arguments]):
@@ -88,16 +95,17 @@ def parse(arguments: Sequence[str], command: str = "fit") -> Namespace:
 
 
 def _check_yaml(path: Path) -> None:
-    """Raise ConfigError for a file that is no YAML, or that grows beyond measure by its aliases."""
+    """Raise ConfigError for a file that is no YAML, or that its aliases expand to an enormous size."""
     if not path.exists():
-        return  # which the parser tells
+        return  # the parser reports it
     if not path.is_file():
         raise ConfigError(f"{path} is no regular file")
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ConfigError(f"{path} has more than {_MOST_BYTES} bytes: that is no configuration")
         text = path.read_text(encoding="utf-8")
-        if max(text.count(kind) for kind in ("[", "{", "- ")) > _MOST_VALUES // 10:  # the reader takes their square
+        # The time of the YAML reader grows with the square of the number of lists and maps.
+        if max(text.count(kind) for kind in ("[", "{", "- ")) > _MOST_VALUES // 10:
             raise ConfigError(f"{path} has more than {_MOST_VALUES // 10} lists or maps: that is no configuration")
         size = _size(yaml.compose(text, yaml.SafeLoader), {})
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
@@ -109,28 +117,35 @@ def _check_yaml(path: Path) -> None:
 
 
 def _size(node: Any, known: dict[int, int]) -> int:
-    """How many values a node has, those that aliases repeat counted again."""
+    """Number of values in a node; a value that aliases repeat counts each time."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
-        known[id(node)] = _MOST_VALUES + 1  # of one that is in itself
+        known[id(node)] = _MOST_VALUES + 1  # for a node that contains itself
         parts = itertools.chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
         known[id(node)] = 1 + sum(_size(part, known) for part in parts)
     return known[id(node)]
 
 
 def write(config: Namespace, folder: Path) -> None:
-    """Write ``config.yaml``, with all defaults."""
+    """Write ``config.yaml``, with all defaults, into the folder of a run.
+
+    Raises:
+        ResultsError: The file cannot be written.
+    """
     write_whole(folder / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
 
 
 def differences(config: Namespace, folder: Path, length: bool = False) -> list[str]:
-    """Dotted names of what would make another run of the one whose ``config.yaml`` is in a folder.
+    """Keys in which a configuration differs from the ``config.yaml`` of a run, as far as results depend on them.
 
     Args:
-        config: Of `parse`.
-        folder: Of a run; without ``config.yaml`` nothing differs.
-        length: Whether a longer training is another one. Where it is not, a run can be extended.
+        config: Configuration of `parse`.
+        folder: Folder of the run; without ``config.yaml`` nothing differs.
+        length: Whether ``trainer.max_epochs`` is compared, default False, which allows a run to be extended.
+
+    Returns:
+        Dotted names such as ``model.eps``, sorted.
 
     Raises:
         ConfigError: ``config.yaml`` cannot be read.
@@ -143,8 +158,8 @@ def differences(config: Namespace, folder: Path, length: bool = False) -> list[s
         before = _kept(before, length)
     except (OSError, ValueError, yaml.YAMLError, TypeError, AttributeError, KeyError) as error:
         raise ConfigError(f"{written} is no configuration of a run: {error}. Start anew by --resume false") from error
-    with contextlib.suppress(ArgumentError):  # of a key that is no more, which is a difference
-        before = _kept(_plain(parser().parse_object(before)), length)  # what an earlier version lacks has its default
+    with contextlib.suppress(ArgumentError):  # a key that no longer exists stays, and is a difference
+        before = _kept(_plain(parser().parse_object(before)), length)  # keys that are newer than the file get defaults
     return sorted(_differences(before, _kept(_plain(config), length)))
 
 
@@ -160,7 +175,7 @@ def _kept(config: dict[str, Any], length: bool) -> dict[str, Any]:
 
 
 def _differences(a: Any, b: Any, path: str = "") -> set[str]:
-    """Dotted names of what differs."""
+    """Dotted names of the values that differ."""
     if not isinstance(a, dict) or not isinstance(b, dict):
         return set() if a == b else {path}
     return {

@@ -14,17 +14,17 @@ __all__ = ["ImageData"]
 
 
 class ImageData(LightningDataModule):
-    """A data set in memory: train, validation and test part.
+    """A data set in memory, in three parts for training, validation and test.
 
     Args:
-        source: As `lirpa_ext.data.load_data` takes it: ``digits``, or a file or folder.
-        batch_size: Training samples of a step, all processes together.
-        validation: Samples set aside from the training split to choose the checkpoint by, default 1000.
-        limit: Only the first so many of the training split, before the validation samples are set aside; default all.
-        test_limit: Only the first so many of the test split; default all.
+        source: Data set as in `lirpa_ext.data.load_data`, a name, file or folder; default "digits".
+        batch_size: Training samples in a step, of all processes together; default 128.
+        validation: Samples taken from the training split to choose the checkpoint by, default 1000.
+        limit: Number of samples of the training split to use, validation samples included; default all.
+        test_limit: Number of samples of the test split to use, default all.
         augmentation: "none" (default), "crop" or "crop-flip".
         evaluation_batch: Samples at a time in validation and test, default 100.
-        seed: Of the validation split, the order and the augmentation; default 0.
+        seed: Seed of the validation split, the order and the augmentation; default 0.
 
     Raises:
         ConfigError: A number out of range.
@@ -54,7 +54,7 @@ class ImageData(LightningDataModule):
         self.test_set: tuple[Tensor, Tensor] | None = None
 
     def setup(self, stage: str) -> None:
-        """Load what the stage needs: the test split for "test" only."""
+        """Load the data of a stage: the test split for "test", else the training and validation parts."""
         if stage == "test":
             self.test_set = load_data(self.source, "test", self.test_limit)
         elif self.train_set is None:
@@ -63,7 +63,7 @@ class ImageData(LightningDataModule):
             self.train_set, self.validation_set = (x[train], y[train]), (x[validation], y[validation])
 
     def train_dataloader(self) -> Batches:
-        """Shuffled batches, this process's share."""
+        """Shuffled, augmented training batches; of several processes, the share of this one."""
         if self.train_set is None:
             self.setup("fit")
         assert self.train_set is not None
@@ -71,11 +71,11 @@ class ImageData(LightningDataModule):
         return Batches(*self.train_set, self.batch_size, self.seed, self.augmentation, rank, world)
 
     def val_dataloader(self) -> Parts:
-        """Validation batches, this process's share."""
+        """Validation batches; of several processes, the share of this one."""
         return self._loader(self.validation_set)
 
     def test_dataloader(self) -> Parts:
-        """Test batches, this process's share."""
+        """Test batches; of several processes, the share of this one."""
         return self._loader(self.test_set)
 
     def _loader(self, pair: tuple[Tensor, Tensor] | None) -> Parts:

@@ -23,7 +23,13 @@ _ACCURACIES = (
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of ``metrics.csv``: numbers, and without what is empty.
+    """Read ``metrics.csv`` of a run.
+
+    Args:
+        path: The file.
+
+    Returns:
+        One dict for each epoch: column -> float or bool; empty cells are left out.
 
     Raises:
         ResultsError: The file cannot be read, or holds something else.
@@ -43,10 +49,13 @@ def _value(text: str) -> Any:
 
 
 def plot_metrics(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Loss and eps above, accuracies on the validation samples below, over the epochs.
+    """Plot the training loss and eps (upper axes) and the validation accuracies (lower axes) over the epochs.
 
     Args:
-        rows: Of `read_metrics`; a row may lack any key but ``epoch``.
+        rows: Rows of `read_metrics`; a row may lack any key but ``epoch``.
+
+    Returns:
+        The figure, with an alt text.
     """
     last = rows[-1] if rows else {}
     told = ", ".join(f"{label} {100 * last[key]:.1f}%" for key, label, _ in _ACCURACIES if key in last)

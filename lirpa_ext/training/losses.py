@@ -41,23 +41,23 @@ def worst_case_logits(
     logits: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Logits of the worst case of each class on its own, z + t with t_m = (z_y - z_m) - min (zeta_y - zeta_m).
+    """Worst-translated logits of Lee (2021, Definition 3.1.1): z + t with t_m = (z_y - z_m) - min (zeta_y - zeta_m).
 
-    The worst-translated logits (Definition 3.1.1) of S. Lee's dissertation (2021), for every method; the minimum is
-    over the method's outer bound, which makes entry m equal to z_y minus the lower bound of margin m, and entry y
-    equal to z_y. Their cross entropy is at least that of f(x') for every admissible x' (Proposition 3.1.1), if the
-    method's bound is one: with ``norms="estimate"``, for training, it is none.
+    The minimum is over the method's outer bound of the logits zeta, for each class m separately. So entry m is z_y
+    minus the lower bound of the margin zeta_y - zeta_m, and entry y is z_y. Their cross entropy is an upper bound on
+    that of f(x') for every admissible x' (Proposition 3.1.1) if the method's bound is sound; with ``norms="estimate"``,
+    an option for training, it is not.
 
     Args:
         net: The classifier's graph, (B, ...) -> (B, classes). A torch module is traced anew in each call.
         x: Inputs, (B, ...).
-        y: Labels, (B,). Methods that take ``labels`` get them too.
+        y: Labels, (B,). They are also passed to methods that take ``labels``.
         eps: Radius in units of the input, one number or (B,).
         method: Any method of `BoundedModule.compute_bounds`, default "bcp".
         norm: p of the lp ball, default 2.
         x_L: Lower end of the data range, default none.
-        x_U: Upper end, default none.
-        logits: Clean logits of x, (B, classes), if at hand: saves a forward pass.
+        x_U: Upper end of the data range, default none.
+        logits: Clean logits of x, (B, classes), if they are known; this may save a forward pass.
         **options: Options of the method.
 
     Returns:
@@ -90,13 +90,28 @@ def clean_and_worst_logits(
     logits: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Clean logits of x and those of `worst_case_logits`, whose arguments it takes.
+    """Clean logits of x and worst-case logits, as `worst_case_logits`.
 
-    Without `logits`, the clean ones are those that the bound is computed of, where its method propagates a ball: one
-    forward pass and its backward pass less in a training step.
+    Without `logits`, the clean logits are taken from the bound's own forward pass, if the method propagates a ball;
+    this saves one forward and backward pass in a training step.
+
+    Args:
+        bounded: The classifier's graph, (B, ...) -> (B, classes).
+        x: Inputs, (B, ...).
+        y: Labels, (B,).
+        eps: Radius in units of the input, one number or (B,).
+        method: Any method of `BoundedModule.compute_bounds`, default "bcp".
+        norm: p of the lp ball, default 2.
+        x_L: Lower end of the data range, default none.
+        x_U: Upper end of the data range, default none.
+        logits: Clean logits of x, (B, classes), if they are known.
+        **options: Options of the method.
 
     Returns:
-        (B, classes) each, differentiable in the model's parameters.
+        Clean and worst-case logits, (B, classes) each, differentiable in the model's parameters.
+
+    Raises:
+        InvalidInputError: As `worst_case_logits`.
     """
     classes = math.prod(bounded.final_node().output_shape[1:])
     if len(bounded.final_node().output_shape) != 2 or (logits is not None and logits.shape != (len(x), classes)):
@@ -109,26 +124,27 @@ def clean_and_worst_logits(
     options = label_option(method, y) | options
     result = bounded.bound((perturbed,), rows, method, bound_upper=False, **options)
     margins, clean = result.lower, result.clean
-    held_already = logits is not None or clean is not None  # by the method, or there are other logits than the graph's
+    # The bound is compared with the clean logits below, unless the method did so or the logits are not the graph's.
+    held_already = logits is not None or clean is not None
     if logits is None:
         logits = bounded.source(x) if clean is None else clean
     if not (held_already or options.get("norms") == "estimate" or is_randomized(bounded.source)):
         margins, _ = held((margins, None), logits, rows, method, bounded, recording=True)
     assert margins is not None
-    # The label's own margin, 0, goes back to its place among the others, which are in order of the class.
+    # `margins` has a column for each class but the label, in order of the class; the label's own margin is 0.
     own = logits.gather(1, y.to(logits.device, torch.long).unsqueeze(1))
     label = functional.one_hot(y.long(), classes).bool().to(logits.device)
     return logits, own - torch.zeros_like(logits).masked_scatter(~label, margins)
 
 
 def certified_loss(logits: Tensor, worst_logits: Tensor, y: Tensor, weight: float) -> Tensor:
-    """(1 - weight) CE(logits, y) + weight CE(worst_logits, y), equation (3.2.13): `weight` is of the robust part.
+    """Certified loss of Lee (2021, 3.2.13): (1 - weight) CE(logits, y) + weight CE(worst_logits, y).
 
     Args:
         logits: Clean logits, (B, classes).
         worst_logits: Worst-translated logits, (B, classes).
         y: Labels, (B,).
-        weight: In [0, 1].
+        weight: Weight of the robust term, in [0, 1].
 
     Returns:
         Mean over the batch, 0-dim.
@@ -149,18 +165,19 @@ def certified_loss(logits: Tensor, worst_logits: Tensor, y: Tensor, weight: floa
 
 
 def mixed_loss(logits: Tensor, first: Tensor, second: Tensor, y: Tensor, kappa: float, beta: float) -> Tensor:
-    """kappa CE(logits, y) + (1 - kappa) CE((1 - beta) first + beta second, y), equation (C.1.1).
+    """Mixed loss of Lee (2021, C.1.1): kappa CE(logits, y) + (1 - kappa) CE((1 - beta) first + beta second, y).
 
-    `kappa` is the weight of the natural loss (`certified_loss` has that of the robust one). The mean of two bounds
-    on each margin is one, so the second term is at least every admissible input's cross entropy.
+    `kappa` is the weight of the natural loss, whereas `certified_loss` takes the weight of the robust loss. A convex
+    combination of two lower bounds on a margin is a lower bound, so the second cross entropy is an upper bound on that
+    of every admissible input.
 
     Args:
         logits: Clean logits, (B, classes).
-        first: Worst-case logits of one method, in the source IBP, (B, classes).
-        second: Those of another.
+        first: Worst-case logits of one method, (B, classes); in Lee (2021) IBP.
+        second: Worst-case logits of another method, (B, classes).
         y: Labels, (B,).
-        kappa: In [0, 1].
-        beta: Weight of `second`, in [0, 1].
+        kappa: Weight of the natural loss, in [0, 1].
+        beta: Weight of `second` against `first`, in [0, 1].
 
     Returns:
         Mean over the batch, 0-dim.
@@ -191,20 +208,20 @@ def fused_cross_entropy(
     x_U: float | Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Upper bound of each sample's cross entropy over its set, by one row in place of one a class.
+    """Upper bound on each sample's cross entropy over its set, bounded as one function in place of one per class.
 
-    Looser than the cross entropy of `worst_case_logits` of the same method, never above that of IBP, and several
-    times cheaper (`lirpa_ext.passes.fusion`). The labels are an argument of each call; nothing of a batch stays behind.
+    The bound is looser than the cross entropy of `worst_case_logits` of the same method, never above that of IBP, and
+    several times cheaper (`lirpa_ext.passes.fusion`).
 
     Args:
         bounded: The classifier's graph, (B, ...) -> (B, classes).
         x: Inputs, (B, ...).
         y: Labels, (B,).
         eps: Radius in units of the input, one number or (B,).
-        method: "sparse-slope" (default) or "slope:..." (but "slope:ibp").
+        method: "sparse-slope" (default) or "slope:..." (except "slope:ibp").
         norm: p of the lp ball, default 2.
         x_L: Lower end of the data range, default none.
-        x_U: Upper end, default none.
+        x_U: Upper end of the data range, default none.
         **options: Options of the method.
 
     Returns:
@@ -229,18 +246,18 @@ def relu_stability_loss(
     x_L: float | Tensor | None = None,
     x_U: float | Tensor | None = None,
 ) -> Tensor:
-    """RS regularizer (C.13): sum of -tanh(1 + u l) over the neurons, u and l the IBP bounds before their ReLU.
+    """ReLU stability regularizer (Lee, 2021, C.13): sum of -tanh(1 + u l) over the neurons.
 
-    It falls as bounds l < 0 < u move to one side. K. Xiao et al., Training for faster adversarial robustness
-    verification via inducing ReLU stability, ICLR 2019.
+    l and u are the IBP bounds on the input of a ReLU. The term falls as an unstable neuron, l < 0 < u, becomes stable.
+    K. Xiao et al., Training for faster adversarial robustness verification via inducing ReLU stability, ICLR 2019.
 
     Args:
-        bounded: The graph.
+        bounded: The classifier's graph.
         x: Inputs, (B, ...).
         eps: Radius in units of the input, one number or (B,).
         norm: p of the lp ball, default 2.
         x_L: Lower end of the data range, default none.
-        x_U: Upper end, default none.
+        x_U: Upper end of the data range, default none.
 
     Returns:
         Mean over the batch, 0-dim, differentiable in the model's parameters.

@@ -1,4 +1,4 @@
-"""Memory of a training step that stays with the process for the next one."""
+"""A setting of the C library that keeps the freed memory of a training step for the next step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ _LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory of the CPU for the next step, from now on and in all of the process.
+    """Let the whole process keep freed CPU memory from now on.
 
-    glibc gives the large tensors of a step back to the kernel when they are freed, which then clears their pages anew
-    for each step: a seventh of a CROWN-IBP step on MNIST Small. The process then stays as large as its largest step.
-    `lirpa-ext fit` does this; a library should not, so nothing else here does.
+    By default, glibc returns the large tensors of a step to the kernel when they are freed, and the kernel clears their
+    pages anew in each step, which takes a seventh of a CROWN-IBP step on MNIST Small. With this setting the process
+    stays as large as its largest step. Only the commands that train call this function, because a library should not
+    change its user's process.
 
     Returns:
-        Whether the C library took the setting; other ones than glibc do not have it.
+        Whether the C library accepted the setting; only glibc has it.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""`CertifiedClassifier`: a LightningModule that trains by a certified loss, and validates with sound bounds."""
+"""`CertifiedClassifier`: a LightningModule that trains with a certified loss, and validates with sound bounds."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from .schedules import Schedule, Values, number
 
 __all__ = ["CertifiedClassifier", "Evaluation", "Optimizer"]
 
-_LOOK_EVERY = 50  # steps, on a GPU
+_LOOK_EVERY = 50  # steps between two checks of the loss on a GPU
 
 
 @dataclass
 class Evaluation:
-    """How validation, and the commands `validate` and `test`, evaluate.
+    """Settings of the evaluation, in the validation after each epoch and in the commands ``validate`` and ``test``.
 
     Args:
         eps: Radius, default that of training.
-        method: Bound that verifies, default the loss's own with sound norms.
-        options: Options of that method.
-        attack_steps: Steps of the attack after each epoch of training, default 10; 0 for none.
-        final_attack_steps: Its steps in the commands, default 100, as in Lee (2021).
-        draws: Networks of the ensemble that a randomized network predicts by, default 20.
-        attack_draws: Networks of which EOT-PGD averages the gradients after each epoch, default 5.
-        final_attack_draws: The same in the commands, default 20.
-        step_size: Of EOT-PGD, as a fraction of eps; default 1/4, as in Lee (2021).
-        attack: The attack on a network that is not randomized, one of `lirpa_ext.attacks.ATTACKS`, default Auto-PGD.
+        method: Bound method that verifies, default the method of the loss with sound norms.
+        options: Options of the method, default none.
+        attack_steps: Steps of the attack in validation, default 10; 0 for none.
+        final_attack_steps: Steps of the attack in the commands, default 100, as in Lee (2021).
+        draws: Networks in the ensemble that predicts for a randomized network, default 20.
+        attack_draws: Networks over which EOT-PGD averages gradients in validation, default 5.
+        final_attack_draws: Networks over which EOT-PGD averages gradients in the commands, default 20.
+        step_size: Step size of EOT-PGD as a fraction of eps, default 1/4, as in Lee (2021).
+        attack: Attack on a deterministic network, one of `lirpa_ext.attacks.ATTACKS`, default Auto-PGD.
     """
 
     eps: float | str | None = None
@@ -57,29 +57,29 @@ class Evaluation:
 
 
 class CertifiedClassifier(LightningModule):
-    """A network, its certified loss, and the schedule of eps.
+    """A network with its certified loss, its optimizer, and the schedules of eps and of the weights in the loss.
 
     Args:
-        network: Which network.
-        loss: Which loss.
+        network: Architecture and input of the network.
+        loss: The loss, by name.
         eps: Radius at the end of the ramp, in units of the raw image; a number or a fraction such as ``8/255``.
-        norm: p of the ball, 2 (default) or ``inf`` or any p from 1 on.
-        schedule: Of eps, kappa and beta.
+        norm: p of the lp ball, a number from 1 on or ``inf``, default 2.
+        schedule: Schedules of eps, kappa and beta.
         optimizer: Optimizer and learning rate.
-        evaluation: Of the trained network.
+        evaluation: Settings of the evaluation.
         data_range: Lower and upper end of every pixel, default 0 and 1; None for no range.
         initialization: "default" (torch's) or "ibp" (Z. Shi et al., Fast certified robust training with short warmup,
             NeurIPS 2021).
-        seed: Of what a step draws (random slopes, attacks, dropout), default 0.
+        seed: Seed of what a step draws (random slopes, attacks, dropout), default 0.
 
     Attributes:
-        model: The network itself, a plain torch module.
-        bounded: Its graph, None before the first step.
-        resume_lr: Learning rate to go on with in place of the optimizer's, default None: its own.
-        rates: [step, learning rate] of each such change.
+        model: The network, a plain torch module.
+        bounded: Graph of the network, None before the first step.
+        resume_lr: Learning rate from which to resume, in place of the optimizer's; default None for no change.
+        rates: [step, learning rate] of each change by `resume_lr`.
 
     Raises:
-        ConfigError: Anything of it cannot be.
+        ConfigError: A setting is out of range, or two settings contradict each other.
     """
 
     def __init__(
@@ -123,42 +123,47 @@ class CertifiedClassifier(LightningModule):
         self._saved_iterations: dict[str, Tensor] = {}
         self._losses: list[float | Tensor] = [0.0, 0]
         self._counts = torch.zeros(4)
-        self._batch_size = 0  # of this process, the largest so far: the last of a user's epoch may be smaller
+        self._batch_size = 0  # the largest batch of this process so far: the last one of an epoch may be smaller
         self._certifier: Certifier | None = None
-        self._never_finite = _not_finite(self.model)  # such as a mask of a user's
+        self._never_finite = _not_finite(self.model)  # infinite from the start, such as a user's mask
         self.resume_lr: float | None = None
         self.rates: list[list[float]] = []
 
     bounded: BoundedModule | None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, (B, classes)."""
+        """Logits of images, (B, C, H, W) -> (B, classes)."""
         return self.model(x)
 
     # --- training ---
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Number of optimizer steps in an epoch."""
         batches = self.trainer.num_training_batches
         return max(1, math.ceil(batches / self.trainer.accumulate_grad_batches))
 
     def values(self) -> Values:
-        """eps, kappa and beta of the step that comes next."""
+        """Radius and weights of the loss at the next step."""
         return self.schedule.at(self.global_step, self.steps_per_epoch, self.eps)
 
     @property
     def ramp_done(self) -> bool:
-        """Whether the last step was at the full eps."""
+        """Whether the last step was at the end of all schedules, hence at the full eps."""
         return self.schedule.done(self.global_step, self.steps_per_epoch)
 
     def on_fit_start(self) -> None:
-        """Check the schedule against the length of the training, and the trainer against what bounds can take."""
+        """Check that the schedule ends before the training does, and that bounds work with the trainer's settings."""
         self.check_trainer(self.trainer)
         self.schedule.check(self.eps, self.trainer.max_epochs if self.trainer.max_epochs != -1 else None)
 
     def check_trainer(self, trainer: Trainer, synchronize: bool = False) -> None:
-        """Raise ConfigError for synchronized batch norms, and for numbers of less than 32 bits."""
+        """Raise ConfigError for settings of the trainer with which bounds do not work.
+
+        Args:
+            trainer: Its precision must be 32 or 64 bits.
+            synchronize: Whether the trainer synchronizes batch norms, which must not be; default False.
+        """
         kind = nn.modules.batchnorm._BatchNorm if synchronize else nn.SyncBatchNorm
         if any(isinstance(layer, kind) for layer in self.model.modules()):
             raise ConfigError(
@@ -171,7 +176,7 @@ class CertifiedClassifier(LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Take another learning rate, where `resume_lr` says so."""
+        """Change the learning rate to `resume_lr`, if it is set."""
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         assert isinstance(optimizer, torch.optim.Optimizer)
         assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
@@ -179,12 +184,16 @@ class CertifiedClassifier(LightningModule):
             self.rates.append([self.global_step, self.resume_lr])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make what the step draws a function of seed, step and process: a resumed run draws the same."""
+        """Seed torch's generator from seed, step and process, so that a resumed run draws the same."""
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
         torch.manual_seed((self.seed * 1_000_003 + step) * 4096 + self.global_rank)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch."""
+        """Loss of a training batch, a pair of images and labels, at the scheduled eps; 0-dim.
+
+        Raises:
+            ConfigError: The batch is no such pair, or the loss is not finite.
+        """
         if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(p, Tensor) for p in batch)):
             raise ConfigError(f"a batch is (images, labels), two tensors; the training data gave a {_told(batch)}")
         x, y = batch
@@ -198,8 +207,9 @@ class CertifiedClassifier(LightningModule):
                 "one out, by drop_last=True of the DataLoader"
             ) from error
         self._losses = [self._losses[0] + loss.detach() * len(x), self._losses[1] + len(x)]
-        # Reading a number of a GPU waits for all that was queued there. The sum keeps a NaN until it is read. Processes
-        # end together, at the end of an epoch, or as one of them saves the weights that they share.
+        # Reading a number from a GPU waits for all queued work, so the loss is checked every 50 steps; the sum keeps a
+        # NaN until then. Several processes must stop together, so they check at the end of an epoch, or when the shared
+        # weights are saved.
         if self.trainer.world_size == 1 and (self.device.type == "cpu" or self.global_step % _LOOK_EVERY == 0):
             self._check_loss(float(self._losses[0]))
         return loss
@@ -219,12 +229,12 @@ class CertifiedClassifier(LightningModule):
         )
 
     def batch_loss(self, x: Tensor, y: Tensor, values: Values) -> Tensor:
-        """The loss of a batch at given eps, kappa and beta.
+        """Loss of a batch at given values of the schedule.
 
         Args:
             x: Images, (B, C, H, W).
             y: Labels, (B,).
-            values: Of the schedule.
+            values: eps, kappa, beta and the weight of GradDiv.
 
         Returns:
             Mean over the batch, 0-dim.
@@ -242,11 +252,14 @@ class CertifiedClassifier(LightningModule):
 
     @property
     def randomized(self) -> bool:
-        """Whether the network draws at every call: there is nothing to bound then, and an ensemble to attack."""
+        """Whether the network is randomized: then nothing is bounded, and an ensemble is attacked in validation."""
         return bool(self.network.randomized)
 
     def _graph(self, x: Tensor) -> BoundedModule:
-        """The graph for inputs of this shape, built before anything is computed of the weights that it touches."""
+        """The graph for inputs of this shape; a new one keeps the vectors of the power iterations.
+
+        It must be built before the logits are computed from the weights, because building it touches the weights.
+        """
         if self.bounded is not None and self._graph_shape == x.shape:
             return self.bounded
         iterations = self._iterations()
@@ -255,18 +268,22 @@ class CertifiedClassifier(LightningModule):
         for name, u in iterations.items():
             if name in bounded.power_iterations:
                 bounded.power_iterations[name].load_state_dict({"u": u})
-        object.__setattr__(self, "bounded", bounded)  # no submodule: its parameters are the model's
+        object.__setattr__(self, "bounded", bounded)  # not a submodule, because its parameters are those of the model
         self._graph_shape = x.shape
         return bounded
 
     def _iterations(self) -> dict[str, Tensor]:
-        """Vectors of the power iterations, by node."""
+        """Node -> vector of its power iteration."""
         if self.bounded is None:
             return self._saved_iterations
         return {name: iteration.u.detach().clone() for name, iteration in self.bounded.power_iterations.items()}
 
     def on_train_epoch_end(self) -> None:
-        """Report the epoch: mean loss of all processes, and the values of its last step."""
+        """Log the mean loss over all processes, and eps, weights and learning rate of the last step.
+
+        Raises:
+            ConfigError: The loss is not finite.
+        """
         total, count = (float(part) for part in self._reduced(torch.tensor([float(part) for part in self._losses])))
         self._losses = [0.0, 0]
         self._check_loss(total)
@@ -279,7 +296,7 @@ class CertifiedClassifier(LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        """Optimizer and, by epoch, learning rate."""
+        """The optimizer, and the scheduler that sets the learning rate at each epoch."""
         optimizer, scheduler = self.optimizer_config.make(self.model)
         return [optimizer], [scheduler]
 
@@ -287,17 +304,17 @@ class CertifiedClassifier(LightningModule):
 
     @property
     def verifier(self) -> str:
-        """Method that verifies."""
+        """Bound method that verifies in validation."""
         return self.evaluation.method or self.loss.objective.verifier(self.norm)
 
     def verifier_options(self) -> dict[str, Any]:
-        """Its options; what is drawn at random is drawn from a fixed seed."""
+        """Options of `verifier`; random slopes get a fixed seed."""
         drawn = {"seed": 0} if self.verifier == "sparse-slope" else {}
         same = self.loss.options if self.verifier == self.loss.objective.verify else {}
         return drawn | same | self.evaluation.options
 
     def on_validation_epoch_start(self) -> None:
-        """Copy the network as it is now, in float64."""
+        """Copy the current network in float64, to certify the validation samples."""
         self._counts = torch.zeros(4)
         if self.randomized:
             return
@@ -307,7 +324,10 @@ class CertifiedClassifier(LightningModule):
         )  # fmt: skip
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count what is classified, attacked and certified; bounds are sound, in float64, with sound norms."""
+        """Count the samples of a batch that are classified correctly, withstand the attack, and are certified.
+
+        Bounds are computed in float64, with sound norms. For a randomized network, accuracies are those of an ensemble.
+        """
         x, y = batch
         if self.randomized:
             with torch.inference_mode(False):
@@ -325,7 +345,7 @@ class CertifiedClassifier(LightningModule):
         self._counts += torch.tensor([len(x), clean, robust, found.count("certified")])
 
     def on_validation_epoch_end(self) -> None:
-        """Report fractions of all samples."""
+        """Log ``val_clean``, ``val_pgd`` and ``val_verified``, as fractions of the samples of all processes."""
         self._certifier = None
         total, *counts = self._reduced(self._counts).tolist()
         names = ("val_clean", "val_pgd", "val_verified")
@@ -342,11 +362,11 @@ class CertifiedClassifier(LightningModule):
         return self.attack(self.evaluation.attack_steps) is not None
 
     def attack(self, steps: int) -> Attack | None:
-        """The attack that evaluates, with so many steps; None for 0, and for l1 balls, for which there is none."""
+        """The attack of the evaluation with a number of steps; None for 0 steps, and for l1 balls."""
         return make_attack(self.evaluation.attack, steps=steps) if steps and self.norm != 1 else None
 
     def _reduced(self, values: Tensor) -> Tensor:
-        """Sum over all processes."""
+        """Sum of the values (K,) over all processes."""
         gathered = self.all_gather(values.to(self.device, torch.float32))
         assert isinstance(gathered, Tensor)
         return gathered.reshape(-1, len(values)).sum(0)
@@ -354,7 +374,7 @@ class CertifiedClassifier(LightningModule):
     # --- checkpoints ---
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the vectors of the power iterations, the running loss, and which network this is.
+        """Add the network's configuration, the vectors of the power iterations and the running loss to a checkpoint.
 
         Raises:
             ConfigError: A weight is not finite.
@@ -371,7 +391,7 @@ class CertifiedClassifier(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them back.
+        """Restore what `on_save_checkpoint` added.
 
         Raises:
             ConfigError: The checkpoint is of another network, or of another program.
@@ -420,7 +440,7 @@ def _check_range(data_range: list[float] | None) -> tuple[float | None, float | 
 def _check_radius(
     name: str, eps: float, norm: float, shape: list[int], data_range: tuple[float | None, float | None]
 ) -> None:
-    """Raise ConfigError for a radius that is none, or at which any two images can be turned into the same one."""
+    """Raise ConfigError for a radius or norm out of range, or one at which the balls of all images intersect."""
     if not norm >= 1:
         raise ConfigError(f"model.norm must be 1 or more, got {norm}")
     if not 0 <= eps < math.inf:
@@ -438,7 +458,7 @@ def _check_radius(
 
 
 def _initialize(model: nn.Module, name: str) -> None:
-    """IBP-aware weights: N(0, 2 pi / fan_in^2), so that boxes keep their width from layer to layer."""
+    """Initialize the weights; "ibp" draws from N(0, 2 pi / fan_in^2), so that boxes keep their width over layers."""
     if name not in ("default", "ibp"):
         raise ConfigError(f"unknown initialization {name!r}: known are default and ibp")
     if name == "ibp":

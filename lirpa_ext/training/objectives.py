@@ -1,6 +1,6 @@
-"""The losses of certified training by name: which bound a step takes, and how it mixes with the natural loss.
+"""The losses of certified training by name: the bound that each takes, and its combination with the natural loss.
 
-One table, name -> objective. All of them go through `lirpa_ext.worst_case_logits` and `lirpa_ext.mixed_loss`.
+`OBJECTIVES` is the table, name -> `Objective`. The losses are computed by the functions of `lirpa_ext.training.losses`.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ __all__ = ["OBJECTIVES", "Loss", "Objective", "Step", "register_loss", "register
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss.
+    """Definition of a loss, an entry of `OBJECTIVES`.
 
     Attributes:
-        method: Bound of the worst-case logits, a method of `BoundedModule.compute_bounds`; "" for none.
-        verify: Method that verifies the trained network: the same with sound norms. "" for the norm's best here,
-            "bcp-crown" for l2 and "sparse-slope" for l-infinity.
-        estimate: Whether training takes estimated norms.
-        mixes: Whether beta mixes the bound with IBP's.
-        attack: Train on the points of a PGD attack in place of a bound.
-        randomized: The network that it trains, an entry of `RANDOMIZED`; "" for a deterministic one.
-        function: The loss itself, for one that is registered: `Step` and options -> mean over the batch. The fields
-            above are then not read, but for `verify`.
+        method: Bound method of the worst-case logits, of `BoundedModule.compute_bounds`; "" for none.
+        verify: Method that verifies the trained network. "" for "sparse-slope" in l-infinity balls, and for "bcp-crown"
+            in all others.
+        estimate: Whether training uses estimated spectral norms.
+        mixes: Whether beta mixes the bound with that of IBP.
+        attack: Whether training uses the points of a PGD attack in place of a bound.
+        randomized: Kind of randomized network that the loss trains, a name of `RANDOMIZED`; "" for a deterministic one.
+        function: For a registered loss, the loss itself: `Step` and options -> mean over the batch. The other fields
+            except `verify` are then not read.
     """
 
     method: str = ""
@@ -55,7 +55,7 @@ class Objective:
     function: Callable[..., Tensor] | None = None
 
     def verifier(self, norm: float) -> str:
-        """Method that verifies, for the norm of the ball."""
+        """Bound method that verifies the trained network in balls of this norm."""
         return self.verify or ("sparse-slope" if norm == math.inf else "bcp-crown")
 
 
@@ -75,14 +75,14 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def register_loss(name: str, function: Callable[..., Tensor], verify: str = "", overwrite: bool = False) -> None:
-    """Add a loss, to be named in a configuration.
+    """Add a loss to `OBJECTIVES`, so that a configuration can name it.
 
     Args:
-        name: Its name.
+        name: Name of the loss.
         function: ``function(step, **options)`` of a `Step` -> mean over the batch, 0-dim. Its further arguments are the
-            loss's options. It is not asked at eps 0, where the loss is the clean one.
-        verify: Method that verifies the trained network; default the norm's best here.
-        overwrite: Replace one that exists.
+            options of the loss. It is not called at eps 0, where the loss is the clean cross entropy.
+        verify: Method that verifies the trained network; default "sparse-slope" in l-infinity balls, else "bcp-crown".
+        overwrite: Whether to replace a loss of this name, default False.
 
     Raises:
         RegistrationError: The name is taken.
@@ -105,19 +105,19 @@ class Loss:
 
     Args:
         name: One of `OBJECTIVES`.
-        options: Options of its method, such as ``{steps: 7, alpha: 0.1, eta: 0.1}`` of "sparse-slope".
-        fused: Bound the loss by one row in place of one a class (`lirpa_ext.fused_cross_entropy`): several times
-            cheaper, and looser. Default False.
-        stability: Weight of the ReLU stability regularizer (C.13), default 0.
-        attack_steps: Steps of PGD where the loss is "pgd", "adv-bnn" or "rse", default 7.
-        step_size: Of the attack on a randomized network, as a fraction of eps; default 1/4, as in the source.
-        attack_draws: Networks of which that attack averages the gradients, default 1.
-        random_start: Whether that attack starts at a random point of the ball; default False, at the clean one.
-        momentum: Of that attack (`lirpa_ext.attacks.PGD`), default 0.
+        options: Options of the bound method, such as ``{steps: 7, alpha: 0.1, eta: 0.1}`` of "sparse-slope".
+        fused: Whether to bound the cross entropy as one function (`lirpa_ext.fused_cross_entropy`), which is several
+            times cheaper than one bound per class, and looser; default False.
+        stability: Weight of the ReLU stability regularizer (Lee, 2021, C.13), default 0.
+        attack_steps: Steps of PGD in the losses "pgd", "adv-bnn" and "rse", default 7.
+        step_size: Step size of the attack on a randomized network as a fraction of eps, default 1/4, as in Lee (2021).
+        attack_draws: Networks over which the attack on a randomized network averages gradients, default 1.
+        random_start: Whether the attack on a randomized network starts at a random point of the ball, default False.
+        momentum: Momentum of the attack on a randomized network (`lirpa_ext.attacks.PGD`), default 0.
         kl_factor: Weight of the KL divergence in "adv-bnn", default 0.02.
         graddiv: Regularizer of a randomized network, one of `lirpa_ext.randomized.REGULARIZERS`, default none. Its
             weight is ``schedule.graddiv``.
-        graddiv_draws: Gradients that it takes, default 3.
+        graddiv_draws: Gradients that the regularizer takes, default 3.
     """
 
     name: str
@@ -135,11 +135,11 @@ class Loss:
 
     @property
     def objective(self) -> Objective:
-        """The entry of the table."""
+        """The definition of the loss, of `OBJECTIVES`."""
         return OBJECTIVES[self.name]
 
     def check(self) -> None:
-        """Raise ConfigError for a name that is not there, or options that its method does not have."""
+        """Raise ConfigError for an unknown name, options that the method does not have, or numbers out of range."""
         load_extensions()
         if self.name not in OBJECTIVES:
             raise ConfigError(f"unknown loss {self.name!r}: known are {', '.join(OBJECTIVES)}")
@@ -174,17 +174,17 @@ class Loss:
 
 @dataclass(frozen=True)
 class Step:
-    """What a loss is computed of: one batch, the graph of the model, the set around each sample, the weights.
+    """Input of a loss: one batch, the graph of the model, the perturbation set, and the weights in the loss.
 
     Attributes:
         bounded: Graph of the model.
         x: Inputs, (B, ...).
         y: Labels, (B,).
-        logits: Clean logits, (B, classes); None to take them of the bound, or of the model where the bound has none.
-        values: eps, kappa and beta.
-        norm: p of the ball.
+        logits: Clean logits, (B, classes). If None, they are taken from the bound, or else computed by the model.
+        values: eps, kappa and beta of the step.
+        norm: p of the lp ball.
         x_L: Lower end of the data range, or None.
-        x_U: Upper end.
+        x_U: Upper end of the data range, or None.
     """
 
     bounded: BoundedModule
@@ -201,26 +201,29 @@ class Step:
         return self.bounded.source(self.x) if self.logits is None else self.logits
 
     def worst(self, method: str, **options: Any) -> Tensor:
-        """Worst-case logits of a method (`lirpa_ext.worst_case_logits`), (B, classes)."""
+        """Worst-case logits by a bound method with options (`lirpa_ext.worst_case_logits`), (B, classes)."""
         return self.clean_and_worst(method, self.logits, **options)[1]
 
     def clean_and_worst(self, method: str, logits: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-        """Clean logits, those given if any, and worst-case logits of a method, (B, classes) each."""
+        """Clean and worst-case logits by a bound method, (B, classes) each; `logits` are the clean ones if known."""
         return clean_and_worst_logits(
             self.bounded, self.x, self.y, self.values.eps, method, self.norm, self.x_L, self.x_U,
             logits=logits, **options,
         )  # fmt: skip
 
     def attacked(self, attack: str = "pgd", eps: float | None = None, **options: Any) -> Tensor:
-        """Logits at the points of an attack, (B, classes): adversarial training, which bounds nothing.
+        """Logits at the points found by an attack, for adversarial training; they are no bound.
 
         Args:
-            attack: One of `lirpa_ext.attacks.ATTACKS`.
+            attack: One of `lirpa_ext.attacks.ATTACKS`, default "pgd".
             eps: Radius, default that of the step.
-            **options: Of the attack.
+            **options: Options of the attack.
+
+        Returns:
+            Logits, (B, classes), differentiable in the model's parameters.
         """
         model = self.bounded.source
-        seed = int(torch.randint(2**62, ()))  # of torch's generator, which the trainer seeds at every step
+        seed = int(torch.randint(2**62, ()))  # from torch's generator, which the trainer seeds at every step
         ball = PerturbationLpNorm(self.values.eps if eps is None else eps, self.norm, self.x_L, self.x_U)
         found = make_attack(attack, **options)(model, self.x, self.y, ball, torch.Generator().manual_seed(seed))
         return model(found.inputs)
@@ -234,16 +237,18 @@ def _check_options(name: str, function: Callable[..., Tensor], options: dict[str
 
 
 def step_loss(loss: Loss, step: Step) -> Tensor:
-    """kappa CE(clean) + (1 - kappa) CE((1 - beta) IBP + beta method) + stability RS: (3.2.13), (C.1.1), (C.13).
+    """Loss of a training step, kappa CE(clean) + (1 - kappa) CE((1 - beta) IBP + beta method) + stability RS.
 
-    What has weight 0 is not computed. At eps 0, where the set is one point, the loss is the clean one.
+    Equations (3.2.13), (C.1.1) and (C.13) of Lee (2021). Terms of weight 0 are not computed. At eps 0, where the set is
+    a single point, the loss is the clean cross entropy.
 
     Args:
-        loss: Which.
-        step: Of what.
+        loss: The loss, by name.
+        step: Batch, graph, set and weights.
 
     Returns:
-        Mean over the batch, 0-dim, differentiable in the model's parameters. With estimated norms it is no bound.
+        Mean over the batch, 0-dim, differentiable in the model's parameters. With estimated norms it is no upper bound
+        on the worst-case loss.
     """
     values, objective = step.values, loss.objective
     total = _robust_loss(loss, objective, step)

@@ -1,4 +1,4 @@
-"""How weights move: the optimizer of a configuration, and its learning rate by epoch."""
+"""The optimizer of a configuration, and its learning rate over the epochs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["Optimizer", "change_rate"]
 
 @dataclass
 class Optimizer:
-    """How weights move.
+    """Optimizer and learning rate of a training.
 
     Args:
-        name: "adam" or "sgd".
-        lr: Learning rate to begin with.
-        momentum: Of "sgd", default 0.
-        weight_decay: Default 0.
-        decay: When the learning rate falls, default never.
-        std_factor: Times lr is the learning rate of the log standard deviations of Adv-BNN, default 1: in a short
-            training they hardly leave where they began.
+        name: "adam" or "sgd", default "adam".
+        lr: Initial learning rate, default 1e-3.
+        momentum: Momentum of "sgd", default 0.
+        weight_decay: Factor of the l2 penalty on the weights, default 0.
+        decay: Epochs at which the learning rate falls, default none.
+        std_factor: Factor of the learning rate of Adv-BNN's log standard deviations, default 1. In a short training
+            they hardly change with a factor of 1.
     """
 
     name: str = "adam"
@@ -38,7 +38,7 @@ class Optimizer:
     std_factor: float = 1.0
 
     def check(self) -> None:
-        """Raise ConfigError for an unknown name or numbers out of range."""
+        """Raise ConfigError for an unknown optimizer, or numbers out of range."""
         if self.name not in ("adam", "sgd"):
             raise ConfigError(f"unknown optimizer {self.name!r}: known are adam and sgd")
         if not 0 < self.lr < math.inf or self.weight_decay < 0 or not 0 <= self.momentum < 1:
@@ -48,7 +48,7 @@ class Optimizer:
         self.decay.check()
 
     def make(self, model: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        """The optimizer of a model's parameters and, by epoch, its learning rate."""
+        """Make the optimizer of a model's parameters, and the scheduler of its learning rate, stepped every epoch."""
         options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
         named = dict(model.named_parameters())
         apart = [name for name in named if self.std_factor != 1 and "log_std." in name]
@@ -64,7 +64,16 @@ class Optimizer:
 
 
 def change_rate(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, lr: float) -> bool:
-    """Go on as if the learning rate had begun at `lr`; decay and std_factor stay. Whether that changes anything."""
+    """Change the initial learning rate of a running training; decay and the ratios between groups stay.
+
+    Args:
+        optimizer: The optimizer, changed in place.
+        scheduler: Scheduler of the optimizer, changed in place.
+        lr: New initial learning rate of the first group.
+
+    Returns:
+        Whether the rate was another one before.
+    """
     before = scheduler.base_lrs[0]
     if before == lr:
         return False

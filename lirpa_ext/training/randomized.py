@@ -1,8 +1,9 @@
-"""Adversarial training of randomized networks, with GradDiv, and what takes the place of certificates for them.
+"""Adversarial training of randomized networks with GradDiv, and their evaluation by an ensemble.
 
-S. Lee (2021), 2.2: L(X) + lambda R(X), (2.2.20), with L the loss at the points of an attack on the randomized network:
-Adv-BNN's evidence lower bound, or RSE's cross entropy. Nothing is verified of a randomized network; validation gives
-the accuracy of an ensemble, clean and under EOT-PGD, judged by draws that the attack has not seen.
+The loss is L(X) + lambda R(X), equation (2.2.20) of S. Lee (2021): L is the loss at the points of an attack on the
+randomized network (for Adv-BNN the negative evidence lower bound, for RSE the cross entropy), R the regularizer.
+Nothing is verified of a randomized network; validation gives the accuracy of an ensemble, clean and under EOT-PGD,
+judged by networks drawn after the attack.
 """
 
 from __future__ import annotations
@@ -36,7 +37,17 @@ __all__ = ["EnsembleReport", "check_randomized", "ensemble_report", "randomized_
 
 
 def check_randomized(network: Network, loss: Loss, schedule: Schedule, evaluation: Evaluation) -> None:
-    """Raise ConfigError unless the loss is one of this network, GradDiv has a name and a weight, and attacks a step."""
+    """Raise ConfigError unless the settings of a training go together, as far as randomized networks are concerned.
+
+    The loss must be for the kind of network, GradDiv needs both a name and a weight, and the evaluation of a randomized
+    network needs an attack and no bound.
+
+    Args:
+        network: The network.
+        loss: The loss.
+        schedule: The schedule, which has the weight of GradDiv.
+        evaluation: Settings of the evaluation.
+    """
     wanted = loss.objective.randomized
     if network.randomized != wanted:
         raise ConfigError(
@@ -64,18 +75,18 @@ def check_randomized(network: Network, loss: Loss, schedule: Schedule, evaluatio
 def randomized_loss(
     loss: Loss, model: nn.Module, x: Tensor, y: Tensor, ball: PerturbationLpNorm, values: Values, samples: int
 ) -> Tensor:
-    """kappa L(X) + (1 - kappa) L(X') + lambda R(X), X' the end of an attack on X, (2.2.20).
+    """kappa L(X) + (1 - kappa) L(X') + lambda R(X), with X' the end of an attack on X; (2.2.20) of Lee (2021).
 
-    What has weight 0 is not computed. Batch norm takes the clean batch's statistics in the attack and in R.
+    Terms of weight 0 are not computed. In the attack and in R, batch norms use the statistics of the clean batch.
 
     Args:
-        loss: Which.
+        loss: The loss, with attack and regularizer.
         model: Randomized network, in train mode.
         x: Inputs, (B, ...).
         y: Labels, (B,).
-        ball: The set around each sample; where its eps is 0, X' is X.
-        values: kappa and lambda.
-        samples: Size of the training set.
+        ball: The set around each sample.
+        values: eps (at 0, X' is X), kappa and lambda (``graddiv``).
+        samples: Size of the training set, by which Adv-BNN divides the KL divergence.
 
     Returns:
         Mean over the batch, 0-dim.
@@ -108,33 +119,37 @@ def randomized_loss(
 
 
 def _attack(steps: int, draws: int, step_size: float, random_start: bool = False, momentum: float = 0.0) -> EOT:
-    """EOT-PGD as in the source, whose end counts and not a lucky draw on the way."""
+    """EOT-PGD as in Lee (2021): the last point counts, not the best one, whose score may be that of a lucky draw."""
     attack = PGD(steps, step_size=step_size, loss="cross-entropy", random_start=random_start, momentum=momentum)
     return EOT(attack, draws, keep="final")
 
 
 @dataclass(frozen=True)
 class EnsembleReport:
-    """What `lirpa-ext validate` and `test` say of a randomized network, in the form of a certification report.
+    """Evaluation of a randomized network by ``lirpa-ext validate`` and ``test``, in the form of a certification report.
 
     Attributes:
-        accuracy: At eps 0 and at the eps of the evaluation.
+        accuracy: Accuracies at eps 0 and at the eps of the evaluation.
     """
 
     accuracy: RobustAccuracy
 
     @property
     def summary(self) -> list[dict[str, Any]]:
-        """One row: eps, and fractions of the samples; nothing is verified."""
+        """One row: eps, and clean and PGD accuracy as fractions; ``verified`` is None."""
         clean, attacked = (level.ensemble.value for level in self.accuracy.levels)
         return [{"eps": self.accuracy.levels[1].eps, "clean": clean, "pgd": attacked, "verified": None}]
 
     def table(self) -> str:
-        """Accuracies with their intervals."""
+        """Accuracies with their confidence intervals, as text."""
         return f"{self.accuracy.table()}\n{self.accuracy.summary()}"
 
     def to_json(self, path: Path) -> None:
-        """Write meta, summary and the accuracies with their intervals."""
+        """Write a JSON file with meta data, summary, and the accuracies with their confidence intervals.
+
+        Raises:
+            ResultsError: The file cannot be written.
+        """
         meta = {
             "samples": self.accuracy.samples,
             "method": f"none: ensemble of {self.accuracy.draws} draws, {self.accuracy.attack}",
@@ -145,13 +160,13 @@ class EnsembleReport:
 
 
 def ensemble_report(module: CertifiedClassifier, data: Pair, final: bool, seed: int = 0) -> EnsembleReport:
-    """Accuracy of an ensemble, clean and under EOT-PGD at the evaluation's eps, judged by fresh draws.
+    """Accuracy of an ensemble, clean and under EOT-PGD at the evaluation's eps, judged by networks drawn afterwards.
 
     Args:
-        module: Trained module; its network is evaluated in eval mode.
-        data: Inputs (B, ...) and labels (B,).
-        final: Attack with the final steps and draws, else with those of the validation after each epoch.
-        seed: Of all draws.
+        module: Trained module; its network is put in eval mode.
+        data: Inputs, (N, ...), and labels, (N,).
+        final: Whether to attack with the final steps and draws; else with those of the validation after each epoch.
+        seed: Seed of all draws, default 0.
     """
     chosen = module.evaluation
     steps, draws = (

@@ -47,12 +47,16 @@ COLUMNS = (
 
 
 class Metrics(Checkpoint):
-    """Writes ``metrics.csv`` and ``learning_curve.png`` after each epoch. Rows are in the checkpoints: none is lost,
-    and none is there twice, when a run goes on. A `Checkpoint` for its place: after the module's own hook, before
-    those that save.
+    """Callback that writes ``metrics.csv`` and ``learning_curve.png`` after each epoch.
+
+    The rows are in the checkpoints, so that a resumed run neither loses nor repeats one. The class derives from
+    Lightning's ``Checkpoint`` to run after the module's own hooks and before the callbacks that save.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
+
+    Attributes:
+        rows: One dict for each epoch so far, with the keys `COLUMNS`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,15 +66,15 @@ class Metrics(Checkpoint):
         self._start, self._before, self._ended = time.perf_counter(), 0.0, False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock of the epoch."""
         self._start, self._ended = time.perf_counter(), False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what was found for the row of this epoch: there may be epochs without a validation."""
+        """Keep the metrics of the validation for the row of this epoch; some epochs have no validation."""
         self._validation = {name: value for name, value in _metrics(trainer).items() if name.startswith("val_")}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the row of the epoch."""
+        """Add the row of the epoch, and write the files."""
         if cut_short(trainer):
             return
         metrics = {name: value for name, value in _metrics(trainer).items() if not name.startswith("val_")}
@@ -89,11 +93,11 @@ class Metrics(Checkpoint):
         return round(self._before + time.perf_counter() - self._start, 3)
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows so far, and of an epoch that has not ended what its last validation found and the seconds spent."""
+        """The rows, and for an epoch that has not ended its validation metrics and the seconds spent."""
         return {"rows": self.rows, "validation": self._validation, "before": 0.0 if self._ended else self._elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Restore the rows, validation metrics and seconds."""
         self.rows, self._before = list(state_dict["rows"]), float(state_dict["before"])
         self._validation = dict(state_dict.get("validation", {}))
 
@@ -103,7 +107,7 @@ def _metrics(trainer: Trainer) -> dict[str, float]:
 
 
 def environment(trainer: Trainer, seed: int) -> dict[str, Any]:
-    """What a figure may depend on besides the configuration."""
+    """Versions, machine and seed, on which results may depend besides the configuration."""
     return {
         "package_version": __version__,
         "engine": f"auto_LiRPA {engine.engine_version()}",
@@ -121,26 +125,53 @@ def environment(trainer: Trainer, seed: int) -> dict[str, Any]:
 
 
 def save_network(module: CertifiedClassifier, folder: Path) -> None:
-    """Write ``model.pt`` and ``model.onnx``, and the model card."""
+    """Write ``model.pt``, ``model.onnx`` (except for a randomized network) and the model card.
+
+    Args:
+        module: The trained module; its network is moved to the CPU and put in eval mode.
+        folder: Folder of the run.
+
+    Raises:
+        ResultsError: A file cannot be written.
+    """
     model, network = module.model.cpu().eval(), module.network
-    if ":" in network.name:  # whose code only the user may name: load_model(path, "package.module:callable")
+    if ":" in network.name:  # code of the user, which load_model(path, "package.module:callable") must name
         write_tensors(folder / "model.pt", model.state_dict())
     else:
         save_model(model, folder / "model.pt", "lirpa_ext.models.architectures:named_network", **vars(network))
-    if not module.randomized:  # a trace would hold one draw for ever
+    if not module.randomized:  # a traced network would have one draw fixed
         export_onnx(model, network.input_shape, folder / "model.onnx")
     write_card(folder)
 
 
 def write_environment(trainer: Trainer, seed: int, rates: list[list[float]], folder: Path) -> None:
-    """Write ``environment.json``; `rates` are the changes of the learning rate while training, [step, rate]."""
+    """Write ``environment.json`` into the folder of a run.
+
+    Args:
+        trainer: Trainer of the run.
+        seed: Seed of the run.
+        rates: [step, learning rate] of each change of the learning rate on resuming.
+        folder: Folder of the run.
+
+    Raises:
+        ResultsError: The file cannot be written.
+    """
     changes = {"learning_rates": rates} if rates else {}
     text = json.dumps(environment(trainer, seed) | changes, indent=1) + "\n"
     write_whole(folder / "environment.json", text)
 
 
 def export_onnx(model: nn.Module, input_shape: list[int], path: Path) -> None:
-    """Write a classifier as ONNX, of any batch size."""
+    """Write a classifier as an ONNX file that takes any batch size.
+
+    Args:
+        model: The classifier, in eval mode.
+        input_shape: Shape of one image, (C, H, W).
+        path: File to write.
+
+    Raises:
+        ResultsError: The file cannot be written.
+    """
     dtype = next((value.dtype for value in model.parameters()), None)
     image = torch.zeros(1, *input_shape, dtype=dtype)
     with replacing(path) as written, warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""A run from its configuration: parse, check, fit or resume, and certify what came out. `lirpa-ext fit` calls this."""
+"""A run from its configuration: train or resume, and certify the trained network. ``lirpa-ext fit`` calls this."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FILES = ("last.ckpt", "best.ckpt", "metrics.csv", "model.pt", "model.onnx", "te
 
 
 def _instantiate(config: Namespace) -> Namespace:
-    """Model, data, and what the trainer is made of; weights depend on the seed alone."""
+    """Make module and data, and the trainer's arguments; the initial weights depend on the seed alone."""
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     seed_everything(config.seed, verbose=False)
     made = parser().instantiate_classes(config)
@@ -45,13 +45,13 @@ def _instantiate(config: Namespace) -> Namespace:
 
 
 def fit(config: Namespace) -> CertifiedClassifier:
-    """Train, or go on with a run that was stopped, and write its folder.
+    """Train a network, or resume a run that was stopped, and write the folder of the run.
 
     Args:
-        config: Of `parse`.
+        config: Configuration of `parse`.
 
     Returns:
-        The module with the best weights after the ramp.
+        The module with the best weights after the ramp; the last weights if no epoch was judged.
 
     Raises:
         ConfigError: The configuration cannot be run, the folder holds another run or its checkpoint is corrupt, or a
@@ -60,7 +60,7 @@ def fit(config: Namespace) -> CertifiedClassifier:
         ResultsError: The folder cannot be written, or another process trains in it.
     """
     folder = Path(config.run)
-    if _is_child():  # another process of the same run, which has the lock
+    if _is_child():  # the first process of this run holds the lock
         return _fit(config, folder)
     make_folder(folder)
     with locked(folder / "run"):
@@ -115,10 +115,13 @@ def _train(trainer: Trainer, model: CertifiedClassifier, data: Any, config: Name
 
 
 def is_tested(config: Namespace) -> bool:
-    """Whether the run of this configuration is finished, and ``test.json`` is of it.
+    """Whether the run of this configuration is finished and its ``test.json`` exists.
+
+    Args:
+        config: Configuration of `parse`.
 
     Raises:
-        ConfigError: The folder holds another run, or one that cannot be read.
+        ConfigError: A file in the folder cannot be read.
     """
     folder = Path(config.run)
     if not (folder / "test.json").is_file() or differences(config, folder, length=True):
@@ -128,18 +131,20 @@ def is_tested(config: Namespace) -> bool:
 
 
 def evaluate(config: Namespace, command: str) -> Report | EnsembleReport:
-    """Certify the run's best network on the validation samples or the test split, and write the report to its folder.
+    """Certify the best network of a run on the validation samples or the test split, and write the report.
 
     Args:
-        config: Of `parse`.
-        command: "validate" or "test".
+        config: Configuration of `parse`.
+        command: "validate" or "test"; the report is written to ``validate.json`` or ``test.json``.
 
     Returns:
-        The report: clean, PGD and verified accuracy, in float64 with sound norms. Of a randomized network: accuracy of
-        an ensemble, clean and under EOT-PGD.
+        The report: clean, PGD and verified accuracy, in float64 with sound norms. For a randomized network, the
+        accuracy of an ensemble, clean and under EOT-PGD.
 
     Raises:
         ConfigError: There is no checkpoint, or it is of another network.
+        DataError: The data are missing or corrupt.
+        ResultsError: The report cannot be written.
     """
     folder = Path(config.run)
     chosen = config.checkpoint or next((p for p in (folder / "best.ckpt", folder / "last.ckpt") if p.is_file()), None)
@@ -171,7 +176,7 @@ def _reported(model: CertifiedClassifier, loader: Any, batch_size: int, progress
 
 
 def _check_batch(model: CertifiedClassifier, data: LightningDataModule) -> None:
-    """Raise ConfigError unless the images fit network and data range, and the labels its classes."""
+    """Raise ConfigError unless the images fit the network and the data range, and the labels its classes."""
     x, y = next(iter(data.val_dataloader()))
     shape, wanted = tuple(x.shape[1:]), tuple(model.network.input_shape)
     if shape != wanted:
@@ -192,10 +197,10 @@ def _is_child() -> bool:
 
 
 def _state(config: Namespace, folder: Path, model: CertifiedClassifier) -> State | None:
-    """What to go on from in this folder; None for a run that starts anew.
+    """The state from which to resume; None for a run that starts anew.
 
     Raises:
-        ConfigError: The folder holds another run, its checkpoints are corrupt, or there is nothing to go on from.
+        ConfigError: The folder holds another run, its checkpoints are corrupt, or ``--resume_lr`` has no checkpoint.
     """
     state = State.read(folder) if config.resume else None
     if state is None:
@@ -213,7 +218,7 @@ def _state(config: Namespace, folder: Path, model: CertifiedClassifier) -> State
 
 
 def _clear(folder: Path, names: Sequence[str], keep: bool) -> None:
-    """Remove what will not be true of the network that is going to be trained."""
+    """Remove files of an earlier training, which would not describe the new network."""
     try:
         for name in () if keep else names:
             (folder / name).unlink(missing_ok=True)
@@ -242,7 +247,7 @@ def _trainer(made: Namespace, folder: Path, callbacks: list[Any], progress: bool
 
 
 def _tensorboard(folder: Path) -> Any:
-    """TensorBoard's logger where the package is installed; ``metrics.csv`` is written in any case."""
+    """TensorBoard's logger, or False if the package is not installed; ``metrics.csv`` is written in any case."""
     try:
         from lightning.pytorch.loggers import TensorBoardLogger
 

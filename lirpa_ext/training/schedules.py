@@ -1,4 +1,4 @@
-"""What changes from step to step: eps, the weights in the loss, and the learning rate. Plain numbers only."""
+"""Schedules of eps, of the weights in the loss, and of the learning rate. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,18 @@ __all__ = ["Decay", "Ramp", "Schedule", "Values", "number"]
 
 
 def number(value: float | str, name: str) -> float:
-    """A number, or a fraction such as ``8/255``, or ``inf``.
+    """Read a number, a fraction such as ``8/255``, or ``inf``.
+
+    Args:
+        value: The number or text.
+        name: Name of the setting, for the error message.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: The value is none of these.
+
+    Example:
+        >>> number("1/4", "model.eps")
+        0.25
     """
     try:
         above, slash, below = str(value).partition("/")
@@ -25,7 +33,7 @@ def number(value: float | str, name: str) -> float:
 
 @dataclass
 class Ramp:
-    """From one value to another, linearly and step by step: `start` before the ramp, exactly `end` after it.
+    """A value that is `start` during warm-up, changes linearly with every step of the ramp, and is `end` after it.
 
     Args:
         start: Value during warm-up.
@@ -39,12 +47,12 @@ class Ramp:
         """Value at a step.
 
         Args:
-            step: Counted from 0 over the whole training.
-            warmup: Steps before the ramp.
-            ramp: Steps of the ramp; its k-th has come k / ramp of the way, so the last is at the end.
+            step: Number of the step, counted from 0 over the whole training.
+            warmup: Number of steps before the ramp.
+            ramp: Number of steps of the ramp. At its k-th step, the value is start + (end - start) k / ramp.
 
         Returns:
-            A number between `start` and `end`, both included; never beyond, whatever rounding does.
+            A number between `start` and `end`, both included; rounding never takes it beyond.
 
         Example:
             >>> [Ramp(0.0, 0.3).at(step, warmup=1, ramp=3) for step in range(5)]
@@ -60,12 +68,12 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Values:
-    """Of one step.
+    """Radius and weights of the loss at one step; equations of Lee (2021).
 
     Attributes:
         eps: Radius, in units of the raw input.
-        kappa: Weight of the natural loss, in [0, 1]; (3.2.13) has lambda = 1 - kappa.
-        beta: Weight of the method's bound against IBP's, in [0, 1].
+        kappa: Weight of the natural loss, in [0, 1]; 1 - lambda in (3.2.13).
+        beta: Weight of the method's bound against that of IBP, in [0, 1].
         graddiv: Weight of the GradDiv regularizer, lambda in (2.2.20), 0 or more.
     """
 
@@ -77,16 +85,16 @@ class Values:
 
 @dataclass
 class Schedule:
-    """Warm-up without perturbation, then a ramp, in epochs; every step has a value of its own.
+    """Warm-up at the start values, then a ramp to the end values; lengths are in epochs, values change every step.
 
     Args:
-        warmup: Epochs at the start values, default 0. Parts of an epoch count.
-        ramp: Epochs from the start values to the end values, default 0.
+        warmup: Epochs at the start values, default 0; fractions are allowed.
+        ramp: Epochs from the start values to the end values, default 0; fractions are allowed.
         eps_start: eps before the ramp, default 0: natural training.
         kappa: Weight of the natural loss before and after the ramp, default from 1 to 0.
-        beta: Weight of the method's bound against IBP's, default from 1 to 1: the method alone.
+        beta: Weight of the method's bound against that of IBP, default from 1 to 1: the method alone.
         graddiv: Weight of the GradDiv regularizer of a randomized network, default from 0 to 0: none.
-        graddiv_ramp: Epochs of its own warm-up and ramp, default those of eps.
+        graddiv_ramp: Epochs of warm-up and ramp of the GradDiv weight, default those of eps.
     """
 
     warmup: float = 0.0
@@ -98,11 +106,11 @@ class Schedule:
     graddiv_ramp: list[float] | None = None
 
     def check(self, eps: float, epochs: float | None) -> None:
-        """Raise ConfigError unless the schedule makes sense and its ramp ends before training does.
+        """Raise ConfigError unless all values are in range and the ramp ends before the training does.
 
         Args:
-            eps: Target.
-            epochs: Of the whole training; None if that is open.
+            eps: eps at the end of the ramp.
+            epochs: Epochs of the whole training; None if the number is not known.
         """
         own = self.graddiv_ramp or []
         if self.graddiv_ramp is not None and len(own) != 2:
@@ -127,27 +135,27 @@ class Schedule:
 
     @property
     def _epochs(self) -> list[list[float]]:
-        """Warm-up and ramp: of eps, kappa and beta, and of GradDiv's weight."""
+        """[warm-up, ramp] in epochs: first of eps, kappa and beta, then of the GradDiv weight."""
         return [[self.warmup, self.ramp], self.graddiv_ramp or [self.warmup, self.ramp]]
 
     def _spans(self, per_epoch: int) -> list[tuple[int, int]]:
-        """The same in steps."""
+        """(warm-up, ramp) in steps: first of eps, kappa and beta, then of the GradDiv weight."""
         return [
             (start := round(warmup * per_epoch), round((warmup + ramp) * per_epoch) - start)
             for warmup, ramp in self._epochs
         ]
 
     def steps(self, per_epoch: int) -> int:
-        """Steps until every value is at its end."""
+        """Number of steps until every value is at its end, for a number of steps in an epoch."""
         return max(warmup + ramp for warmup, ramp in self._spans(per_epoch))
 
     def at(self, step: int, per_epoch: int, eps: float) -> Values:
-        """The values of a step.
+        """Radius and weights at a step.
 
         Args:
-            step: Counted from 0.
-            per_epoch: Steps of an epoch.
-            eps: Target.
+            step: Number of the step, counted from 0.
+            per_epoch: Number of steps in an epoch.
+            eps: eps at the end of the ramp.
         """
         span, graddiv_span = self._spans(per_epoch)
         return Values(
@@ -158,19 +166,19 @@ class Schedule:
         )
 
     def done(self, steps: int, per_epoch: int) -> bool:
-        """Whether the last of so many steps was at the end values."""
+        """Whether the last of `steps` steps was at the end values, with `per_epoch` steps in an epoch."""
         return steps >= max(1, self.steps(per_epoch))
 
 
 @dataclass
 class Decay:
-    """Learning rate rules of Tables B.1 and C.1.2: the rate is multiplied by `gamma` at certain epochs.
+    """Decay of the learning rate, which is multiplied by `gamma` at certain epochs (Lee, 2021, Tables B.1 and C.1.2).
 
     Args:
-        milestones: Those epochs; default none.
-        every: Or: each so many epochs after epoch `after`; 0 (default) for never.
-        after: The first decay is at epoch ``after + every``.
-        gamma: Default 0.1.
+        milestones: Epochs at which the rate is multiplied, default none.
+        every: Epochs between two further multiplications, default 0: no further ones.
+        after: Epoch from which `every` counts, default 0: the first of them is at epoch ``after + every``.
+        gamma: Factor, in (0, 1], default 0.1.
 
     Example:
         >>> [Decay(milestones=[1, 3], gamma=0.5).factor(epoch) for epoch in range(4)]
@@ -183,14 +191,14 @@ class Decay:
     gamma: float = 0.1
 
     def check(self) -> None:
-        """Raise ConfigError for a factor outside of (0, 1], or epochs below 0."""
+        """Raise ConfigError for a gamma outside of (0, 1], or epochs below 0."""
         if not 0 < self.gamma <= 1:
             raise ConfigError(f"decay.gamma must lie in (0, 1], got {self.gamma}")
         if min([*self.milestones, self.every, self.after]) < 0:
             raise ConfigError(f"decay has an epoch below 0: {self}")
 
     def factor(self, epoch: int) -> float:
-        """Factor of the initial learning rate during an epoch, counted from 0."""
+        """Learning rate during an epoch, counted from 0, as a fraction of the initial one."""
         passed = sum(epoch >= milestone for milestone in self.milestones)
         if self.every and epoch > self.after:
             passed += (epoch - self.after) // self.every

@@ -1,6 +1,7 @@
-"""A sweep: one configuration at several eps, losses and seeds, each a run of its own that resumes, in one table.
+"""A sweep: one configuration trained at several eps, losses and seeds, with the results in one table.
 
-The plot is that of Fig. B.4 of the source: standard accuracy against the interval from verified to PGD accuracy.
+Each point is a run of its own, which can be resumed. The plot is that of Fig. B.4 of Lee (2021): standard accuracy
+against the interval from verified to PGD accuracy.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ COLUMNS = ("loss", "eps", "seed", "samples", "clean", "pgd", "verified", "run")
 
 @dataclass(frozen=True)
 class Grid:
-    """What varies; an empty part keeps the value of the configuration.
+    """The values that a sweep varies; an empty tuple keeps the value of the configuration.
 
     Attributes:
-        eps: Radii to train at; evaluation keeps the configuration's own.
+        eps: Radii to train at; the evaluation keeps the radius of the configuration.
         losses: Names of losses.
         seeds: Seeds.
     """
@@ -36,7 +37,11 @@ class Grid:
     seeds: tuple[str, ...] = ()
 
     def points(self) -> list[dict[str, str]]:
-        """One dict of configuration keys and values for each run."""
+        """One dict of configuration keys and values for each run.
+
+        Raises:
+            ConfigError: A loss is unknown, or nothing varies.
+        """
         unknown = [name for name in self.losses if name not in OBJECTIVES]
         if unknown:
             raise ConfigError(f"unknown loss {unknown[0]!r}: known are {', '.join(OBJECTIVES)}")
@@ -48,20 +53,21 @@ class Grid:
 
 
 def sweep(arguments: Sequence[str], grid: Grid, folder: Path) -> list[dict[str, Any]]:
-    """Fit and test every point of the grid, and write ``sweep.csv`` and ``sweep.png`` after each.
+    """Train and test a network at every point of the grid, and write ``sweep.csv`` and ``sweep.png`` after each.
 
-    A point that is finished and tested, by this configuration, is taken as it is; one that was killed goes on.
+    A run that was finished and tested with the same configuration is not repeated; one that was killed is resumed.
 
     Args:
-        arguments: Of `lirpa_ext.training.runs.parse`, those that all runs share.
-        grid: What varies.
-        folder: Each run gets a folder inside of it.
+        arguments: Arguments of `lirpa_ext.training.runs.parse` that all runs share.
+        grid: The values that vary.
+        folder: Folder of the sweep, in which each run gets its own.
 
     Returns:
-        One row for each run: `COLUMNS`, accuracies as fractions.
+        One dict for each run with the keys `COLUMNS`; accuracies are fractions.
 
     Raises:
-        ConfigError: The configuration cannot be run; the first run's, before it starts.
+        ConfigError: The grid or a configuration is wrong; keys and types are checked before the first run starts.
+        DataError, ResultsError: As `lirpa_ext.training.runs.fit`.
     """
     from .runs import evaluate, fit, is_tested, parse
 
@@ -93,7 +99,7 @@ def sweep(arguments: Sequence[str], grid: Grid, folder: Path) -> list[dict[str, 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text, accuracies in percent."""
+    """The rows of `sweep` as a text table, accuracies in percent."""
     lines = [f"{'loss':<14} {'eps':>10} {'seed':>5} {'clean %':>8} {'PGD %':>8} {'verified %':>10}"]
     for row in rows:
         pgd, verified = ("-" if row[key] is None else f"{100 * row[key]:.2f}" for key in ("pgd", "verified"))
@@ -104,9 +110,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot_sweep(rows: list[dict[str, Any]], path: Path) -> None:
-    """Standard accuracy against verified accuracy, with a segment up to PGD's, one line a loss.
+    """Write the plot of a sweep, see `lirpa_ext.training.trade_off.plot_trade_off`.
 
-    Of a randomized network, of which nothing is verified, PGD's alone.
+    Args:
+        rows: Rows of `sweep`.
+        path: PNG, SVG or PDF file to write.
+
+    Raises:
+        ResultsError: The file cannot be written.
     """
     from ..reporting.plots import figure, save
     from .trade_off import TradeOff, plot_trade_off

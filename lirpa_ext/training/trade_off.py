@@ -19,17 +19,18 @@ __all__ = ["TradeOff", "plot_trade_off", "read_trade_off"]
 
 @dataclass(frozen=True)
 class TradeOff(Result):
-    """Standard accuracy against the interval from verified to PGD accuracy, one point a run.
+    """Standard and robust accuracy of the runs of a sweep.
 
     Attributes:
         runs: One dict for each run, as `lirpa_ext.training.sweep.sweep` returns them: loss, eps (of training), seed,
-            samples, run; clean, pgd (None without an attack) and verified, as fractions.
+            samples, run; clean, pgd (None without an attack) and verified (None for a randomized network), as
+            fractions.
     """
 
     runs: list[Row]
 
     def rows(self) -> list[Row]:
-        """The runs, accuracies in percent."""
+        """One row for each run, accuracies in percent."""
         return [
             {key: row[key] for key in ("loss", "eps", "seed", "samples", "run")}
             | {f"{key} %": None if row[key] is None else 100 * row[key] for key in ("clean", "pgd", "verified")}
@@ -37,11 +38,11 @@ class TradeOff(Result):
         ]
 
     def losses(self) -> list[str]:
-        """Names of the losses, each once."""
+        """Names of the losses, without repetition."""
         return list(dict.fromkeys(row["loss"] for row in self.runs))
 
     def summary(self) -> str:
-        """The most verified run of each loss."""
+        """The run with the highest verified accuracy (PGD for randomized networks) of each loss, in words."""
         best = [max((r for r in self.runs if r["loss"] == loss), key=_lowest) for loss in self.losses()]
         told = "; ".join(
             f"{row['loss']} trained at eps {row['eps']}: {100 * row['clean']:.1f}% clean, "
@@ -52,13 +53,13 @@ class TradeOff(Result):
 
 
 def read_trade_off(folder: str | Path) -> TradeOff:
-    """The table of a sweep.
+    """Read the results of a sweep.
 
     Args:
-        folder: Where ``lirpa-ext sweep`` wrote ``sweep.csv``.
+        folder: Folder into which ``lirpa-ext sweep`` wrote ``sweep.csv``.
 
     Raises:
-        ResultsError: There is none, or it is no such table.
+        ResultsError: The file is missing, or no table of a sweep.
     """
     path = Path(folder) / "sweep.csv"
     try:
@@ -77,14 +78,18 @@ def read_trade_off(folder: str | Path) -> TradeOff:
 
 
 def _lowest(row: Row) -> float:
-    """Verified accuracy; of a randomized network, of which nothing is verified, PGD's."""
+    """Verified accuracy of a run; PGD accuracy for a randomized network, of which nothing is verified."""
     return float(row["pgd"] if row["verified"] is None else row["verified"])
 
 
 def plot_trade_off(result: TradeOff, axes: Axes) -> None:
-    """Standard accuracy against verified accuracy, with a segment up to PGD's, one line a loss (Fig. B.4).
+    """Plot verified against standard accuracy, with a segment up to the PGD accuracy; one line for each loss.
 
-    Of a randomized network, of which nothing is verified, PGD's alone.
+    Fig. B.4 of Lee (2021). For a randomized network, of which nothing is verified, the PGD accuracy is plotted.
+
+    Args:
+        result: The runs.
+        axes: Axes to draw on.
     """
     for number, loss in enumerate(result.losses()):
         chosen = sorted((row for row in result.runs if row["loss"] == loss), key=lambda row: row["clean"])

@@ -123,7 +123,9 @@ def _of_error(error: Exception, call: Call | None) -> Outcome:
     if isinstance(error, LirpaExtError):
         return Outcome("refused", call, message)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/lirpa_ext/" in frame.filename]
-    ours = any((Path(frame.filename).name, frame.name) != ("patch.py", "init") for frame in frames)  # it only calls on
+    ours = any(
+        (Path(frame.filename).name, frame.name) != ("register.py", "init") for frame in frames
+    )  # it only calls on
     return Outcome("raw" if ours else "outside", call, message)
 
 

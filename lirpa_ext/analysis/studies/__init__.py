@@ -5,9 +5,7 @@ Each takes models by name, to compare; ``lirpa-ext study`` runs them on the fold
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
+from ...training import of_lightning
 from .gradients import (
     Concentrations,
     CosineMatrix,
@@ -58,11 +56,4 @@ __all__ = [
     "transfer_matrix",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _OF_LIGHTNING:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ...training import require_lightning
-
-    require_lightning()
-    return getattr(importlib.import_module(f".{_OF_LIGHTNING[name]}", __name__), name)
+__getattr__ = of_lightning(__name__, _OF_LIGHTNING)

@@ -106,7 +106,7 @@ def accuracy_study(
         seed: Of all draws.
 
     Raises:
-        InvalidInputError: No model, no number of draws, or as `lirpa_ext.randomized.evaluate`.
+        InvalidInputError: No model, no number of draws, or as `lirpa_ext.certification.evaluate`.
     """
     if not models or not draws:
         raise InvalidInputError("give at least one model, and one number of draws")

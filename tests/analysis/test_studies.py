@@ -29,13 +29,14 @@ from lirpa_ext.analysis.studies import (
     transfer_matrix,
 )
 from lirpa_ext.attacks import EOT, FGSM, PGD, Attack
+from lirpa_ext.certification import evaluate
 from lirpa_ext.certification.robust_accuracy import source_attack, wilson
 from lirpa_ext.cli import main
 from lirpa_ext.errors import InvalidInputError
-from lirpa_ext.randomized import RandomLayer, evaluate, make_adv_bnn
+from lirpa_ext.randomized import RandomLayer, make_adv_bnn
 from lirpa_ext.reporting.plots import alt_text, figure, save
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Pick(RandomLayer):

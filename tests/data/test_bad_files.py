@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lirpa_ext import load_onnx
 from lirpa_ext.errors import DataError, LirpaExtError, OnnxError
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "onnx"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "onnx"
 
 
 def model(**changes):

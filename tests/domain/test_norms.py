@@ -21,7 +21,7 @@ from lirpa_ext.domain.linear_maps import Conv, ConvTranspose, Dense, LinearMap, 
 from lirpa_ext.domain.norms import NormBound, NormCache, NormEstimate, PowerIteration, spectral_norm_bound
 from lirpa_ext.errors import InvalidInputError
 
-REFERENCE = Path(__file__).parents[2] / "shared" / "peers" / "bcp_mnist_state_dict.npz"
+REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "peers" / "bcp_mnist_state_dict.npz"
 
 
 def dense_matrix(linear_map: LinearMap) -> Tensor:

@@ -21,7 +21,7 @@ from lirpa_ext.cli import main
 pytest.importorskip("lightning", reason="training needs Lightning")
 pytest.importorskip("jsonargparse", reason="training needs jsonargparse")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # Seven batches an epoch, two of which make a step: four steps, the last of one batch alone.
 QUICK = [
@@ -52,7 +52,9 @@ class Calls:
             return
         file = frame.f_code.co_filename
         name = frame.f_code.co_name
-        if ("lirpa_ext/training/" in file or file.endswith("lirpa_ext/files.py")) and self.chosen(name, frame):
+        if ("lirpa_ext/training/" in file or file.endswith("lirpa_ext/reporting/files.py")) and self.chosen(
+            name, frame
+        ):
             self.count += 1
             if self.count == self.at:
                 os.kill(os.getpid(), signal.SIGKILL)

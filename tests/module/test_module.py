@@ -394,7 +394,7 @@ def test_lipschitz_of_nan_weights(model, x):
 
 def peak_gib(code):
     """Peak resident memory of a Python process that runs the code."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     code = textwrap.dedent(code) + (
         "\nimport resource, sys\n"
         "unit = 2**30 if sys.platform == 'darwin' else 2**20\n"

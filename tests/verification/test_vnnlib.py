@@ -15,7 +15,7 @@ import pytest
 from lirpa_ext.errors import DataError
 from lirpa_ext.verification.vnnlib import Specification, load_vnnlib
 
-_FOLDER = Path(__file__).resolve().parents[2] / "shared" / "onnx" / "vnnlib"
+_FOLDER = Path(__file__).resolve().parents[3] / "shared" / "onnx" / "vnnlib"
 needs_files = pytest.mark.skipif(not _FOLDER.is_dir(), reason=f"the properties are not there ({_FOLDER})")
 
 

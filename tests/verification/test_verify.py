@@ -21,7 +21,7 @@ from lirpa_ext.engine.limits import Deadline, OutOfTime
 from lirpa_ext.verification.falsify import Judge
 from lirpa_ext.verification.goals import Bounder, Goal
 
-_FOLDER = Path(__file__).resolve().parents[2] / "shared" / "onnx"
+_FOLDER = Path(__file__).resolve().parents[3] / "shared" / "onnx"
 needs_files = pytest.mark.skipif(not _FOLDER.is_dir(), reason=f"the networks are not there ({_FOLDER})")
 BOUNDS = ("IBP", "CROWN-IBP", "CROWN", "alpha-CROWN")
 

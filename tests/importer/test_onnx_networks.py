@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lirpa_ext import BoundedModule, BoundedTensor, ImportedModel, PerturbationLpNorm, load_onnx
 
-_FOLDER = Path(__file__).resolve().parents[2] / "shared" / "onnx"
+_FOLDER = Path(__file__).resolve().parents[3] / "shared" / "onnx"
 NAMES = [
     "acas_1_1", "acas_1d", "burn_mnist16", "cntk_mnist8", "eran_relu_9x200", "lsnc_state", "mar_dropout", "mar_leaky",
     "marabou_cifar_large", "matlab_logsig", "mnist_fc_256x2", "nn4sys_mscn128", "oval_base_gather", "resnet_2b",

@@ -23,7 +23,7 @@ from lirpa_ext.cli import main
 from lirpa_ext.errors import ConfigError, InvalidInputError, ResultsError
 from lirpa_ext.reporting.plots import alt_text, read_alt
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # --- the function ---

@@ -1,4 +1,4 @@
-"""Write the list of what the engine at hand is trusted with: ``python tests/trust/make_list.py``.
+"""Write the list of what the engine at hand is trusted with: ``python tests/engine/make_list.py``.
 
 Runs the contract suite on every case of the catalogue. A kind of node in a configuration is listed for a family of
 bounds if at least one bound was attacked, and every one held. Takes some ten minutes.

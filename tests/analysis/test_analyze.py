@@ -22,7 +22,7 @@ from lirpa_ext.errors import ConfigError, InvalidInputError, RegistrationError, 
 from lirpa_ext.models.loading import load_model
 from lirpa_ext.reporting.plots import figure, read_alt
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def chain(*scales: float) -> nn.Module:

@@ -41,7 +41,7 @@ from lirpa_ext.training import Loss, Network, build
 from lirpa_ext.training.randomized import randomized_loss
 from lirpa_ext.training.schedules import Values
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lirpa_ext import BoundedModule, BoundedTensor, PerturbationLpNorm, engine
 from lirpa_ext.engine.configuration import configuration, kind
 from lirpa_ext.errors import LirpaExtError
+from lirpa_ext.methods import BoundOptions
 
 # The methods of each family, and whether they are attacked with rows of the outputs (True) or on the outputs (False).
 METHODS = {
@@ -109,7 +110,7 @@ def _attacked(
         try:
             with quiet():
                 graph._set_inputs((ball,))
-                bounds = graph._run_engine(method, None, C, method, True, True, {})
+                bounds = graph._run_engine(None, method, BoundOptions(method, C), {})
             lower, upper = bounds[0].detach(), bounds[1].detach()
             assert (lower <= upper + 1e-9 * (1 + search.scale)).all(), "lower above upper"
             assert_contains((lower, upper), search)

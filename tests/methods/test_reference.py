@@ -21,7 +21,7 @@ from lirpa_ext.attacks import PGD
 from lirpa_ext.data import load_data
 from lirpa_ext.domain.specifications import margin_rows
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from reference import load_network, verified
 
 # Norms of the layers before the last (PEERS.md).
