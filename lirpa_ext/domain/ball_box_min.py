@@ -20,7 +20,7 @@ from .lengths import length
 
 __all__ = ["ball_box_min", "merged_min", "relu_ball_box_min", "relu_ball_box_value"]
 
-# Rows of a network need 4 to 8 steps; geometric breakpoints can cost one step each: from here on, sort them.
+# Rows of a network need 4 to 8 steps. Geometric breakpoints can take one step each: after this many, they are sorted.
 _NEWTON_STEPS = 30
 _LOG_SPAN = 30.0  # log mu is sought within this distance of its estimated scale
 
@@ -212,7 +212,7 @@ def _region(center: Tensor, radius: Tensor, lower: Tensor | None, upper: Tensor 
         unit = torch.minimum(radius, torch.maximum(down, up).amax(-1)).unsqueeze(-1)
         unbounded = unit == math.inf
         unit = unit.masked_fill((unit == 0) | unbounded, 1)
-    # No room is larger than 1 if length is the box's; if it is the ball's, the ball binds before a cut at 3.
+    # If the unit is a side of the box, no room exceeds 1; if it is the radius, the ball binds before the cut at 3.
     down, up = ((room / unit).clamp(max=3).unsqueeze(1) for room in (down, up))
     return _Region(center, unit, (radius.unsqueeze(-1) / unit).unsqueeze(-1), down, up, unbounded)
 

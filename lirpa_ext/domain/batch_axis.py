@@ -87,7 +87,7 @@ def _read_axes(node: Any, dims: int) -> tuple[frozenset[int], bool]:
     if name in ("BoundPad", "BoundAnyPad", "BoundRepeatingPad", "BoundTile"):
         widths = constants[0].flatten().tolist()
         if name == "BoundTile":
-            new = len(widths) - dims  # axes that it puts before the first one
+            new = len(widths) - dims  # number of axes that the node adds before the first one
             return frozenset([0] if new > 0 else [i for i, times in enumerate(widths) if times != 1]), False
         return frozenset(i for i in range(dims) if widths[i] or widths[i + dims]), False
     if name == "BoundSlice":

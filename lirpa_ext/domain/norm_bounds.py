@@ -117,7 +117,7 @@ def _(unit: Product) -> list[TangentBound]:
 @_sharp.register
 def _(unit: Scale) -> list[TangentBound]:
     def norm(scale: Scale) -> Tensor:
-        # A^T A is diagonal: the squares of the factors that each input element meets, summed.
+        # A^T A is diagonal, with the sum of the squared factors of each input element.
         ones = torch.ones(1, *scale.input_shape, dtype=scale.dtype, device=scale.device)
         return safe_sqrt(scale.adjoint(scale(ones)).max())
 

@@ -70,7 +70,7 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _geometry(node: Any, *pairs: Sequence[int]) -> list[str]:
-    """Whether the input's map is square and each of the pairs, such as a stride, is one number twice."""
+    """["oblong window"] unless the input's map is square and each pair, such as a stride, holds one number twice."""
     before = node.inputs[0].output_shape
     if len(before) != 4:
         return [f"{len(before) - 2}-D"]

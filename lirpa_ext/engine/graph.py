@@ -157,7 +157,7 @@ def aligned_constants(node: Any) -> list[Any]:
             none.
     """
     joins = tuple(getattr(bound_ops, f"Bound{name}") for name in ("Add", "Sub", "Mul", "Div", "Concat"))
-    stacked = isinstance(node, bound_ops.BoundMatMul) and len(node.output_shape) > 2  # of matrices
+    stacked = isinstance(node, bound_ops.BoundMatMul) and len(node.output_shape) > 2  # a product of stacks of matrices
     aligned = stacked or isinstance(node, joins)
     return [parent for parent in node.inputs if not parent.perturbed] if aligned else []
 
@@ -213,13 +213,13 @@ def _detach_attributes(holder: Any) -> None:
 
 
 def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """All parameters; 0.3's own `parameters()` fails on today's torch."""
+    """All parameters of a module; the method `parameters` of 0.3 fails on today's torch."""
     for part in module.modules():
         yield from (parameter for parameter in part._parameters.values() if parameter is not None)
 
 
 def buffers(module: nn.Module) -> Iterator[Tensor]:
-    """All buffers; 0.3's own `buffers()` fails on today's torch."""
+    """All buffers of a module; the method `buffers` of 0.3 fails on today's torch."""
     for part in module.modules():
         yield from (buffer for buffer in part._buffers.values() if buffer is not None)
 

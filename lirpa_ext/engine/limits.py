@@ -14,11 +14,11 @@ from torch.overrides import TorchFunctionMode
 
 try:
     import resource
-except ImportError:  # no Unix
+except ImportError:  # not on Unix
     resource = None  # type: ignore[assignment]
 
 
-_GRACE = 1.0  # seconds
+_GRACE = 1.0  # seconds for cleaning up after a deadline
 _NO_MEMORY = ("allocate memory", "out of memory", "not enough memory", "alloc_failed")  # the last by CUDA libraries
 
 

@@ -1,4 +1,8 @@
-"""Bound methods: a table from name to function. `base` says what one is; each further file is one method."""
+"""Bound methods, in a table from name to function.
+
+`base` defines the interface of a method and the table, `run` runs a method on a graph, `engine_methods` and
+`substitutes` handle the engine's own methods, and each other file has one method or family of methods.
+"""
 
 from . import bcp, bcp_crown, cap, slopes  # noqa: F401  (they fill the table)
 from .base import (

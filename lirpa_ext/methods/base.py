@@ -1,4 +1,4 @@
-"""What a bound method is, and the table of methods."""
+"""The interface of a bound method, and the table of methods."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from ..passes.ball_box import propagate
 from ..rules import Context, State
 from .relaxation import Relaxation
 
-Bounds = tuple[Tensor | None, Tensor | None]  # lower and upper; None for a side that was not asked
+Bounds = tuple[Tensor | None, Tensor | None]  # lower and upper bounds; None for a side that was not requested
 
 
 @dataclass(frozen=True)
 class BoundOptions:
-    """What a call asks of a method, whichever it is: bounds of C f(x') for every x' in the perturbation set.
+    """The request of a call to any method: bounds of C f(x') over all x' in the perturbation set.
 
     Attributes:
         method: Name of the method, for messages.
-        C: Specification rows, (B, S, outputs) or (1, S, outputs), or None for the outputs themselves.
-        lower: Whether the lower side is asked.
-        upper: Whether the upper side is asked.
+        C: Specification rows, (B, S, outputs) or (1, S, outputs); None (default) for the outputs themselves.
+        lower: Whether lower bounds are requested. Default True.
+        upper: Whether upper bounds are requested. Default True.
     """
 
     method: str
@@ -44,17 +44,17 @@ class BoundOptions:
 
 @dataclass(frozen=True)
 class BoundResult:
-    """What a method found.
+    """Bounds that a method computed, and how.
 
     Attributes:
-        lower: Lower bounds, (B, S) or of the output's shape; None if that side was not asked.
-        upper: Upper bounds, likewise.
-        relaxation: Slopes of the activations, of the methods that choose some.
-        fallbacks: Nodes (name: class) that the engine's interval rule bounded, there being none of ours.
-        ended_rows: Nodes (name: why) at which coefficient rows ended early, at the minimum over the node's set.
-        norms: Norm that each linear node was propagated with, by the name of its weight.
+        lower: Lower bounds, (B, S) or of the output's shape; None if not requested.
+        upper: Upper bounds, (B, S) or of the output's shape; None if not requested.
+        relaxation: Slopes of the activations, for methods that choose slopes; else None.
+        fallbacks: Class of each node without a rule, which interval arithmetic bounded, by node name.
+        ended_rows: Reason why coefficient rows ended early at a node, at the minimum over its set, by node name.
+        norms: Norm that was used for each linear node, 0-dim, by the name of its weight.
         estimate: Whether the norms are estimates, for training; the bounds are then no certificate.
-        clean: f(x), (B, ...), where it was computed on the way.
+        clean: f(x), (B, ...), if it was computed on the way.
     """
 
     lower: Tensor | None
@@ -76,20 +76,20 @@ class BoundResult:
         return iter(self.sides)
 
     def detached(self) -> BoundResult:
-        """The same without autograd graphs."""
+        """The same result without autograd graphs."""
         lower, upper, clean = (t if t is None else t.detach() for t in (*self.sides, self.clean))
         return replace(self, lower=lower, upper=upper, clean=clean)
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph of the engine's, and the norms of its layers.
+    """A graph of the engine, and the spectral norms of its layers.
 
     Attributes:
-        module: The graph, with the input set on it.
-        cache: Norm bounds of its layers.
-        power_iterations: Their power iterations, which estimate norms in training.
-        training: Whether the model is in training mode, where the power iterations move.
+        module: The graph (a BoundedModule of the engine or of this package), with the input set on it.
+        cache: Bounds on the norms of the layers.
+        power_iterations: Power iterations that estimate the norms in training, by the weight's name.
+        training: Whether the model is in training mode, in which power iterations take steps. Default False.
     """
 
     module: nn.Module
@@ -100,11 +100,11 @@ class Graph:
 
 @dataclass(frozen=True)
 class Problem:
-    """A graph, and what is asked of it: the argument of every method.
+    """A graph and the requested bounds: the first argument of every method.
 
     Attributes:
         graph: The graph, with the input set on it.
-        options: What is asked.
+        options: The requested bounds.
     """
 
     graph: Graph
@@ -112,28 +112,30 @@ class Problem:
 
     @property
     def module(self) -> Any:
-        """The engine's BoundedModule."""
+        """The graph's BoundedModule."""
         return self.graph.module
 
     @property
     def C(self) -> Tensor | None:
-        """Specification rows."""
+        """Specification rows, (B or 1, S, outputs), or None."""
         return self.options.C
 
     @property
     def lower(self) -> bool:
-        """Whether the lower side is asked."""
+        """Whether lower bounds are requested."""
         return self.options.lower
 
     @property
     def upper(self) -> bool:
-        """Whether the upper side is asked."""
+        """Whether upper bounds are requested."""
         return self.options.upper
 
     @property
     def final(self) -> Any:
-        """The node that C is of: the graph's output, or where that is log p of a vector the logits before it, if the
-        rows of C sum to 0: C log p = C z - (C 1) LSE(z)."""
+        """The node that C applies to: the graph's output, or the logits z before a final log-softmax.
+
+        The latter if all rows of C sum to 0, since C log p = C z - (C 1) LSE(z) = C z.
+        """
         node = self.module.final_node()
         log_p = type(node) is BoundStableLogSoftmax and len(node.output_shape) == 2
         return node.inputs[0] if log_p and self.C is not None and not self.C.sum(2).any() else node
@@ -142,10 +144,13 @@ class Problem:
         """Context of a propagation.
 
         Args:
-            norms: "bound" (sound) or "estimate" (training).
-            outward: Outward rounding; None for float64 bounds, and for graphs with a function that has a pole or an
-                end of its domain: there the last place of a box decides whether the bound is finite.
+            norms: "bound" (default), sound bounds on spectral norms, or "estimate", lower estimates for training.
+            outward: Outward rounding. None (default) rounds outward, with "bound", in float64, and for graphs with a
+                function that has a pole or a bounded domain: there rounding decides whether a bound is finite.
             **switches: Further switches of `Context`.
+
+        Raises:
+            OptionError: `norms` is unknown.
         """
         if norms not in ("bound", "estimate"):
             raise OptionError(f'norms must be "bound" (sound) or "estimate" (power iteration), got {norms!r}')
@@ -162,7 +167,7 @@ class Problem:
         )
 
     def _dtype(self) -> torch.dtype:
-        """Type that the bounds are computed in: that of the perturbed input, not torch's global default."""
+        """Type that the bounds are computed in: that of the perturbed input."""
         nodes = engine.ancestors_in_order(self.module.final_node())
         return next(node.value.dtype for node in nodes if node.perturbed and type(node) is engine.BoundInput)
 
@@ -172,24 +177,32 @@ class Problem:
         return any(function is not None and function.has_gaps for function in functions)
 
     def propagate(self, context: Context, keep: bool = False) -> dict[str, State]:
-        """Ball and box of the nodes: of all with `keep`, else of the final node and its inputs."""
+        """Ball and box of the nodes, by `lirpa_ext.passes.ball_box.propagate`.
+
+        Args:
+            context: Norms and switches.
+            keep: Return the sets of all nodes. Default False: only those of the final node and its inputs.
+
+        Returns:
+            Set of each perturbed node, value of each constant one, by node name.
+        """
         return propagate(self.module, context, keep, None if keep else self.final)
 
     def both_sides(self, minimum: Callable[[Tensor | None, int], Tensor]) -> Bounds:
-        """The sides of `result`, without what a propagation wrote down. Deprecated."""
+        """Deprecated: the bounds of `result`, without records of a propagation."""
         warnings.warn("Problem.both_sides is Problem.result(context, minimum) now", DeprecationWarning, stacklevel=2)
         return self.result(Context(), minimum).sides
 
     def result(
         self, context: Context, minimum: Callable[[Tensor | None, int], Tensor], relaxation: Relaxation | None = None
     ) -> BoundResult:
-        """The asked sides, each as a minimum: min C f, and max C f = -min -C f.
+        """The requested bounds, from a function for minima: min C f, and max C f = -min -C f.
 
         Args:
-            context: Of the propagation, which knows the norms it used and the nodes without a rule.
-            minimum: (rows C, 1) or (rows -C, -1) -> the minimum of each row, (B, S). The rows are None where the
-                outputs themselves are asked, times 1 or -1.
-            relaxation: Slopes that the method chose.
+            context: Context of the propagation, with its records.
+            minimum: (rows C, 1) or (rows -C, -1) -> lower bound on the minimum of each row, (B, S). If the outputs
+                themselves are requested, the rows are None, and the bounds those of the outputs times 1 or -1.
+            relaxation: Slopes that the method chose. Default None.
         """
         lower = minimum(self.C, 1) if self.lower else None
         upper = -minimum(self.C if self.C is None else -self.C, -1) if self.upper else None
@@ -199,7 +212,7 @@ class Problem:
 def context_result(
     context: Context, lower: Tensor | None, upper: Tensor | None, relaxation: Relaxation | None = None
 ) -> BoundResult:
-    """These bounds, with what the propagation wrote down."""
+    """A result with the given bounds, and the records of a propagation's context."""
     return BoundResult(
         lower, upper, relaxation, dict(context.fallbacks), dict(context.ended), dict(context.norms), context.estimate
     )
@@ -211,11 +224,11 @@ METHODS: dict[str, Method] = {}
 
 @dataclass(frozen=True)
 class Family:
-    """Methods that differ in a variant, ``"family:variant"``, or need options to run.
+    """A family of methods with names ``"family:variant"``, or with required options.
 
     Attributes:
-        find: Variant ("" for the bare name) -> method; raises UnknownMethodError where there is none.
-        names: What the list of known methods says.
+        find: Variant ("" for the bare name) -> method; raises UnknownMethodError for an unknown variant.
+        names: Names of the family's methods, for the list of known methods.
     """
 
     find: Callable[[str], Method]
@@ -225,21 +238,23 @@ class Family:
 FAMILIES: dict[str, Family] = {}
 
 
-_WRAPPED: dict[Method, str | None] = {}  # methods that hand their further options to another
+_WRAPPED: dict[Method, str | None] = {}  # method -> name of the method that it passes its further options to
 
 
 def register_method(name: str, function: Method, overwrite: bool = False, wraps: str | None = None) -> None:
     """Add a bound method, to be used as ``compute_bounds(method=name)``.
 
     Args:
-        name: Name of the method; lower case.
+        name: Name of the method, in lower case.
         function: ``function(problem, *, option=default, ...)`` of a `Problem`, which returns a `BoundResult` or
-            (lower, upper), None for a side that was not asked. Its keyword-only arguments are the method's options.
-        overwrite: Replace a method that exists.
-        wraps: Method that it hands its ``**options`` to, whose options are then its own, too.
+            (lower, upper), with None for a side that was not requested. Its keyword-only arguments are the method's
+            options.
+        overwrite: Replace an existing method. Default False.
+        wraps: Name of a method that the function passes its ``**options`` to; the options of that method then count
+            as options of this one. Default None.
 
     Raises:
-        RegistrationError: The name is taken, by the engine or here, or is not lower case.
+        RegistrationError: The name is taken, by the engine or this package, or is not lower case.
         UnknownMethodError: There is no method `wraps`.
     """
     if name != name.lower():
@@ -255,17 +270,20 @@ def register_method(name: str, function: Method, overwrite: bool = False, wraps:
 
 
 def known_methods() -> list[str]:
-    """Names of all methods, this package's and the engine's."""
+    """Names of all methods, of this package, its extensions, and the engine."""
     load_extensions()
     families = [name for family in FAMILIES.values() for name in family.names]
     return sorted(METHODS) + families + sorted(engine.ENGINE_METHODS)
 
 
 def find_method(name: str) -> Method:
-    """Method of that name, case aside.
+    """The method of this package or of an extension with a name.
+
+    Args:
+        name: Name of the method, in any case.
 
     Raises:
-        UnknownMethodError: Neither the package nor the engine has one.
+        UnknownMethodError: There is no such method, or it is one of the engine's.
     """
     load_extensions()
     if isinstance(name, str):
@@ -278,13 +296,13 @@ def find_method(name: str) -> Method:
 
 
 def is_ours(name: Any) -> bool:
-    """Whether a method of that name is this package's, not the engine's."""
+    """Whether a name is that of a method of this package or an extension, not of the engine."""
     load_extensions()
     return isinstance(name, str) and (name.lower() in METHODS or name.lower().partition(":")[0] in FAMILIES)
 
 
 def option_names(method: Method) -> list[str]:
-    """Names of a method's options."""
+    """Names of a method's options, including those of a method that it wraps."""
     parameters = inspect.signature(method).parameters.values()
     own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     wraps = _WRAPPED.get(method) if any(p.kind is p.VAR_KEYWORD for p in parameters) else None
@@ -292,12 +310,23 @@ def option_names(method: Method) -> list[str]:
 
 
 def label_option(name: str, labels: Tensor) -> dict[str, Tensor]:
-    """{"labels": labels} for a method that has such an option, else {}."""
+    """``{"labels": labels}`` if the method of that name has this option, else ``{}``.
+
+    Args:
+        name: Name of the method.
+        labels: Labels, (B,).
+    """
     return {"labels": labels} if is_ours(name) and "labels" in option_names(find_method(name)) else {}
 
 
 def check_options(name: str, method: Method, options: dict[str, Any]) -> None:
-    """Raise OptionError unless the method has every option."""
+    """Raise OptionError if an option is not one of the method's.
+
+    Args:
+        name: Name of the method, for the message.
+        method: The method.
+        options: Options by name.
+    """
     known = option_names(method)
     unknown = [option for option in options if option not in known]
     if unknown:
@@ -305,7 +334,17 @@ def check_options(name: str, method: Method, options: dict[str, Any]) -> None:
 
 
 def check_specification(C: Tensor, x: Tensor, outputs: int) -> None:
-    """Raise InvalidInputError unless C has shape (B or 1, S, outputs), x's dtype and device, and no NaN."""
+    """Check the specification rows against the input.
+
+    Args:
+        C: Specification rows.
+        x: Input, (B, ...).
+        outputs: Number of outputs of the graph.
+
+    Raises:
+        InvalidInputError: C has another shape than (B or 1, S, outputs), another dtype or device than `x`, or NaN or
+            infinite entries.
+    """
     batch = len(x)
     if C.dtype != x.dtype or C.device != x.device:
         raise InvalidInputError(f"C is {C.dtype} on {C.device}, the input {x.dtype} on {x.device}")
@@ -319,5 +358,5 @@ def check_specification(C: Tensor, x: Tensor, outputs: int) -> None:
 
 
 def set_of(state: State) -> BallBox:
-    """The set of a node that may be constant."""
+    """The set of a node; that of a constant value is a point."""
     return state if isinstance(state, BallBox) else BallBox.point(state)

@@ -1,8 +1,8 @@
-"""Box constraint propagation (BCP), and the Lipschitz-margin baseline (LMT), its ball-only case.
+"""Box constraint propagation (BCP), and Lipschitz-margin training (LMT), which propagates the ball alone.
 
-S. Lee, J. Lee, S. Park, Lipschitz-certifiable training with a tight outer bound, NeurIPS 2020; LMT is
-Y. Tsuzuku et al., NeurIPS 2018. Proof of soundness: every rule keeps the node's value inside of its ball and
-box, and the last step returns the minimum of the specification over both, or less (weak duality).
+S. Lee, J. Lee, S. Park, Lipschitz-certifiable training with a tight outer bound, NeurIPS 2020; Y. Tsuzuku et al.,
+Lipschitz-margin training, NeurIPS 2018. Proof of soundness: by every rule, a node's value stays inside of its ball and
+box, and the last step returns a lower bound on the minimum of the specification over their intersection.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ..rules import RULES
 from ..rules.linear import Affine
 from .base import BoundResult, Problem, register_method, set_of
 
-# Above this many outputs, bounds without C come from the output's own box: C would be the identity.
+# For more outputs, bounds without C are taken from the output's box, since C would be a large identity.
 _LARGEST_IDENTITY = 1024
 
 
 class LastLayer(NamedTuple):
-    """A dense last layer, and the set that its input is known to lie in.
+    """A dense last layer W v + b, and a set that contains its input v.
 
     Attributes:
-        set: Ball and box of v, (B, n).
-        weight: W of the logits W v + b, (classes, n).
-        bias: b, (classes,), or None.
+        set: Ball and box of v, with a center (B, n).
+        weight: W, (outputs, n).
+        bias: b, (outputs,), or None.
     """
 
     set: BallBox
@@ -49,20 +49,27 @@ def bcp(
     solver: str = "exact",
     max_steps: int | None = None,
 ) -> BoundResult:
-    """Bounds from a ball and a box propagated together.
+    """Box constraint propagation: bounds from a ball and a box that are propagated together.
 
     Args:
-        problem: What to bound.
+        problem: The graph and the requested bounds.
         norms: "bound" (default): sound upper bounds on the layers' spectral norms. "estimate": the persistent
             power iteration, cheap and differentiable, for training; the result is then no certificate.
-        tighten: Use what the source does not: row norms that know the zero padding, and balls no larger than
-            their box. False reproduces the source's bound.
-        outward: Outward rounding of what floating-point arithmetic may lose. Default: in float64, with "bound".
-        solver: Of the last step, "exact" or "iterative" (Algorithm 1 of the source; looser if stopped early).
-        max_steps: Steps of the solver, default until it has converged.
+        tighten: Use row norms that take account of zero padding, and balls no larger than their box (default). False
+            gives the bound of Lee (2021).
+        outward: Enlarge sets to cover floating-point errors. Default: in float64, with "bound"
+            (`Problem.context`).
+        solver: Solver of the last step, "exact" (default) or "iterative" (Algorithm 1 of Lee, 2021; looser if stopped
+            early).
+        max_steps: Steps of the solver; None (default) runs to convergence.
 
     Returns:
         Lower and upper bounds, (B, S), or of the output's shape without C.
+
+    Raises:
+        OptionError: `norms` is unknown.
+        InvalidInputError: `solver` is unknown, or `max_steps` negative.
+        UnsupportedNodeError: A node cannot be bound.
     """
     context = problem.context(norms, outward, tighten=tighten)
     states = problem.propagate(context)
@@ -74,10 +81,10 @@ def bcp(
 
 
 def lipschitz(problem: Problem, *, norms: str = "bound", outward: bool | None = None) -> BoundResult:
-    """Bounds from the ball alone: a product of the layers' Lipschitz constants (LMT).
+    """Bounds from the ball alone: a product of the layers' Lipschitz constants (Tsuzuku et al., 2018).
 
     Args:
-        problem: What to bound.
+        problem: The graph and the requested bounds.
         norms: As in `bcp`.
         outward: As in `bcp`.
 
@@ -90,7 +97,7 @@ def lipschitz(problem: Problem, *, norms: str = "bound", outward: bool | None = 
 
 
 def tightened(states: dict[str, BallBox | Tensor]) -> dict[str, BallBox | Tensor]:
-    """The same sets, with balls no larger than their boxes."""
+    """The same sets with rho <- min(rho, radius of the box), by node name (`BallBox.tightened`)."""
     return {name: state.tightened() if isinstance(state, BallBox) else state for name, state in states.items()}
 
 
@@ -103,7 +110,16 @@ def last_step(
     max_steps: int | None = None,
     outward: bool = False,
 ) -> Tensor:
-    """min of the rows of C (of sign * identity without C) over the outer bound (3.2.11), C merged with W.
+    """Minimum of C f over the ball and box of the last layer's input, C merged with the weight (Lee, 2021, (3.2.11)).
+
+    Args:
+        problem: The graph and the requested bounds.
+        states: Sets of the final node and of its inputs.
+        C: Specification rows, (B or 1, S, outputs); None for sign times the identity.
+        sign: 1, or -1 for upper bounds; read only without C.
+        solver: As in `bcp`.
+        max_steps: As in `bcp`.
+        outward: Subtract bounds on floating-point errors. Default False.
 
     Returns:
         (B, S), or the output's shape without C.
@@ -126,7 +142,7 @@ def last_step(
         bound = merged_min(C, weight, *_flat(state), solver=solver, max_steps=max_steps)
         if bias is not None:
             bound = bound + C @ bias
-        # ||C W|| <= sum_j |C_j| ||W_j||; the bias and the sums of C W itself err within the same margin
+        # ||C W|| <= sum_j |C_j| ||W_j||; the factor 4 also covers rounding in C W itself
         sizes = length(weight, keepdim=True)
         slack = 4 * row_slack(C.abs() @ sizes, state, weight.numel()) if outward else 0.0
         if bias is not None and outward:
@@ -142,7 +158,12 @@ def _flat(state: BallBox) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def dense_last_layer(problem: Problem, states: dict[str, BallBox | Tensor]) -> LastLayer | None:
-    """The last layer, if the output is a dense layer of one perturbed vector."""
+    """The last layer, with the set of its input; None if the final node is not a dense layer of one perturbed vector.
+
+    Args:
+        problem: The graph and the requested bounds.
+        states: Sets of the final node and of its inputs.
+    """
     final = problem.final
     state, *constants = (states[parent.name] for parent in final.inputs)
     rule = RULES.get(type(final).__name__)

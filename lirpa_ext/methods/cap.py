@@ -1,8 +1,8 @@
-"""CAP's bound, Fast-Lin: parallel lines at every ReLU, for the boxes of the hidden layers too.
+"""Fast-Lin, the bound of CAP: parallel lines at every ReLU, also for the boxes of the hidden layers.
 
 E. Wong, J. Z. Kolter, Provable defenses against adversarial examples via the convex outer adversarial polytope,
 ICML 2018; L. Weng et al., Towards fast computation of certified robustness for ReLU networks, ICML 2018. Proof of
-soundness: each hidden layer's box is a bound of `lirpa_ext.passes.slopes` on the boxes before it, which are sound.
+soundness: the box of each hidden layer is a bound by `lirpa_ext.passes.slopes` on the boxes before it, which are sound.
 """
 
 from __future__ import annotations
@@ -33,26 +33,29 @@ def cap(
     generator: torch.Generator | None = None,
     seed: int | None = None,
 ) -> BoundResult:
-    """Fast-Lin, the bound of CAP (Wong and Kolter 2018): both lines parallel, for the hidden layers' boxes too.
+    """Fast-Lin, the bound of CAP (Wong and Kolter, 2018): parallel lines, also for the boxes of the hidden layers.
 
     Args:
-        problem: What to bound.
-        outward: As in `sparse_slope`.
-        projections: Estimate the hidden layers' boxes by so many random projections (`lirpa_ext.methods.projections`;
-            the source takes 50), for training: it costs as many forward passes, not a row for each neuron. The
-            result is then no certificate. Default None: bounds.
-        generator: Source of the projections; default torch's own.
-        seed: Or the seed of a new one.
+        problem: The graph and the requested bounds.
+        outward: As in `bcp`.
+        projections: Number of random projections that estimate the boxes of the hidden layers
+            (`lirpa_ext.methods.projections`), for training, at the cost of as many forward passes instead of a row for
+            each neuron; Lee (2021) uses 50. The result is then no certificate. Default None: sound boxes.
+        generator: Source of the projections; default torch's global generator.
+        seed: Seed of a new generator, in place of `generator`.
 
     Returns:
-        As `sparse_slope`.
+        Lower and upper bounds, (B, S), or of the output's shape without C.
+
+    Raises:
+        OptionError: `projections` is not a whole number from 1, or both `generator` and `seed` are given.
     """
     if projections is not None and (isinstance(projections, bool) or not projections >= 1):
         raise OptionError(f"projections must be a whole number from 1, the source takes 50, got {projections}")
     context = problem.context("bound", False if projections else outward)
     order = engine.ancestors_in_order(problem.final)
     activations = [node for node in order if type(node).__name__ in ACTIVATIONS and node.perturbed]
-    # The boxes before the first activations are exact (but for a cut lp ball): nothing to gain there.
+    # Before the first activations, boxes are exact (except for lp balls cut to a range) and need no refinement.
     names = frozenset(
         node.inputs[0].name
         for node in activations
@@ -66,7 +69,7 @@ def cap(
         if sums is not None:
             return sums.box(node, states)
         known = states[node.name]
-        if merges_batch(node):  # rows are of whole samples
+        if merges_batch(node):  # rows need whole samples along the first axis
             return known
         chosen = _parallel(problem, tightened(states) if context.outward else states, context, node)
         lower, upper = box_by_rows(chosen, known.center)
@@ -78,7 +81,7 @@ def cap(
 
 
 def _parallel(problem: Problem, states: dict[str, Any], context: Context, final: Node | None = None) -> SlopePass:
-    """The pass whose lower lines are parallel to the upper ones."""
+    """The pass whose lower lines are parallel to the upper lines."""
     plain = SlopePass(problem.module, states, context, {}, final=final)
     return plain.with_slopes(
         {node.name: chord(set_of(plain.states[node.inputs[0].name]).box()) for node in plain.activations}

@@ -1,4 +1,4 @@
-"""The guard on every result: the clean value f(x), a point of every set, lies inside of its bounds."""
+"""The guard on every result: the clean value must lie inside of the bounds, since x is in the perturbation set."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from ..errors import SoundnessError
 
 Bounds = tuple[Tensor | None, Tensor | None]
 
-_UNITS = 1e3  # of what `rounding` measures, for sums that it changes less than a bound's own sums do
+_UNITS = 1e3  # safety factor on `rounding`, as the sums in a bound may have larger errors than those of the network
 
 
 def held(bounds: Bounds, clean: Tensor, C: Tensor | None, method: str, module: nn.Module, recording: bool) -> Bounds:
-    """The bounds, if they contain the clean value.
+    """The bounds, after a check that they contain the clean value.
 
     Args:
-        bounds: (lower, upper), each (B, S) or of the output's shape; None for a side that was not asked.
-        clean: f(x), (B, ...). Where it is not finite, nothing is compared.
+        bounds: (lower, upper), each (B, S) or of the output's shape; None for a side that was not requested.
+        clean: f(x), (B, ...). Entries that are not finite are not compared.
         C: Specification rows, (B or 1, S, outputs), or None.
-        method: Said in the error.
+        method: Name of the method, for the message.
         module: The graph, with the input set on it.
-        recording: In training: nothing is asked of the device. What does not hold becomes NaN, which certifies nothing.
+        recording: Whether gradients are recorded for training. Bounds that do not hold then become NaN, which
+            certifies nothing, instead of raising: that would wait for the device.
+
+    Returns:
+        (lower, upper).
 
     Raises:
         SoundnessError: A bound excludes the clean value by more than rounding.
@@ -35,7 +39,7 @@ def held(bounds: Bounds, clean: Tensor, C: Tensor | None, method: str, module: n
         values, size = _rows(clean, C)
         slack = torch.finfo(values.dtype).eps ** 0.5 * (1 + size)
         if any(bound is not None and bound.numel() != values.numel() for bound in bounds):
-            return bounds  # what a user's method gives is its own affair
+            return bounds  # a user's method may return bounds of other shapes, which are not checked
         outside = [None if bound is None else _outside(bound, values, slack, sign) for bound, sign in
                    zip(bounds, (1, -1), strict=True)]  # fmt: skip
     if recording:
@@ -55,14 +59,21 @@ def held(bounds: Bounds, clean: Tensor, C: Tensor | None, method: str, module: n
 
 
 def rounding(module: Any, clean: Tensor) -> Tensor:
-    """How far the outputs move when every value on the way is changed in its last place, at random: (B, ...).
+    """Measured rounding errors of the outputs: their change when every node's value is changed in its last place.
 
-    A network that cancels large numbers has small outputs and large rounding errors; this measures them: at the clean
-    point, and at corners of the set. The last place is that of the largest value that the node has at any of them, for
-    a bound adds up values of that size, also where what follows makes them small.
+    A network that cancels large numbers has small outputs and large rounding errors. The changes are random, at the
+    clean point and at corners of the input's box. The last place is that of the node's largest value at all of these
+    points, since a bound sums values of this size even if the node's value at the clean point is small.
+
+    Args:
+        module: The graph, with the input set on it.
+        clean: f(x), (B, ...).
+
+    Returns:
+        (B, ...).
     """
     if getattr(module, "_inputs", None):
-        engine.set_input(module, *module._inputs)  # the engine's forward pass has left the sets behind
+        engine.set_input(module, *module._inputs)  # the engine's forward pass drops the perturbations
     generator = torch.Generator().manual_seed(0)
     order = engine.ancestors_in_order(module.final_node())
     runs = []
@@ -89,12 +100,12 @@ def _values(
     sizes: dict[str, Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Any]:
-    """Value of every node for those inputs; with sizes, each is changed at random in the last place of its size."""
+    """Value of every node for the inputs; with `sizes`, each value is changed at random by eps times its size."""
     values: dict[str, Any] = {}
     for node in order:
         value = inputs.get(node.name)
         value = node.forward(*[values[parent.name] for parent in node.inputs]) if value is None else value
-        if isinstance(value, tuple):  # a shape, which the engine too hands on as a tensor
+        if isinstance(value, tuple):  # a shape, which the engine also turns into a tensor
             value = torch.tensor(value, device=device)
         if sizes is not None and node.name in sizes:
             signs = torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
@@ -104,7 +115,7 @@ def _values(
 
 
 def _place(node: Node, place: float | torch.Generator | None) -> Tensor | None:
-    """A point of the box of a perturbed input: that share of its width in every entry, or a corner at random."""
+    """A corner of a perturbed input's box: the lower one (0), the upper one (1), or a random one; None for no point."""
     perturbation = getattr(node, "perturbation", None)
     if place is None or perturbation is None or not hasattr(perturbation, "box"):
         return None
@@ -116,7 +127,7 @@ def _place(node: Node, place: float | torch.Generator | None) -> Tensor | None:
 
 
 def _rows(clean: Tensor, C: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Values (B, S) of the rows, and the size of what they sum."""
+    """Values (B, S) of the specification rows, and the sums (B, S) of the absolute values of their terms."""
     flat = clean.reshape(len(clean), -1)
     if C is None:
         return flat, flat.abs()
@@ -125,7 +136,7 @@ def _rows(clean: Tensor, C: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _outside(bound: Tensor, values: Tensor, slack: Tensor, sign: int) -> Tensor:
-    """Where a bound excludes the value; a NaN excludes nothing."""
+    """Where a bound excludes the value by more than the slack; NaN excludes nothing."""
     excess = sign * (bound.detach().reshape(values.shape) - values)
     return (excess > slack).view_as(bound) & values.isfinite().view_as(bound)
 

@@ -1,6 +1,7 @@
-"""The engine's methods on a graph: by the engine where the list covers the graph, else by our operators, else refused.
+"""The engine's methods: run by the engine on graphs that its positive list covers, else by this package, else refused.
 
-IBP, CROWN-IBP, CROWN, alpha-CROWN and the forward methods reach a user through `lirpa_ext.engine.positive_list` only.
+The engine computes IBP, CROWN-IBP, CROWN, alpha-CROWN and the forward methods only for graphs whose nodes are all on
+the list (`lirpa_ext.engine.positive_list`).
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ from ..engine.positive_list import Gap, gaps
 from ..errors import InvalidInputError, LirpaExtError, OptionError, OutOfMemoryError, UnsupportedNodeError
 from .substitutes import SUBSTITUTES, Request
 
-# What the substitutes understand of the engine's own arguments; the others change what the engine computes.
+# Arguments of the engine that the substitutes support; other arguments change what the engine computes.
 _UNDERSTOOD = ("IBP", "forward", "reuse_ibp")
 
 
 def named(args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """The engine's further arguments of `compute_bounds`, all by name.
+    """Further arguments of the engine's `compute_bounds`, all by name.
+
+    Args:
+        args: Positional arguments after the method.
+        options: Arguments by name.
 
     Raises:
-        OptionError: One that the engine's `compute_bounds` does not have, or more than it takes.
+        OptionError: The engine's `compute_bounds` does not have one of the arguments, or takes fewer.
     """
     names = list(inspect.signature(engine.engine_compute_bounds).parameters)[5:]  # after self, x, aux, C, method
     if len(args) > len(names):
@@ -41,9 +46,13 @@ def named(args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
 
 
 def uncovered(module: nn.Module, request: Request) -> list[Gap]:
-    """What of the graph is not on the list, for the input that is set on it.
+    """Nodes and properties of a graph that are not on the list, for the input that is set on it.
 
-    In patches mode, where the list covers the graph in matrix mode alone, the mode is changed.
+    A graph in patches mode is changed to matrix mode if the list covers it in matrix mode only.
+
+    Args:
+        module: The graph, of this package's BoundedModule.
+        request: The engine's method.
     """
     final: Any = module.final_node()  # type: ignore[operator]
     nodes = engine.ancestors_in_order(final)
@@ -57,10 +66,15 @@ def uncovered(module: nn.Module, request: Request) -> list[Gap]:
 
 
 def check_covered(module: Any, inputs: tuple[Tensor, ...], request: Request) -> None:
-    """Raise UnsupportedNodeError unless the list covers a graph of the engine's own class, as it stands.
+    """Raise UnsupportedNodeError unless the list covers a graph of the engine's own class.
 
-    There an l2 ball is known only to the dense and convolutional layers that read the input first: any other node is
-    given an interval of width 0.
+    In such a graph only dense and convolutional layers that read the input first know a ball of finite p; any other
+    node gets an interval of width 0.
+
+    Args:
+        module: The graph, of the engine's BoundedModule.
+        inputs: Inputs, (B, ...) each.
+        request: The engine's method.
     """
     engine.set_input(module, *inputs)
     nodes = engine.ancestors_in_order(module.final_node())
@@ -88,7 +102,7 @@ def check_covered(module: Any, inputs: tuple[Tensor, ...], request: Request) -> 
 
 
 def _data(nodes: list[Any]) -> list[Any]:
-    """The inputs of a graph that are not its weights."""
+    """Input nodes of a graph that are not weights or buffers."""
     return [
         node
         for node in nodes
@@ -97,7 +111,7 @@ def _data(nodes: list[Any]) -> list[Any]:
 
 
 def _reads_the_ball(node: Node) -> bool:
-    """Whether a reader of an input knows its ball: a dense layer does, a 2-D convolution if p is 2."""
+    """Whether a node that reads an input bounds its ball correctly: dense layers, and 2-D convolutions if p is 2."""
     ball = node.inputs[0]
     if kind(node) == "BoundConv":
         return _is_ball(ball) and ball.perturbation.norm == 2 and len(node.output_shape) == 4
@@ -114,7 +128,7 @@ def _mode(module: nn.Module, request: Request) -> str:
 
 
 def _of_the_graph(nodes: list[Any], final: Any) -> list[Gap]:
-    """What no single node shows: the rank of inputs and output, perturbed weights."""
+    """Gaps of the graph as a whole: perturbed weights, several inputs, and ranks of inputs and output."""
     found = []
     for node in nodes:
         if isinstance(node, (engine.BoundParams, engine.BoundBuffers)) and node.perturbed:
@@ -133,15 +147,15 @@ def _of_the_graph(nodes: list[Any], final: Any) -> list[Gap]:
 def substitute(
     request: Request, missing: list[Gap] | UnsupportedNodeError, options: dict[str, Any]
 ) -> Callable[..., Any]:
-    """The method of that name by this package's operators.
+    """The method of this package in place of one of the engine's.
 
     Args:
-        request: What is asked.
-        missing: What the list does not cover, or how the engine failed.
-        options: The engine's further arguments that were given.
+        request: The engine's method.
+        missing: The nodes that the list does not cover, or the error by which the engine failed.
+        options: Given further arguments of the engine.
 
     Raises:
-        UnsupportedNodeError: There is none, or an option of the engine's was given that it does not know.
+        UnsupportedNodeError: There is no such method, or it does not support a given argument.
     """
     others = [name for name, value in options.items() if name not in _UNDERSTOOD and value not in (None, False)]
     if request.name in SUBSTITUTES and not others:
@@ -159,7 +173,13 @@ def substitute(
 
 
 def as_ours(error: Exception, method: str, node: Node | None = None) -> LirpaExtError:
-    """An error of the engine as one of this package's: its exceptions are of every kind."""
+    """An exception of the engine, of any class, as an error of this package.
+
+    Args:
+        error: The exception.
+        method: Name of the method, for the message.
+        node: Node at which the engine failed, if known.
+    """
     if isinstance(error, LirpaExtError):
         return error
     text = f"{type(error).__name__}: {error}".strip().rstrip(":")

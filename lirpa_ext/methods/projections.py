@@ -1,10 +1,10 @@
-"""Boxes of Fast-Lin by random projections: an estimate, for training, at the price of a few forward passes.
+"""Estimates of Fast-Lin's boxes by random projections, for training, at the cost of a few forward passes.
 
 E. Wong, F. Schmidt, J. H. Metzen, J. Z. Kolter, Scaling provable adversarial defenses, NeurIPS 2018, 3.2. With
-parallel lines a neuron is m + sum_i g_i t_i with |t_i| <= 1 (of an l2 ball also + h.t with ||t|| <= 1): one generator
-for each input and each unstable neuron before it. Its box reaches ||g||_1 (+ ||h||_2) to both sides of m. For
-independent standard Cauchy c_i, sum_i g_i c_i is distributed as ||g||_1 c_1, and the median of |c_1| is 1; for normal
-ones sum_i h_i c_i has the mean square ||h||_2^2. Both sums are linear: they go through the layers as samples do.
+parallel lines, a neuron is m + sum_i g_i t_i with |t_i| <= 1 (for an l2 ball, plus h.t with ||t||_2 <= 1): one
+generator g_i for each input and each unstable neuron before it. Its box is m -+ (||g||_1 + ||h||_2). For independent
+standard Cauchy c_i, sum_i g_i c_i is distributed as ||g||_1 c_1, and the median of |c_1| is 1; for standard normal
+c_i, sum_i h_i c_i has the mean square ||h||_2^2. Both sums are linear, so that layers map them as they map samples.
 """
 
 from __future__ import annotations
@@ -27,15 +27,21 @@ from .base import set_of
 
 @dataclass(frozen=True)
 class Sums:
-    """A node's middle m, (B, ...), and its sums of generators with Cauchy and normal weights, (R, B, ...)."""
+    """A node's middle, and R random sums of its generators.
+
+    Attributes:
+        middle: m, (B, ...).
+        cauchy: Sums of the generators g_i with Cauchy weights, (R, B, ...).
+        normal: Sums of the generators h_i with normal weights, (R, B, ...).
+    """
 
     middle: Tensor
     cauchy: Tensor
     normal: Tensor
 
     def box(self) -> BallBox:
-        """The estimated box."""
-        # The mean square of nothing has no gradient; that of zeros would be NaN.
+        """The estimated box, with an infinite radius."""
+        # The root of a mean square of 0 is taken to have no gradient, where torch's would be NaN.
         square = self.normal.square().mean(0)
         spread = torch.where(square > 0, square, 1.0).sqrt() * (square > 0)
         reach = self.cauchy.abs().median(0).values + spread
@@ -44,12 +50,12 @@ class Sums:
 
 
 class Projections:
-    """The sums of the nodes of a graph, each drawn and computed when it is first asked for.
+    """Random projections of a graph: the sums of each node, drawn and computed when first needed.
 
     Args:
         module: The graph, with the input set on it.
         count: Number R of projections.
-        draw: Uniform numbers in [0, 1) of the shape of a tensor.
+        draw: Tensor -> uniform random numbers in [0, 1) of its shape.
     """
 
     def __init__(self, module: nn.Module, count: int, draw: Callable[[Tensor], Tensor]) -> None:
@@ -57,7 +63,12 @@ class Projections:
         self.sums: dict[str, Sums] = {}
 
     def box(self, node: Node, states: dict[str, State]) -> BallBox:
-        """The estimated box of a node; `states` has the sets of the nodes up to it."""
+        """The estimated box of a node.
+
+        Args:
+            node: The node.
+            states: Sets of the nodes up to and including this node, by name.
+        """
         for other in engine.ancestors_in_order(node):
             if other.perturbed and other.name not in self.sums:
                 self.sums[other.name] = self._of(other, states)
@@ -69,13 +80,13 @@ class Projections:
             return self._ball(own)
         if type(node).__name__ in ACTIVATIONS:
             lines, before = Lines.of(node, set_of(inputs[0])), self.sums[node.inputs[0].name]
-            half = 0.5 * lines.offset  # of the strip between the lines
+            half = 0.5 * lines.offset  # half the height of the strip between the parallel lines
             cauchy = lines.line * before.cauchy + half * self._cauchy(half)
             return Sums(lines.line * before.middle + half, cauchy, lines.line * before.normal)
         rule, rows = RULES.get(type(node).__name__), own.center.new_zeros(1, *own.center.shape)
         if not inputs or not isinstance(rule, AffineRule) or rule.adjoint(node, inputs, rows) is None:
             return self._of_box(own)
-        # affine in its perturbed inputs
+        # The node is affine in its perturbed inputs.
         known = [self.sums[parent.name] for parent in node.inputs if parent.perturbed]
 
         def image(values: list[Tensor]) -> Tensor:
@@ -91,15 +102,15 @@ class Projections:
         return Sums(middle, images([sums.cauchy for sums in known]), images([sums.normal for sums in known]))
 
     def _of_box(self, state: BallBox) -> Sums:
-        """Of a node of which the box alone is known: one generator for each element."""
+        """Sums of a node of which only the box is known, with one generator for each element."""
         lower, upper = state.box()
         half = 0.5 * (upper - lower)
         cauchy = half * self._cauchy(half)
         return Sums(0.5 * (lower + upper), cauchy, torch.zeros_like(cauchy))
 
     def _ball(self, state: BallBox) -> Sums:
-        """Of an l2 ball; a data range is not read."""
-        # uniform numbers to normal ones, so that one kind of draw serves both
+        """Sums of an l2 ball; a data range is ignored."""
+        # Normal numbers are computed from uniform ones, so that `draw` serves both kinds of sums.
         uniform = self.draw(state.center.expand(self.count, *state.center.shape))
         tiny = torch.finfo(uniform.dtype).eps
         normal = torch.special.ndtri(uniform.clamp(tiny, 1 - tiny)) * per_sample(state.radius, state.center)

@@ -1,4 +1,4 @@
-"""The slopes that a method chose for the lower lines of activations."""
+"""The slopes of the activations' lower lines that a method chose."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Relaxation:
-    """The slopes that a call used.
+    """The slopes that a bound was computed with.
 
     Attributes:
         slopes: Parameters of the lower lines in [0, 1], by the activation's name in the order of the graph, each of
-            the shape of its input (B, ...), without gradient. To be given to ``method="slope:same"``.
-        unstable: Neurons whose box contains 0 inside, likewise, bool: only their slopes count.
-        gradients: Signs of the last step's gradient, likewise; None for slopes that took no step.
+            the shape of its input (B, ...), without gradient; accepted by ``method="slope:same"``.
+        unstable: Whether a neuron's box contains 0 inside, so that its slope counts; bool, by name, (B, ...).
+        gradients: Signs of the gradient at the last step, by name, (B, ...); None for methods without a step.
     """
 
     slopes: dict[str, Tensor]
@@ -24,12 +24,12 @@ class Relaxation:
 
     @property
     def sparsity(self) -> float:
-        """Share of the unstable neurons whose slope is 0; NaN if there is none."""
+        """Share of the unstable neurons whose slope parameter is 0; NaN if there are no unstable neurons."""
         return self._share({name: slope == 0 for name, slope in self.slopes.items()})
 
     @property
     def zero_gradients(self) -> float:
-        """Share of the unstable neurons whose gradient was 0, and whose slope was left as it was; NaN if none."""
+        """Share of the unstable neurons with a gradient of 0, whose slope the step did not change; NaN if none."""
         if self.gradients is None:
             return float("nan")
         return self._share({name: sign == 0 for name, sign in self.gradients.items()})

@@ -1,4 +1,4 @@
-"""Running a method of the package on a graph."""
+"""Running a method of this package on a graph, with checks before and after."""
 
 from __future__ import annotations
 
@@ -32,24 +32,33 @@ from .clean_value import held
 
 
 def method_of(name: str, options: dict[str, Any]) -> Method:
-    """A method with its options."""
+    """A method with its options bound, as a function of the problem alone.
+
+    Args:
+        name: Name of the method.
+        options: Options by name.
+
+    Raises:
+        UnknownMethodError: There is no such method.
+    """
     return functools.partial(find_method(name), **options)
 
 
 def run_method(graph: Graph, method: Method, inputs: tuple[Tensor, ...], options: BoundOptions) -> BoundResult:
-    """Run one of the package's methods on a graph of ours or of the engine's, and free what it leaves there.
+    """Run one of the package's methods on a graph of this package or of the engine, and free the graph's tensors.
 
     Args:
         graph: The graph, and its norms.
         method: The method, with its options (`method_of`).
-        inputs: Inputs, at least one a `BoundedTensor`.
-        options: What is asked.
+        inputs: Inputs, (B, ...) each, at least one a `BoundedTensor`.
+        options: The requested bounds.
 
     Returns:
-        Bounds, and what the method did on its way.
+        The bounds, and the records of the method.
 
     Raises:
-        InvalidInputError: No input is perturbed, or the specification has a wrong shape.
+        OptionError: Neither lower nor upper bounds are requested, or as by the method.
+        InvalidInputError: No input is perturbed, or C has a wrong shape, type or device.
         SoundnessError: The clean value lies outside of the bounds.
     """
     check_request(inputs, options.C, options.lower, options.upper, None)
@@ -64,7 +73,7 @@ def run_method(graph: Graph, method: Method, inputs: tuple[Tensor, ...], options
         result = found if isinstance(found, BoundResult) else BoundResult(*found)
         result = replace(result, clean=getattr(final, "forward_value", None))
         if getattr(method, "keywords", {}).get("loss_fusion"):
-            return result  # of the cross entropy
+            return result  # bounds of the cross entropy, not of f
         recording = graph.training and any(bound is not None and bound.requires_grad for bound in result.sides)
         bounds = result.sides
         if not (result.estimate or (recording and result.clean is None)):
@@ -77,7 +86,7 @@ def run_method(graph: Graph, method: Method, inputs: tuple[Tensor, ...], options
 
 
 def _clean(module: Any, result: BoundResult) -> Tensor:
-    """f(x), computed unless the method has done so."""
+    """f(x), (B, ...), computed unless the method has done so."""
     with torch.no_grad():
         return module.get_forward_value(module.final_node()) if result.clean is None else result.clean
 
@@ -87,9 +96,10 @@ def _is_of_the_package(method: Any) -> bool:
 
 
 def _open(bounds: Bounds, module: Any) -> Bounds:
-    """NaN of a box that leaves the domain of a function becomes infinite where the clean value is a number.
+    """The bounds with NaN replaced by infinite values for samples whose clean value is finite.
 
-    A bound that says nothing is true, and certifies nothing. NaN that a user's method gives, or the model, stays.
+    A box that leaves the domain of a function gives NaN; an infinite bound is sound, and certifies nothing. NaN of the
+    model itself stays.
     """
     if not any(bound is not None and bool(bound.isnan().any()) for bound in bounds):
         return bounds
@@ -106,14 +116,18 @@ def _open(bounds: Bounds, module: Any) -> Bounds:
 
 
 def check_request(inputs: tuple[Tensor, ...], C: Tensor | None, lower: bool, upper: bool, outputs: int | None) -> None:
-    """Raise OptionError or InvalidInputError for a call that asks for nothing, perturbs nothing, or has a wrong C.
+    """Check the arguments of a call.
 
     Args:
-        inputs: Of the graph.
+        inputs: Inputs of the graph, (B, ...) each.
         C: Specification rows or None.
-        lower: Whether the lower side is asked.
-        upper: Whether the upper side is asked.
-        outputs: Number of outputs, or None to leave C alone.
+        lower: Whether lower bounds are requested.
+        upper: Whether upper bounds are requested.
+        outputs: Number of outputs; None does not check C.
+
+    Raises:
+        OptionError: Neither lower nor upper bounds are requested.
+        InvalidInputError: No input is perturbed, or C is as in `check_specification`.
     """
     if not lower and not upper:
         raise OptionError("at least one of bound_lower and bound_upper must be True")
@@ -125,7 +139,20 @@ def check_request(inputs: tuple[Tensor, ...], C: Tensor | None, lower: bool, upp
 def run_activation_bounds(
     graph: Graph, inputs: tuple[Tensor, ...], intermediate: str = "ibp"
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Boxes of the inputs of the graph's ReLUs and LeakyReLUs, by the activation's name."""
+    """Boxes of the inputs of the graph's ReLUs and LeakyReLUs.
+
+    Args:
+        graph: The graph, and its norms.
+        inputs: Inputs, (B, ...) each, at least one a `BoundedTensor`.
+        intermediate: "ibp" (default), or "bcp" for boxes of the ball-box propagation.
+
+    Returns:
+        (lower, upper), each (B, ...), by the activation's name in the order of the graph.
+
+    Raises:
+        OptionError: `intermediate` is unknown.
+        InvalidInputError: No input is perturbed.
+    """
     if intermediate not in ("ibp", "bcp"):
         raise OptionError(f'intermediate must be "ibp" or "bcp", got {intermediate!r}')
     _check_perturbed(inputs)
@@ -142,7 +169,19 @@ def run_activation_bounds(
 
 
 def run_last_layer(graph: Graph, inputs: tuple[Tensor, ...], tighten: bool = True) -> LastLayer | None:
-    """The dense last layer with the ball and the box of "bcp" before it, or None where the output is no such layer."""
+    """The dense last layer of a graph, with the ball and box of its input by "bcp".
+
+    Args:
+        graph: The graph, and its norms.
+        inputs: Inputs, (B, ...) each, at least one a `BoundedTensor`.
+        tighten: As in `lirpa_ext.methods.bcp.bcp`. Default True.
+
+    Returns:
+        The layer; None if the output is not a dense layer of one perturbed vector.
+
+    Raises:
+        InvalidInputError: No input is perturbed.
+    """
     _check_perturbed(inputs)
     module: Any = graph.module
     try:

@@ -1,9 +1,9 @@
-"""CROWN-IBP and its relatives: one backward pass whose lower slopes are chosen by a rule or by one gradient step.
+"""CROWN-IBP and its variants: one backward pass whose lower slopes are chosen by a rule or by one gradient step.
 
 S. Lee, W. Lee, J. Park, J. Lee, Towards better understanding of training certifiably robust models against
 adversarial examples, NeurIPS 2021; S. Lee's dissertation (2021), 3.3.3, C.3, C.4, C.8. Proof of soundness: the
-intermediate boxes are sound, and on them the bound holds for every choice of slopes in [0, 1]
-(`lirpa_ext.passes.slopes.Lines`), so also for one that depends on the labels, on chance or on a gradient.
+intermediate boxes are sound, and on sound boxes the bound holds for every choice of slopes in [0, 1]
+(`lirpa_ext.passes.slopes.Lines`), also for slopes that depend on the labels, on random numbers or on a gradient.
 """
 
 from __future__ import annotations
@@ -50,29 +50,34 @@ def sparse_slope(
     outward: bool | None = None,
     loss_fusion: bool = False,
 ) -> BoundResult:
-    """Slopes by one projected sign-gradient step of the cross entropy of the upper margins, (3.3.24) and (C.8.7).
+    """Slopes by one projected sign-gradient step on the cross entropy of the worst-case margins.
 
-    a0 ~ U[0, 1]; a = clip(a0 - eta sign(d CE / d a0), 0, 1); the bound has gradients in the weights, through the
-    boxes too, but none through a. The step takes the sign alone, so the cross entropy may be replaced by
-    anything that grows with it, sample by sample: here by the log-sum-exp of the other classes' margins, whose
-    gradient does not vanish in floating point where every margin is verified by far.
+    Lee (2021), (3.3.24) and (C.8.7): a0 ~ U[0, 1]; a = clip(a0 - eta sign(d CE / d a0), 0, 1). The bound has gradients
+    in the weights, also through the boxes, but none through a. Since the step uses the sign alone, the cross entropy
+    may be replaced by any increasing function of it, sample by sample: here by the log-sum-exp of the other classes'
+    margins, whose gradient does not vanish in floating point for samples that are verified by far.
 
     Args:
-        problem: What to bound.
-        labels: The classes whose margins the step is for, (B,). Required.
-        eta: Size of the one step, at least 1: it takes every slope with a gradient to 0 or 1.
-        steps: Number of steps, default 1. More than one have size `alpha`.
-        alpha: Size of each of several steps; the source takes 7 of 0.1.
-        generator: Source of the random start; default torch's own.
-        seed: Or the seed of a new one.
+        problem: The graph and the requested bounds.
+        labels: Classes for whose margins the step is taken, (B,). Required.
+        eta: Size of the one step, at least 1, default 1, which takes every slope with a gradient to 0 or 1.
+        steps: Number of steps, default 1. Several steps have size `alpha`.
+        alpha: Size of each of several steps, default 0.1; Lee (2021) uses 7 steps of 0.1.
+        generator: Source of the random start; default torch's global generator.
+        seed: Seed of a new generator, in place of `generator`.
         intermediate: Boxes of the hidden layers: "ibp" (default) or "bcp", which is tighter for l2.
         norms: Spectral norms of "bcp": "bound" (default), or "estimate" for training, which is no certificate.
-        outward: Outward rounding of what floating-point arithmetic may lose. Default: in float64, with "bound".
-        loss_fusion: Bound the cross entropy of the labels itself, with one row in place of classes - 1
-            (`lirpa_ext.passes.loss_fusion`): (None, upper bound (B, 1)). Then C is not taken, nor the lower side.
+        outward: Enlarge sets to cover floating-point errors. Default: in float64, with "bound" (`Problem.context`).
+        loss_fusion: Bound the cross entropy of the labels itself, with one row instead of classes - 1
+            (`lirpa_ext.passes.loss_fusion`), and return (None, upper bound (B, 1)). C and the lower side cannot be
+            requested then. Default False.
 
     Returns:
         Lower and upper bounds, (B, S), or of the output's shape without C.
+
+    Raises:
+        OptionError: `labels` is missing, or another option has a wrong value or conflicts with the request.
+        InvalidInputError: `labels` do not fit the output.
     """
     if labels is None:
         raise OptionError('"sparse-slope" takes its step for a class: pass labels=y, of shape (B,)')
@@ -92,7 +97,7 @@ def sparse_slope(
 
 
 def _fixed(choose: Callable[[tuple[Tensor, Tensor]], Tensor]) -> Method:
-    """The method that chooses each activation's slopes by a rule of its box."""
+    """The method that computes each activation's slopes from the box of its input."""
 
     def method(
         problem: Problem,
@@ -110,7 +115,7 @@ def _fixed(choose: Callable[[tuple[Tensor, Tensor]], Tensor]) -> Method:
 
 
 def _drawn(draw: Callable[[tuple[Tensor, Tensor], torch.Generator | None], Tensor]) -> Method:
-    """The method that draws each activation's slopes from a distribution given by its box."""
+    """The method that draws each activation's slopes from a distribution that depends on the box of its input."""
 
     def method(
         problem: Problem,
@@ -140,13 +145,14 @@ def slope_same(
     outward: bool | None = None,
     loss_fusion: bool = False,
 ) -> BoundResult:
-    """The slopes that the caller gives.
+    """Bounds with slopes that the caller gives.
 
     Args:
-        problem: What to bound.
-        slopes: In [0, 1], each of the shape of its activation's input (B, ...): by the activation's name, or one for
-            each activation in the order of the graph, as in `Relaxation`. Those of stable neurons are not read.
-        labels: Of `loss_fusion` alone.
+        problem: The graph and the requested bounds.
+        slopes: Parameters of the lower lines in [0, 1], each of the shape of its activation's input (B, ...), by the
+            activation's name as in `Relaxation`, or as a sequence in the order of the graph. Required; parameters of
+            stable neurons do not count.
+        labels: Labels, (B,), for `loss_fusion` alone.
         intermediate: As in `sparse_slope`.
         norms: As in `sparse_slope`.
         outward: As in `sparse_slope`.
@@ -154,6 +160,10 @@ def slope_same(
 
     Returns:
         As `sparse_slope`.
+
+    Raises:
+        OptionError: `slopes` is missing, or another option has a wrong value or conflicts with the request.
+        InvalidInputError: Slopes have other names or shapes than the activations, leave [0, 1], or are NaN.
     """
     work = _SlopeBound(problem, labels, intermediate, norms, outward, loss_fusion)
     shapes = {node.name: work.lines(node).line.shape for node in work.plain.activations}
@@ -171,12 +181,20 @@ def slope_same(
 
 
 def slope_ibp(problem: Problem, *, outward: bool | None = None) -> BoundResult:
-    """Interval bound propagation with the last layer merged into C: both lines level (3.3.2)."""
+    """Interval bound propagation with the last layer merged into C (Lee, 2021, 3.3.2).
+
+    Args:
+        problem: The graph and the requested bounds.
+        outward: As in `sparse_slope`.
+
+    Returns:
+        As `sparse_slope`.
+    """
     return _SlopeBound(problem, None, "ibp", "bound", outward, False).bounds(None)
 
 
 class _SlopeBound:
-    """A bound by slopes on fixed boxes of the hidden layers: and its gradient in the slopes."""
+    """Bounds by slopes, and their gradient in the slopes, on fixed boxes of the hidden layers."""
 
     def __init__(
         self,
@@ -215,12 +233,12 @@ class _SlopeBound:
 
     @cached_property
     def detached(self) -> SlopePass:
-        """The pass without gradients in weights and boxes."""
+        """The pass `plain` without gradients in weights and boxes."""
         with _saveable():
             return self.plain.detached()
 
     def lines(self, node: Node) -> Lines:
-        """Relaxation of an activation, without gradient."""
+        """Relaxation of a ReLU or LeakyReLU, without gradient."""
         with _saveable():
             return self.detached.lines(node)
 
@@ -229,9 +247,9 @@ class _SlopeBound:
         return set_of(self.detached.states[node.inputs[0].name]).box()
 
     def descent(self, slopes: Slopes) -> dict[str, Tensor]:
-        """Sign of the gradient of each sample's loss in the slopes; 0 where it is 0 or NaN, and for stable neurons.
+        """Sign of the gradient of each sample's loss in the slopes; 0 for a gradient of 0 or NaN, and stable neurons.
 
-        No gradient of weights or boxes is formed, and each part of the batch frees its graph at once.
+        No gradient in weights or boxes is computed, and the autograd graph of each part of the batch is freed at once.
         """
         signs: dict[str, list[Tensor]] = {name: [] for name in slopes}
         rows = self.chords.detach().rows(self.margins) if self.loss_fusion else self.margins
@@ -241,7 +259,7 @@ class _SlopeBound:
                 loss = (-part.lower(some)).logsumexp(1).sum()
                 nodes = part.activations
                 leaves = [part.slopes[node.name] for node in nodes]  # type: ignore[index]
-                read = leaves and loss.requires_grad  # not where every row ends before it reaches a ReLU
+                read = leaves and loss.requires_grad  # False if every row ends before it reaches a ReLU
                 gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if read else [None] * len(leaves)
                 for node, leaf, gradient in zip(nodes, leaves, gradients, strict=True):
                     sign = torch.zeros_like(leaf) if gradient is None else gradient.sign().nan_to_num_(0.0)
@@ -249,7 +267,7 @@ class _SlopeBound:
         return {name: torch.cat(values) for name, values in signs.items()}
 
     def bounds(self, slopes: Slopes | None, signs: dict[str, Tensor] | None = None) -> BoundResult:
-        """What was asked, with these slopes."""
+        """The requested bounds, with the given slopes; `signs` is only recorded in the result."""
         relaxation = None
         if slopes is not None:
             unstable = {node.name: self.lines(node).unstable for node in self.plain.activations}
@@ -262,7 +280,13 @@ class _SlopeBound:
 
 
 def slope_result(problem: Problem, chosen: SlopePass, relaxation: Relaxation | None = None) -> BoundResult:
-    """The asked sides of C f, or of f, by a pass with slopes."""
+    """The requested bounds of C f, or of f, by a pass with slopes.
+
+    Args:
+        problem: The graph and the requested bounds.
+        chosen: The pass, with its slopes.
+        relaxation: Slopes to record in the result. Default None.
+    """
     output = chosen.states[problem.final.name]
     assert isinstance(output, BallBox)
     shape = output.center.shape
@@ -295,37 +319,62 @@ def box_by_rows(chosen: SlopePass, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _saveable() -> contextlib.AbstractContextManager[Any]:
-    """Leaves torch's inference mode, whose tensors no gradient can be taken through; else nothing."""
+    """Context that leaves torch's inference mode, in which no gradients can be computed; no effect outside of it."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
 
 
 def random_source(generator: torch.Generator | None, seed: int | None) -> torch.Generator | None:
+    """The source of a method's random numbers, from its options.
+
+    Args:
+        generator: A generator, or None.
+        seed: Seed of a new generator on the CPU, or None.
+
+    Returns:
+        The generator; None, for torch's global generator, if both arguments are None.
+
+    Raises:
+        OptionError: Both arguments are given.
+    """
     if generator is not None and seed is not None:
         raise OptionError("give a generator or a seed, not both")
     return generator if seed is None else torch.Generator().manual_seed(seed)
 
 
 def uniform(like: Tensor, source: torch.Generator | None) -> Tensor:
-    """U[0, 1] of the shape of `like`, drawn on the generator's device."""
+    """Uniform random numbers in [0, 1) of the shape, type and device of a tensor, drawn on the generator's device.
+
+    Args:
+        like: The tensor.
+        source: The generator; None for torch's global one.
+    """
     device = like.device if source is None else source.device
     return torch.rand(like.shape, generator=source, dtype=like.dtype, device=device).to(like.device)
 
 
 def adaptive(box: tuple[Tensor, Tensor]) -> Tensor:
-    """CROWN's: 1[u+ + l- > 0], the smaller of the two areas."""
+    """Lower slopes of CROWN, 1 where u+ + l- > 0 and else 0, the slope with the smaller area between the lines.
+
+    Args:
+        box: l and u, (B, ...) each.
+    """
     lower, upper = box
     return (upper.clamp(min=0) + lower.clamp(max=0) > 0).to(upper)
 
 
 def chord(box: tuple[Tensor, Tensor]) -> Tensor:
-    """CAP's: u+ / (u+ - l-), parallel to the upper line."""
+    """Lower slopes of CAP, u+ / (u+ - l-), parallel to the upper line; without gradient.
+
+    Args:
+        box: l and u, (B, ...) each.
+    """
     lower, upper = box
     above, below = upper.detach().clamp(min=0), lower.detach().clamp(max=0)
     return above / (above - below).clamp(min=torch.finfo(upper.dtype).tiny)
 
 
 def _bernoulli(p: float, q: float) -> Callable[[tuple[Tensor, Tensor], torch.Generator | None], Tensor]:
-    """C.4: P(a = 1 | |l| > |u|) = p, P(a = 1 | |l| <= |u|) = q."""
+    """Random slopes 0 or 1 (Lee, 2021, C.4): P(a = 1 | |l| > |u|) = p, P(a = 1 | |l| <= |u|) = q."""
 
     def draw(box: tuple[Tensor, Tensor], source: torch.Generator | None) -> Tensor:
         lower, upper = box
@@ -345,7 +394,7 @@ _FIXED: dict[str, Method] = {
 
 
 def _variant(name: str) -> Method:
-    """Method "slope:name"."""
+    """The method "slope:NAME" for a variant's name."""
     if name in _FIXED:
         return _FIXED[name]
     parts = name.split(",")

@@ -1,9 +1,9 @@
 """The engine's methods by this package's own operators, for graphs on which the engine's bounds are not known to hold.
 
 IBP, CROWN-IBP, CROWN (H. Zhang et al., Efficient neural network robustness certification with general activation
-functions, NeurIPS 2018) and alpha-CROWN (K. Xu et al., Fast and complete, ICLR 2021), the last with optimized slopes
-in the pass from the output only. Proof of soundness: every box is a bound of `lirpa_ext.passes.slopes` on boxes that
-are sound, and there any slopes in [0, 1] are.
+functions, NeurIPS 2018) and alpha-CROWN (K. Xu et al., Fast and complete, ICLR 2021). Slopes of alpha-CROWN are
+optimized only in the pass from the output. Proof of soundness: every box is a bound by `lirpa_ext.passes.slopes` on
+sound boxes, where every choice of slopes in [0, 1] is sound.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Request(NamedTuple):
     """A call of one of the engine's methods.
 
     Attributes:
-        name: The method, one name for all of its synonyms.
-        family: Family of the engine's bounds that it rests on (`lirpa_ext.engine.positive_list.FAMILIES`).
+        name: Name of the method, the same for all of its synonyms.
+        family: Family of the engine's bounds that the method uses (`lirpa_ext.engine.positive_list.FAMILIES`).
     """
 
     name: str
@@ -54,10 +54,14 @@ _NAMES = {
 
 
 def request(method: str | None, options: dict[str, Any]) -> Request:
-    """What a call asks for, from the method's name and the engine's flags `IBP` and `forward`.
+    """The engine's method that a call requests, by the method's name and the engine's flags ``IBP`` and ``forward``.
+
+    Args:
+        method: Name of the method, in any case; None if the flags alone choose it.
+        options: The engine's further arguments.
 
     Raises:
-        OptionError: Neither a method nor one of the flags.
+        OptionError: There is neither a method nor one of the flags.
     """
     flags = {name: bool(options.get(name)) for name in ("IBP", "forward")}
     if flags["forward"]:
@@ -71,17 +75,17 @@ def request(method: str | None, options: dict[str, Any]) -> Request:
 
 
 def ibp(problem: Problem) -> BoundResult:
-    """Interval bound propagation; with C, the last layer is merged with it."""
+    """Interval bound propagation, with the last layer merged into C."""
     return slope_ibp(problem)
 
 
 def crown_ibp(problem: Problem) -> BoundResult:
-    """One backward pass on the boxes of IBP."""
+    """CROWN-IBP: one backward pass on the boxes of IBP."""
     return FAMILIES["slope"].find("crown")(problem)
 
 
 def crown(problem: Problem) -> BoundResult:
-    """Backward passes for the boxes of hidden layers, then from the output."""
+    """CROWN: backward passes from the hidden layers for their boxes, then one from the output."""
     context = problem.context()
     states = _refined(problem, context)
     plain = SlopePass(problem.module, states, context, {}, final=problem.final)
@@ -89,9 +93,9 @@ def crown(problem: Problem) -> BoundResult:
 
 
 def alpha_crown(problem: Problem) -> BoundResult:
-    """`crown`, then gradient ascent on the slopes of each row; the best value counts.
+    """alpha-CROWN: `crown`, then gradient ascent on the slopes of each row; the best value is returned.
 
-    Steps and their size are those of the engine's option `optimize_bound_args` (`iteration`, `lr_alpha`).
+    Number and size of steps are those of the engine's option ``optimize_bound_args`` (``iteration``, ``lr_alpha``).
     """
     context = problem.context()
     options = getattr(problem.module, "bound_opts", {}).get("optimize_bound_args", {})
@@ -125,7 +129,7 @@ SUBSTITUTES: dict[str, Callable[[Problem], BoundResult]] = {
 
 
 def _refined(problem: Problem, context: Any) -> dict[str, State]:
-    """Boxes of all nodes: before each nonlinear node those of a backward pass, cut with interval arithmetic."""
+    """Boxes of all nodes by interval arithmetic, intersected before nonlinear nodes with those of a backward pass."""
     order = engine.ancestors_in_order(problem.final)
     names = frozenset(
         parent.name
@@ -149,7 +153,7 @@ def _refined(problem: Problem, context: Any) -> dict[str, State]:
 
 
 def _is_affine(node: Node, module: Any) -> bool:
-    """Whether rows pass through the node exactly, so that no box is read there."""
+    """Whether coefficient rows pass through the node exactly, so that the box of its input is not needed."""
     rule = RULES.get(type(node).__name__)
     if not isinstance(rule, AffineRule):
         return False
@@ -162,7 +166,7 @@ def _is_affine(node: Node, module: Any) -> bool:
 
 
 def _gains(node: Node) -> bool:
-    """Whether a backward pass from the node can say more than interval arithmetic: more than one layer is before it."""
+    """Whether a backward pass from the node may be tighter than interval arithmetic, as after more than one layer."""
     before = [other for other in engine.ancestors_in_order(node) if other.perturbed]
     return len(before) > 3
 
@@ -183,7 +187,7 @@ def _ascend_all(plain: SlopePass, rows: Tensor, steps: int, rate: float) -> Tens
 
 
 def _repeated(plain: SlopePass, index: Tensor) -> SlopePass:
-    """The pass for these samples; an index may repeat."""
+    """The pass for the samples with the indices `index`, (K,), which may repeat."""
     some = plain.take(index)
     return SlopePass(some.module, some.states, some.context, {}, some.perturbations, some.final)
 

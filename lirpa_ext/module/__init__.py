@@ -1,4 +1,4 @@
-"""`BoundedModule`: a model as a graph, what is checked when it is built, and the guards on what it gives."""
+"""`BoundedModule`: a torch model as a graph whose outputs can be bounded, with checks of graph and bounds."""
 
 from __future__ import annotations
 

@@ -1,14 +1,16 @@
-"""When a graph and its model are compared, and what is remembered in between.
+"""When a graph and its model are compared, and what is remembered between comparisons.
 
-At each build: samples apart (once for each batch size), the same function at points around the example. Before the
-first bounds: at points of their set, too. Later only where that may say something new:
+At each build, the package checks that samples do not depend on each other (once for each batch size), and that graph
+and model agree at points around the example. Before the first bounds, it compares them at points of the perturbation
+set, too. Later it does so only where a comparison may say something new:
 
 * The model's modules, hooks, attributes or tied weights changed: the graph is built again.
-* The model went into a mode in which it was not compared yet: that mode is compared with eval mode.
-* The set reaches far beyond those that were looked at. Not while the model trains: to see it costs a step of a GPU its
-  synchronization, and training certifies nothing.
-* The model reads values of tensors in Python: at every call, as its trace may be of another function anywhere. Without
-  such reads the trace holds for all inputs, and a few points tell whether the engine understands every function in it.
+* The model is in a mode in which it has not been compared yet: that mode is compared with eval mode.
+* The perturbation set reaches far beyond those of earlier comparisons. This is skipped while the model trains: the test
+  would make a GPU wait, and training certifies nothing.
+* The model reads values of tensors in Python: graph and model are then compared at every call, since the trace may
+  differ from the model anywhere. Without such reads, the trace holds for all inputs, and a few points suffice to tell
+  whether the engine computes every function in it correctly.
 """
 
 from __future__ import annotations
@@ -28,15 +30,15 @@ from .watching import NoDropout, Reads
 
 Inputs = tuple[Tensor, ...]
 
-_FAR = 1.0  # times the width of what was looked at
+_FAR = 1.0  # distance beyond the range of earlier sets that counts as far, in units of its width
 
 
 class Agreement:
-    """What is known of a model and its graph.
+    """Record of the comparisons of a model with its graph.
 
     Attributes:
-        built_for: Shapes, dtypes and devices of the inputs that the graph serves; None while there is no graph.
-        reads: Where the model reads values of tensors in Python.
+        built_for: Shapes, dtypes and devices of the inputs that the graph was built for; None while there is no graph.
+        reads: Places, as "file:line", at which the model reads values of tensors in Python.
     """
 
     def __init__(self) -> None:
@@ -48,16 +50,16 @@ class Agreement:
         self._spans: list[tuple[float, float]] | None = None
 
     def examine(self, model: nn.Module, shadow: nn.Module, example: Inputs) -> None:
-        """Look at the model before it is traced.
+        """Check the model before it is traced.
 
         Args:
-            model: The user's.
-            shadow: Its copy in eval mode.
-            example: Inputs, (B, ...) each.
+            model: The user's model.
+            shadow: A copy of the model in eval mode.
+            example: Example inputs, (B, ...) each.
 
         Raises:
             TraceError: Samples of a batch read each other, or the model draws random numbers.
-            TrainModeError: In the mode it is in, the model computes something else than in eval mode.
+            TrainModeError: The model computes something else in its current mode than in eval mode.
         """
         self.built_for, self._spans = None, None
         watch = Reads(shadow)
@@ -77,23 +79,32 @@ class Agreement:
         self.check_mode(model, shadow, example)
 
     def serve(self, inputs: Inputs) -> None:
-        """The graph for such inputs has been built."""
+        """Note that the graph has been built for inputs of these shapes, dtypes and devices."""
         self.built_for = _kinds(inputs)
 
     def serves(self, inputs: Inputs) -> bool:
-        """Whether the graph was built for such inputs."""
+        """Whether the graph was built for inputs of these shapes, dtypes and devices."""
         return self.built_for == _kinds(inputs)
 
     def changes(self, model: nn.Module) -> str:
-        """How the model differs from what was traced; "" if it does not."""
+        """Text of how the model differs from the one that was traced; "" if it does not."""
         return "" if self._snapshot is None else self._snapshot.changes(model)
 
     def knows_mode(self, model: nn.Module) -> bool:
-        """Whether the model was compared in the mode that it is in."""
+        """Whether the model has been compared in its current mode."""
         return modes(model) in self._modes
 
     def check_mode(self, model: nn.Module, shadow: nn.Module, example: Inputs) -> None:
-        """Raise TrainModeError unless the model computes in its mode what it does in eval mode, dropout aside."""
+        """Check that the model computes the same in its current mode as in eval mode, dropout aside.
+
+        Args:
+            model: The user's model.
+            shadow: A copy of the model in eval mode.
+            example: Inputs to compare at, (B, ...) each.
+
+        Raises:
+            TrainModeError: The outputs differ.
+        """
         own = in_mode_of(model)
         if own is not None:
             try:
@@ -115,7 +126,12 @@ class Agreement:
         self._modes.add(modes(model))
 
     def is_new(self, inputs: Inputs, training: bool) -> bool:
-        """Whether the set of these inputs must be looked at, which then counts as done."""
+        """Whether graph and model must be compared on the set of these inputs; the set then counts as compared.
+
+        Args:
+            inputs: Inputs, perturbed ones among them.
+            training: Whether the model trains.
+        """
         perturbed = [x for x in inputs if isinstance(getattr(x, "ptb", None), PerturbationLpNorm)]
         if not perturbed or (training and self._spans is not None and not self.reads):
             return False

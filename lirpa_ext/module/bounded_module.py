@@ -1,4 +1,4 @@
-"""BoundedModule: the engine's, made sound for l2, with this package's methods."""
+"""BoundedModule: the engine's class, made sound for l2, with this package's methods."""
 
 from __future__ import annotations
 
@@ -49,26 +49,28 @@ from .tracing import as_tuple, check_inputs, check_mode, check_nodes, plain, tra
 class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
     """A torch model whose outputs can be bounded over a set of perturbed inputs.
 
-    The engine's BoundedModule with more: the methods of this package beside the engine's own, bounds that hold
-    for l2 whatever the first op is, per-sample eps, parametrized layers (spectral and weight norm), batches of
-    any size, and a model that stays as it was (mode, `requires_grad`, buffers). The graph reads the model's
-    own tensors, so a weight update needs no rebuild.
+    It extends the engine's BoundedModule by the methods of this package, bounds that hold for l2 whatever the first
+    operation is, an eps for each sample, parametrized layers (spectral and weight norm), and batches of any size. The
+    model itself is not changed (mode, `requires_grad`, buffers). The graph reads the model's own tensors, so that a
+    weight update needs no rebuild.
 
     Args:
-        model: The torch model; one tensor out. Batch norm must be in eval mode; dropout counts as identity.
+        model: The torch model, which returns one tensor. Batch norm must be in eval mode; dropout counts as identity.
         x: Example input, (B, ...), or a tuple of inputs. A `BoundedTensor` also becomes the default input.
         bound_opts: Options of the engine.
         device: Device of the graph, default that of the model's parameters.
         custom_ops: Further custom operators of the engine, by ONNX op name.
+        **engine_options: Further arguments of the engine's BoundedModule.
 
     Attributes:
-        last_result: What the last call found and did (`lirpa_ext.methods.BoundResult`), without autograd graphs; None
-            before the first call, and while one fails.
+        last_result: Result of the last call (`lirpa_ext.methods.BoundResult`), without autograd graphs; None before the
+            first call, and after a call that failed.
 
     Raises:
-        TraceError: The engine cannot build the graph, or its graph computes something else than the model; the samples
-            of a batch read each other; the model draws random numbers.
-        TrainModeError: A batch norm is in train mode, or the model computes something else there, dropout aside.
+        TraceError: The engine cannot build the graph; its graph computes something else than the model; samples of a
+            batch depend on each other; or the model draws random numbers.
+        TrainModeError: A batch norm is in train mode, or the model computes something else in train mode than in eval
+            mode, dropout aside.
         InvalidInputError: An input has NaN entries or another dtype than the model, or is in half precision.
 
     Example:
@@ -95,19 +97,19 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
     ) -> None:
         load_extensions()
         engine_options |= {"bound_opts": bound_opts, "device": device}
-        set_attribute = object.__setattr__  # nn.Module's would make graph nodes of modules
+        set_attribute = object.__setattr__  # nn.Module's would register modules as graph nodes
         set_attribute(self, "source", model)
         set_attribute(self, "_build_options", engine_options)
         set_attribute(self, "_custom_ops", CUSTOM_OPS | (custom_ops or {}))
         set_attribute(self, "norm_cache", NormCache())
         set_attribute(self, "power_iterations", {})
-        set_attribute(self, "_inside", False)  # calls of the engine to itself pass through our overrides
+        set_attribute(self, "_inside", False)  # whether the engine calls its own methods, through our overrides
         set_attribute(self, "_uncovered", {})
         set_attribute(self, "_agreement", Agreement())
         self._build(tuple(with_our_perturbation(tensor) for tensor in as_tuple(x)))
 
     def _build(self, inputs: tuple[Tensor, ...]) -> None:
-        """Trace the model at this batch size."""
+        """Build the graph for inputs of these shapes, and compare it with the model."""
         model = self.source
         check_mode(model)
         check_inputs(model, inputs)
@@ -122,14 +124,14 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
             complaints: list[str] = []
             try:
                 with engine.captured_errors() as complaints, as_nodes(), warnings.catch_warnings():
-                    # of what a trace may miss; the graph is compared with the model below
+                    # The tracer warns of values that it fixes; the graph is compared with the model below instead.
                     warnings.simplefilter("ignore", torch.jit.TracerWarning)
                     graph_input = example if len(example) > 1 else example[0]
                     super().__init__(shadow, graph_input, options, custom_ops=self._custom_ops, **rest)
-            except Exception as error:  # the engine raises whatever comes
+            except Exception as error:  # the engine raises exceptions of any class
                 ops = sorted({op for line in complaints for op in re.findall(r"op='([^']+)'", line)})
                 unknown = f" (it does not know {', '.join(ops)})" if ops else ""
-                cause = error.__cause__ or error.__context__  # 0.7 says only that there is no trace
+                cause = error.__cause__ or error.__context__  # 0.7's own error does not name the cause
                 unknown += f" ({type(cause).__name__}: {cause})" if cause is not None else ""
                 raise TraceError(
                     f"the engine (auto_LiRPA {engine.engine_version()}) cannot build a graph of "
@@ -163,12 +165,12 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        """What holds while the graph is built and bounds are computed."""
+        """Context in which the graph is built and bounds are computed: lock, default dtype and full precision."""
         with LOCK, self._engine_inside(), engine.default_dtype(plain(self._inputs[0]).dtype), full_precision():
             yield
 
     def _check_same_function(self, shadow: nn.Module, points: list[faithful.Point], defined: bool = True) -> None:
-        """Compare graph and model (`lirpa_ext.module.faithful.check_same_function`)."""
+        """Compare graph and model at points (`lirpa_ext.module.faithful.check_same_function`)."""
 
         def values() -> list[Any]:
             return [getattr(node, "forward_value", None) for node in self._modules.values()]
@@ -176,7 +178,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         faithful.check_same_function(super().forward, values, shadow, points, self._agreement.reads, defined)
 
     def _add_power_iterations(self) -> None:
-        """Hang a power-iteration node on the weight of every linear node; keep those of an earlier build."""
+        """Add a power-iteration node for the weight of every linear node; earlier builds' power iterations are kept."""
         geometries: dict[str, object] = {}
         for node in engine.ancestors_in_order(self.final_node()):
             found = power_iterable(node)
@@ -209,22 +211,26 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         """Bounds of C f(x') over all x' in the perturbation set.
 
         Args:
-            x: Inputs, (B, ...), `BoundedTensor` where perturbed. Default: those of the last call.
-            aux: The engine's.
-            C: Specification rows, (B, S, outputs). Default: the outputs themselves.
+            x: Inputs, (B, ...), each perturbed one a `BoundedTensor`. Default: those of the last call.
+            aux: The engine's argument of that name, for methods of the engine.
+            C: Specification rows, (B, S, outputs) or (1, S, outputs). Default: the outputs themselves.
             method: "lipschitz", "bcp", "bcp-crown", "bcp-alpha-crown", "sparse-slope", "slope:...", "cap", another
-                registered one, or any of the engine's ("IBP", "CROWN-IBP", "CROWN", "alpha-CROWN", ...).
-            bound_lower: Compute the lower side; else it is None.
-            bound_upper: Compute the upper side; else it is None.
+                registered method, or a method of the engine ("IBP", "CROWN-IBP", "CROWN", "alpha-CROWN", ...). Default
+                "backward", the engine's name for CROWN.
+            *args: Further positional arguments of the engine's `compute_bounds`.
+            bound_lower: Compute lower bounds (default); else they are None.
+            bound_upper: Compute upper bounds (default); else they are None.
             **options: Options of the method (`lirpa_ext.methods`), or the engine's further arguments.
 
         Returns:
             (lower, upper), each (B, S) or of the output's shape.
 
         Raises:
-            UnknownMethodError, OptionError: Before any work.
+            UnknownMethodError: There is no method of that name.
+            OptionError: An option is unknown or has a wrong value.
             InvalidInputError: eps, x or C has a wrong shape, range or value.
-            UnsupportedNodeError: A node that cannot be bound.
+            UnsupportedNodeError: A node cannot be bound.
+            SoundnessError: The bounds exclude the clean value, which is a defect of the method.
         """
         if self._inside:  # the engine calls itself
             return super().compute_bounds(
@@ -248,18 +254,18 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         bound_upper: bool = True,
         **options: Any,
     ) -> BoundResult:
-        """Bounds as of `compute_bounds`, and what the method did on its way.
+        """Bounds as by `compute_bounds`, together with records of how the method computed them.
 
         Args:
             x: As in `compute_bounds`.
             C: As in `compute_bounds`.
-            method: As in `compute_bounds`.
+            method: As in `compute_bounds`, default "bcp".
             bound_lower: As in `compute_bounds`.
             bound_upper: As in `compute_bounds`.
             **options: Options of the method.
 
         Returns:
-            The bounds; slopes, norms and the clean output where the method has them; nodes without a rule.
+            The bounds, with slopes, norms and the clean output if the method has them, and the nodes without a rule.
 
         Raises:
             As `compute_bounds`.
@@ -280,13 +286,14 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
 
         Args:
             x: As in `compute_bounds`.
-            intermediate: "ibp" (default), or "bcp" for those of ball and box.
+            intermediate: "ibp" (default), or "bcp" for boxes of the ball-box propagation.
 
         Returns:
             (lower, upper), each (B, ...), by the activation's name in the order of the graph.
 
         Raises:
-            OptionError: Another `intermediate`.
+            OptionError: `intermediate` is unknown.
+            InvalidInputError: No input is perturbed.
         """
         self._set_inputs(x)
         with self._computing():
@@ -294,14 +301,17 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
 
     @one_at_a_time
     def last_layer(self, x: Tensor | tuple[Tensor, ...] | None = None, tighten: bool = True) -> LastLayer | None:
-        """The dense last layer, and the ball and the box of "bcp" that its input lies in.
+        """The dense last layer, and the ball and box of its input by "bcp".
 
         Args:
             x: As in `compute_bounds`.
-            tighten: As in "bcp".
+            tighten: As in `lirpa_ext.methods.bcp.bcp`. Default True.
 
         Returns:
-            Set of the input, W and b; None where the output is not a dense layer of one perturbed vector.
+            Set of the input, weight and bias; None if the output is not a dense layer of one perturbed vector.
+
+        Raises:
+            InvalidInputError: No input is perturbed.
         """
         self._set_inputs(x)
         with self._computing():
@@ -309,7 +319,15 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
 
     @one_at_a_time
     def forward(self, *x: Tensor, **kwargs: Any) -> Tensor:
-        """The model's function through the graph (the engine's, with its arguments)."""
+        """The model's function, computed through the graph, with the arguments of the engine's `forward`.
+
+        Args:
+            *x: Inputs, (B, ...) each.
+            **kwargs: Further arguments of the engine's `forward`.
+
+        Returns:
+            The outputs, (B, ...).
+        """
         if self._inside:
             return super().forward(*x, **kwargs)
         self._set_inputs(x)
@@ -319,7 +337,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
             engine.free_graphs(self)
 
     def _set_inputs(self, x: Tensor | tuple[Tensor, ...] | None) -> None:
-        """Check the inputs, give their perturbations our class, and build anew what the graph no longer is."""
+        """Set and check the inputs of a call, and build the graph anew if it is not of these inputs and this model."""
         inputs = self._inputs if x is None else tuple(with_our_perturbation(tensor) for tensor in as_tuple(x))
         changed, agreement = self._agreement.changes(self.source), self._agreement
         if changed or not agreement.serves(inputs):
@@ -347,14 +365,14 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         return Graph(self, self.norm_cache, self.power_iterations, self.source.training)
 
     def _run(self, method: Method, asked: BoundOptions) -> BoundResult:
-        """Bounds by a method of this package."""
+        """Run a method of this package."""
         with self._computing():
             result = run_method(self._graph, method, self._inputs, asked)
         object.__setattr__(self, "last_result", result.detached())
         return result
 
     def _engine_bounds(self, x: Any, aux: Any, method: str | None, asked: BoundOptions, given: dict[str, Any]) -> Any:
-        """Bounds by a method of the engine: by the engine where its list covers the graph, else by our operators."""
+        """Run a method of the engine: by the engine if its list covers the graph, else by this package's operators."""
         object.__setattr__(self, "last_result", None)
         wanted = request(method, given)
         asked = replace(asked, method=wanted.name)
@@ -370,7 +388,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         return self._run(engine_methods.substitute(wanted, missing, given), asked).sides
 
     def _uncovered_by(self, asked: Request) -> list[Gap]:
-        """What of the graph the engine may not bound; looked at once for each kind of request and of inputs."""
+        """Nodes that the engine may not bound, found once for each family of bounds and choice of perturbed inputs."""
         key = asked.family, tuple(getattr(x, "ptb", None) is not None for x in self._inputs)
         if key not in self._uncovered:
             with self._computing():
@@ -382,14 +400,14 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         return self._uncovered[key]
 
     def _run_engine(self, aux: Any, method: str | None, asked: BoundOptions, options: dict[str, Any]) -> Any:
-        """Bounds by the engine, of a graph that its list covers."""
+        """Run a method of the engine by the engine, on a graph that its list covers."""
         inputs, name, C, lower, upper = self._inputs, asked.method, asked.C, asked.lower, asked.upper
         if name.lower().startswith("dynamic"):
             inputs = tuple(
                 engine.BoundedTensor(plain(x), x.ptb.engines_box(x)) if getattr(x, "ptb", None) is not None else x
                 for x in inputs
             )
-        if name == "alpha-CROWN":  # the engine's ascent goes backward more than once
+        if name == "alpha-CROWN":  # the engine's ascent runs backward several times through one graph
             engine.refresh(self.source, self._readers, detach=True)
         check_request(inputs, C, lower, upper, self.final_node().output_shape[1])
         C = None if C is None else C.expand(len(inputs[0]), -1, -1)
@@ -408,15 +426,15 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         return found
 
     def IBP_general(self, node: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The engine's; a node that is not perturbed has its value, which 0.3 would bound by a wrong rule."""
+        """The engine's IBP of a node; one that is not perturbed is evaluated, as 0.3 would bound it by a wrong rule."""
         if node is not None and not node.perturbed:
             self.get_forward_value(node)
         return super().IBP_general(node, *args, **kwargs)
 
     def _checked(self, found: Any, C: Tensor | None, name: str) -> Any:
-        """The engine's result, after the guard on the clean value."""
+        """The engine's result, after a check that the bounds contain the clean value."""
         if not isinstance(found, tuple) or (found[0] is None and found[1] is None):
-            return found  # coefficients alone
+            return found  # the engine was asked for coefficients alone
 
         if self.source.training and any(bound is not None and bound.requires_grad for bound in found[:2]):
             return found
@@ -427,7 +445,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
     # --- state -----------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> BoundedModule:
-        """Put the user's model in training mode. The graph's own nodes stay in eval mode."""
+        """Put the user's model in training mode, or in eval mode if `mode` is False; the graph stays in eval mode."""
         self.source.train(mode)
         return self
 
@@ -436,15 +454,15 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         return self.train(False)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The model's own state dict, and the vectors of the power iterations under ``power_iteration.``."""
+        """State dict of the model, with the vectors u of the power iterations under ``power_iteration.NAME.u``."""
         state = self.source.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         for name, iteration in self.power_iterations.items():
             state[f"{prefix}power_iteration.{name}.u"] = iteration.u if keep_vars else iteration.u.detach()
         return state
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, **kwargs: Any) -> Any:
-        """Load what `state_dict` gave, or a state dict of the model alone."""
-        if self._inside:  # the engine puts back what its forward pass may have changed: nothing, in eval mode
+        """Load a state dict that `state_dict` returned, or one of the model alone."""
+        if self._inside:  # the engine restores buffers after its forward pass, which changes none in eval mode
             return None
         own = {key: value for key, value in state_dict.items() if not key.startswith("power_iteration.")}
         for name, iteration in self.power_iterations.items():
@@ -454,7 +472,7 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         return self.source.load_state_dict(own, strict=strict, **kwargs)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The model's own; one of the inputs' dtype for an engine that reads the dtype off a model without any."""
+        """The model's parameters; for a model without any, the engine gets one from which it reads the dtype."""
         own = list(super().parameters(recurse))
         if not own and self._inside:
             own = [nn.Parameter(plain(self._inputs[0]).new_zeros(()), requires_grad=False)]

@@ -1,7 +1,7 @@
-"""What a graph was traced from, beside the values of weights: to notice that the model has changed since.
+"""Changes of a model since its graph was traced, other than of the values of its weights and buffers.
 
-A graph reads weights and buffers live; all else that the forward pass may depend on was fixed when it was traced: the
-modules and their classes, hooks, and attributes such as a stride or a slope. `Snapshot` notes those, and compares.
+A graph reads weights and buffers live. Everything else that the forward pass may depend on was fixed by the trace: the
+modules and their classes, hooks, and attributes such as a stride or a slope. `Snapshot` records and compares these.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 Key = tuple[str, str]  # path of the module, name of the attribute
 
-# Of every module, and without influence on its output in eval mode; or looked at apart.
+# Attributes of every module without influence on its output in eval mode, or that are compared separately.
 _SKIPPED = frozenset(
     {
         "training", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_backward_pre_hooks",
@@ -25,32 +25,40 @@ _SKIPPED = frozenset(
     }
 )  # fmt: skip
 _PLAIN = frozenset({int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size, bytes, complex})
-_DEPTH = 3  # of objects in attributes
-_LENGTH = 64  # of containers, beyond which their contents are not compared
+_DEPTH = 3  # levels of nested objects in attributes whose contents are compared
+_LENGTH = 64  # entries of a container beyond which its contents are not compared
 
 
 class Snapshot:
-    """What the forward pass of a model may depend on, beside its weights, buffers and inputs.
+    """Record of everything that the forward pass of a model may depend on besides weights, buffers and inputs.
 
     Args:
         model: The model.
-        ignored: Attributes that the forward pass itself writes, as a counter of calls.
+        ignored: Attributes that the forward pass itself writes, such as a counter of calls. Default none.
     """
 
     def __init__(self, model: nn.Module, ignored: Collection[Key] = ()) -> None:
         self.ignored = frozenset(ignored)
-        self._kept: list[Any] = []  # what is told by its id, which must not be given to another
+        self._kept: list[Any] = []  # objects compared by their id, kept alive so that no other object gets the id
         self._found = self._look(model, self._kept)
 
     @classmethod
     def around(cls, model: nn.Module, run: Callable[[], object]) -> frozenset[Key]:
-        """Attributes that the model writes while it runs."""
+        """Attributes that the model writes while it runs.
+
+        Args:
+            model: The model.
+            run: Runs the model.
+
+        Returns:
+            (path of the module, name of the attribute) for each.
+        """
         before = cls(model)
         run()
         return frozenset(before._differing(cls(model)))
 
     def changes(self, model: nn.Module) -> str:
-        """What differs now, e.g. "'1' is a Tanh, was a ReLU"; "" if nothing does."""
+        """Text of how the model differs from the record, e.g. "'1' is Tanh, was ReLU"; "" if it does not."""
         now = Snapshot.__new__(Snapshot)
         now.ignored, now._kept = self.ignored, []
         now._found = self._look(model, now._kept)
@@ -63,7 +71,7 @@ class Snapshot:
 
     def _look(self, model: nn.Module, kept: list[Any]) -> dict[Key, Any]:
         found: dict[Key, Any] = {}
-        order: dict[int, int] = {}  # of the weights, which tells those that are tied
+        order: dict[int, int] = {}  # number of each weight in the order of the model, equal for tied weights
         seen: set[int] = set()
         stack = [("", model)]
         while stack:
@@ -103,17 +111,17 @@ def _global_hooks() -> list[Any]:
 
 
 def _is_lightning(module: nn.Module) -> bool:
-    """Whether private attributes are a trainer's state, which changes all the time and which no forward reads."""
+    """Whether a module is Lightning's, whose private attributes are a trainer's state that no forward pass reads."""
     return any(base.__name__ == "LightningModule" for base in type(module).__mro__)
 
 
 def _key(value: Any, kept: list[Any], depth: int) -> Any:
-    """What tells a value from another: itself if plain, its contents if a container, else its identity."""
+    """A key to compare values by: the value itself if plain, the contents of a container, else the identity."""
     kind = type(value)
     if kind in _PLAIN:
         return value if value == value else "nan"
     kept.append(value)
-    if isinstance(value, Tensor):  # a constant of the trace, unlike a buffer
+    if isinstance(value, Tensor):  # not a buffer, so that the trace has it as a constant
         return id(value), None if value.is_inference() else value._version
     if depth == _DEPTH:
         return id(value)
@@ -125,7 +133,7 @@ def _key(value: Any, kept: list[Any], depth: int) -> Any:
         return frozenset([_key(part, kept, depth + 1) for part in value])
     if isinstance(value, dict):
         return tuple([(name, _key(part, kept, depth + 1)) for name, part in value.items()])
-    if isinstance(value, nn.Module):  # not registered, so that its weights are constants of the trace as well
+    if isinstance(value, nn.Module):  # not a registered submodule, so that the trace has its weights as constants
         parts = [*value.named_parameters(), *value.named_buffers()]
         return id(value), tuple([(name, _key(part, kept, depth + 1)) for name, part in parts])
     if kind.__module__.partition(".")[0] in ("torch", "builtins", "functools", "onnx", "onnxruntime", "numpy"):
@@ -154,5 +162,5 @@ def _describe(before: Snapshot, after: Snapshot, keys: list[Key]) -> str:
 
 
 def modes(model: nn.Module) -> tuple[bool, ...]:
-    """Which modules are in train mode."""
+    """Train mode (True) or eval mode (False) of each module, in the order of ``model.modules()``."""
     return tuple([module.training for module in model.modules()])

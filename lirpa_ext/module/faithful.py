@@ -1,8 +1,8 @@
-"""Graph = model: is what the engine traced the function that the user's model computes?
+"""Check that the engine's graph computes the same function as the user's model.
 
-The engine drops options of some functions, and a trace keeps the branch and the numbers that it saw. So both are run
-on the same points, those of the set that is asked among them, and compared: every output of every sample on the scale
-of that output, so that no large or undefined one hides another.
+The engine drops options of some functions, and a trace fixes the branches and numbers of the example input. So graph
+and model are run on the same points, some of them in the perturbation set. Each output of each sample is compared on
+the scale of that output, so that a large or undefined output does not hide differences in others.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from .watching import Call, Calls
 
 Inputs = tuple[Tensor, ...]
 
-_TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-8}  # of the output's own scale
-_OWN_ROUNDING = 10.0  # times that of the model itself, which may subtract large numbers, are no difference
+_TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-8}  # in units of the output's own scale
+_OWN_ROUNDING = 10.0  # differences up to this factor times the model's own rounding errors are allowed
 
 
 @dataclass(frozen=True)
 class Point:
-    """Inputs to compare at.
+    """Inputs at which graph and model are compared.
 
     Attributes:
-        inputs: (B, ...) each.
-        asked: Whether it belongs to what bounds are asked for. Elsewhere the model may fail, or be undefined.
+        inputs: Inputs, (B, ...) each.
+        asked: Whether the inputs are the example or in the perturbation set; at other points, the model may fail or
+            be undefined.
     """
 
     inputs: Inputs
@@ -40,7 +41,13 @@ class Point:
 
 
 def around(example: Inputs) -> list[Point]:
-    """The example and points of other size and sign: normal numbers, and small ones, before which an eps shows."""
+    """Points to compare at around an example: itself, its negative, normal numbers, and small normal numbers.
+
+    Small numbers show a different or missing eps, as in a normalization.
+
+    Args:
+        example: Inputs, (B, ...) each.
+    """
     generator = torch.Generator().manual_seed(0)
     noise = _floats(example, lambda x: torch.randn(x.shape, generator=generator).to(x))
     return [
@@ -52,7 +59,11 @@ def around(example: Inputs) -> list[Point]:
 
 
 def of_set(inputs: Inputs) -> list[Point]:
-    """Points of the set of the perturbed inputs, on its border: two random ones, and two that are opposite corners."""
+    """Points on the border of the perturbation set: two opposite random ones, and two opposite corners.
+
+    Args:
+        inputs: Inputs, (B, ...) each; those that are not perturbed stay as they are.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def moved(x: Tensor, corner: bool, sign: int) -> Tensor:
@@ -65,7 +76,7 @@ def of_set(inputs: Inputs) -> list[Point]:
     points = []
     for corner in (False, True):
         state = generator.get_state()
-        for sign in (1, -1):  # the same directions
+        for sign in (1, -1):  # both with the same directions
             generator.set_state(state)
             points.append(Point(tuple(moved(x, corner, sign) for x in inputs), True))
     return points
@@ -83,20 +94,20 @@ def check_same_function(
     reads: Sequence[str] = (),
     defined: bool = True,
 ) -> None:
-    """Raise unless the graph computes what the model does.
+    """Check that graph and model compute the same outputs at some points.
 
     Args:
         graph: The function of the engine's graph.
-        values: Gives the values of the graph's nodes after a call of `graph`.
+        values: Returns the values of the graph's nodes after a call of `graph`.
         model: The model, in eval mode.
-        points: Where to compare.
-        reads: Where the model reads values of tensors in Python.
-        defined: Whether every output must be defined at some point.
+        points: Points to compare at.
+        reads: Places at which the model reads values of tensors in Python, for the message.
+        defined: Whether every output must be defined at one of the points. Default True.
 
     Raises:
-        TraceError: They differ; names the first function of the model whose output the graph does not have, and the
-            likely reason. Or an output is undefined at all points, so that nothing can be compared.
-        InvalidInputError: That is so because of weights that are NaN or infinite.
+        TraceError: Graph and model differ; the message names the first function of the model whose output no node of
+            the graph has, and the likely reason. Or an output is undefined at all points, and cannot be compared.
+        InvalidInputError: An output is undefined at all points, and a weight is NaN or infinite.
     """
     name = type(model).__name__
     pairs = [(point, right) for point in points if (right := _output(model, point)) is not None]
@@ -114,7 +125,7 @@ def check_same_function(
     actual = torch.stack(outputs).to(expected)
     asked = torch.tensor([point.asked for point in points], device=expected.device)
     off, comparable = _difference(expected, actual, asked.view(-1, *[1] * (expected.dim() - 1)))
-    if off.amax() > 1:  # is it the model's own rounding?
+    if off.amax() > 1:  # compare again with the model's own rounding allowed
         rounding = _rounding(model, points, expected)
         off, comparable = _difference(expected, actual, asked.view(-1, *[1] * (expected.dim() - 1)), rounding)
     if defined and not comparable.all():
@@ -139,9 +150,9 @@ def _refuse_undefined(model: nn.Module) -> None:
 
 
 def _output(model: nn.Module, point: Point) -> Tensor | None:
-    """The model's output; None where it fails at a point that is not asked for."""
+    """The model's output at a point; None if the model fails at a point outside of what is bounded."""
     try:
-        return model(*(x.clone() for x in point.inputs))  # which the model may overwrite
+        return model(*(x.clone() for x in point.inputs))  # copies, as the model may overwrite its inputs
     except Exception as error:  # whatever a user's model raises
         if is_out_of_memory(error):
             raise
@@ -155,9 +166,9 @@ def _output(model: nn.Module, point: Point) -> Tensor | None:
 def _difference(
     expected: Tensor, actual: Tensor, asked: Tensor, rounding: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Differences in units of what is allowed, (points, B, ...), and which outputs could be compared, (...).
+    """Differences in units of the allowed ones, (points, B, ...), and which outputs could be compared, (...).
 
-    Where the model is undefined the graph must be as well, at points that are asked for.
+    At points that are asked for, the graph must be undefined where the model is.
     """
     finite, same = expected.isfinite(), (actual == expected) | (actual.isnan() & expected.isnan())
     scale = torch.where(finite, expected.abs(), 0.0).amax((0, 1))
@@ -170,9 +181,10 @@ def _difference(
 
 
 def _rounding(model: nn.Module, points: Sequence[Point], expected: Tensor) -> Tensor | None:
-    """What rounding does to each output of the model itself, (...); None where that cannot be told.
+    """Rounding error of each output of the model itself, (...); None if the model does not run in another precision.
 
-    Float32's error is the difference between both precisions, and float64's is smaller by the ratio of their eps.
+    The error in float32 is the difference of outputs in float32 and float64; the error in float64 is taken to be
+    smaller by the ratio of the machine epsilons.
     """
     single = expected.dtype == torch.float32
     dtype = torch.float64 if single else torch.float32
@@ -181,7 +193,7 @@ def _rounding(model: nn.Module, points: Sequence[Point], expected: Tensor) -> Te
         return None
     try:
         outputs = torch.stack([other[0](*_floats(point.inputs, lambda x: x.to(dtype))) for point in points])
-    except Exception:  # as of a model that makes tensors of one dtype itself
+    except Exception:  # e.g. the model creates tensors of a fixed dtype
         return None
     error = (outputs - expected).abs() * (1 if single else torch.finfo(expected.dtype).eps / torch.finfo(dtype).eps)
     return torch.where(expected.isfinite() & outputs.isfinite(), error, 0.0).amax((0, 1)).to(expected)
@@ -204,7 +216,16 @@ _REASONS = {"pool": _POOL, "norm": _NORM}  # by a part of the function's name
 
 
 def first_difference(model: nn.Module, inputs: Inputs, values: Sequence[Any]) -> Call | None:
-    """The first torch function whose output depends on the inputs, and is the value of no node."""
+    """The first torch function of the model whose output depends on the inputs and is not the value of any node.
+
+    Args:
+        model: The model, in eval mode.
+        inputs: Inputs at which graph and model differ, (B, ...) each.
+        values: Values of the graph's nodes for these inputs.
+
+    Returns:
+        The call; None if there is none.
+    """
     elsewhere = Calls.of(model, _floats(inputs, lambda x: 2 * x + 1))
     nodes = [value for value in values if isinstance(value, Tensor)]
     for call, other in zip(Calls.of(model, inputs), elsewhere, strict=False):
@@ -225,7 +246,12 @@ def _alike(value: Tensor, output: Tensor) -> bool:
 
 
 def likely_reason(call: Call | None, reads: Sequence[str]) -> str:
-    """Why a graph may differ, and the way out."""
+    """Text of the likely reason for a difference of graph and model, and of how to avoid it.
+
+    Args:
+        call: The first function that differs, if known.
+        reads: Places at which the model reads values of tensors in Python.
+    """
     for part, reason in _REASONS.items():
         if call is not None and part in call.name:
             return f"{reason}: leave the option out, or write the function with others."

@@ -1,4 +1,4 @@
-"""`register()`: the methods of this package on the engine's own BoundedModule."""
+"""`register`, which adds the methods of this package to the engine's own BoundedModule."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .tracing import as_tuple, check_inputs, check_nodes, plain, with_our_pertur
 
 _original: Any = None
 _original_init: Any = None
-_differs: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # graphs that are not their model, and how
-_apart: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # the batch size that was looked at last
+_differs: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # graph -> how its outputs differ from the model's
+_apart: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # graph -> batch size that was checked last
 _norms: WeakKeyDictionary[nn.Module, tuple[NormCache, dict[str, PowerIteration]]] = WeakKeyDictionary()
 
 
@@ -32,11 +32,11 @@ _norms: WeakKeyDictionary[nn.Module, tuple[NormCache, dict[str, PowerIteration]]
 def register() -> None:
     """Give `compute_bounds` of the engine's own BoundedModule the methods of this package.
 
-    For code that already builds one: ``compute_bounds(x=(bounded_x,), C=C, method="bcp")`` then works, with the
-    methods' options as further keyword arguments. Idempotent; undone by `unregister`. The engine's own methods
-    stay the engine's, on lp balls where its list covers them (`lirpa_ext.engine.positive_list`), and raise
-    UnsupportedNodeError elsewhere: only `lirpa_ext.BoundedModule` repairs them. A graph that is built from now on is
-    compared with its model; of an older one the shape of its outputs alone is known.
+    For code that builds the engine's class: ``compute_bounds(x=(bounded_x,), C=C, method="bcp")`` then works, with the
+    methods' options as further keyword arguments. Idempotent; undone by `unregister`. Methods of the engine are still
+    run by the engine: for lp balls, if its list covers the graph (`lirpa_ext.engine.positive_list`), and else they
+    raise UnsupportedNodeError, where `lirpa_ext.BoundedModule` would use operators of its own. Graphs that are built
+    from now on are compared with their models; of older graphs, only the shape of the outputs is checked.
     """
     global _original, _original_init
     if _original is not None:
@@ -69,7 +69,7 @@ def register() -> None:
 
 @one_at_a_time
 def unregister() -> None:
-    """Undo `register`."""
+    """Undo `register`: give the engine's BoundedModule its own methods back."""
     global _original, _original_init
     if _original is not None:
         engine.EngineBoundedModule.compute_bounds, engine.EngineBoundedModule.__init__ = _original, _original_init
@@ -77,13 +77,13 @@ def unregister() -> None:
 
 
 def _package(module: Any) -> bool:
-    """Whether it is a graph of this package, which looks after itself."""
+    """Whether an object is of a class of this package, such as `BoundedModule`, which does its own checks."""
     return type(module).__module__.partition(".")[0] == "lirpa_ext"
 
 
 @one_at_a_time
 def _compare(graph: Any, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Keep in mind that a graph of the engine's own class computes something else than its model."""
+    """Compare a graph of the engine's own class with its model, and note in `_differs` how they differ."""
     if model.training or not all(isinstance(x, Tensor) for x in inputs):
         return
     source = torch.Generator().manual_seed(0)
@@ -97,7 +97,7 @@ def _compare(graph: Any, model: nn.Module, inputs: tuple[Any, ...]) -> None:
                 ]
             expected, found = model(*points), graph(*points)
             if not isinstance(expected, Tensor) or expected.shape != found.shape:
-                break  # the shape is looked at in any case
+                break  # `_check_graph` compares the shapes
             scale = expected[expected.isfinite()].abs().amax() if expected.isfinite().any() else torch.ones(())
             off = (found - expected).abs() > torch.finfo(expected.dtype).eps ** 0.5 * scale
             off |= found.isfinite() != expected.isfinite()
@@ -107,12 +107,12 @@ def _compare(graph: Any, model: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 
 def _engine_bounds(module: Any, method: Any, x: Any, aux: Any, C: Any, args: Any, kwargs: Any) -> Any:
-    """Bounds by the engine's own method, if its list covers the graph. A call of the engine to itself is not asked."""
+    """Run a method of the engine, if its list covers the graph; calls of the engine to itself are not checked."""
     if x is None or module.__dict__.get("_lirpa_ext_inside"):
         return _original(module, x, aux, C, *args, **kwargs)
     inputs = as_tuple(x)
     kinds = {type(getattr(tensor, "ptb", None)) for tensor in inputs} - {type(None)}
-    if kinds <= {engine.EnginePerturbationLpNorm, PerturbationLpNorm}:  # other sets are the engine's own affair
+    if kinds <= {engine.EnginePerturbationLpNorm, PerturbationLpNorm}:  # other sets are not checked
         check_covered(module, inputs, request(method, kwargs))
         _check_graph(module, inputs)
     module.__dict__["_lirpa_ext_inside"] = True
@@ -124,7 +124,7 @@ def _engine_bounds(module: Any, method: Any, x: Any, aux: Any, C: Any, args: Any
 
 @one_at_a_time
 def _check_graph(module: Any, inputs: tuple[Tensor, ...]) -> None:
-    """Refuse a graph whose samples read each other, or that computes something else than its model."""
+    """Raise TraceError for a graph whose samples depend on each other, or that differs from its model."""
     if module in _differs:
         raise TraceError(
             f"the engine's graph computes something else than the model ({_differs[module]}): a layer lost one of its "

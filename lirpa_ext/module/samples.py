@@ -1,9 +1,9 @@
-"""One sample, one bound: is each output of a batch a function of its own sample?
+"""Check that each output of a batch depends on its own sample only.
 
-The engine and this package bound each sample of a batch over its own set. Where samples read each other (flip,
-cumsum, softmax or a mean over axis 0, a transposed batch, a sequence-first recurrent layer, ...) such a bound is of no
-function of one sample. The graph cannot tell: traced with one sample it may even be right. So the model itself is run
-on batches of which some samples change, and the outputs of the others must not.
+The engine and this package bound each sample of a batch over its own perturbation set. Such a bound is meaningless if
+samples depend on each other (flip, cumsum, softmax or a mean over axis 0, a transposed batch, a sequence-first
+recurrent layer, ...). The graph does not show this: traced with one sample, it may even be right. So the model itself
+is run on batches in which some samples change; the outputs of the other samples must not change.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .watching import Calls, Reads
 
 Inputs = tuple[Tensor, ...]
 
-# Relative to the output's own scale. Other samples change not even the rounding where the shapes are the same; a
-# sample at another place of the batch may be summed up in another order.
+# Tolerance relative to the output's own scale. With equal shapes, other samples do not even change the rounding; sums
+# for a sample at another place of the batch may be taken in another order.
 _ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-10}
 _ANOTHER_PLACE = 100
-_CANCELLED = 1e-3  # an output that much smaller than another may be what is left of large numbers: rounding
-_SMALL = 4  # samples in a second batch
-_MANY = 16  # samples, beyond which not every pair of them is told apart
+_CANCELLED = 1e-3  # outputs smaller than the largest by this factor may be rounding errors of large numbers that cancel
+_SMALL = 4  # number of samples in a second batch
+_MANY = 16  # number of samples beyond which not every pair of samples is tested
 _WAY_OUT = (
     "A bound is of one sample over its own set, which such a model does not have. The first axis must be the batch's, "
     "and be left alone: use batch_first=True in recurrent and attention layers, and axes from 1 on elsewhere"
@@ -35,14 +35,14 @@ _WAY_OUT = (
 
 
 def check_samples_apart(model: nn.Module, inputs: Inputs) -> None:
-    """Raise unless no sample's output depends on the others, on its place in the batch, or on chance.
+    """Check that a sample's output does not depend on other samples, its place in the batch, or random numbers.
 
-    A model that fails on batches of another size than the example's, as some with a fixed batch do, is judged by the
-    example's alone; one sample by itself reads no other.
+    The example batch and one of another size are tested. A model that fails on other batch sizes is tested on the
+    example batch alone, where a single sample passes.
 
     Args:
         model: The model in eval mode; running it must not change it.
-        inputs: Example inputs, (B, ...) each. Inputs of another length have no batch axis and stay as they are.
+        inputs: Example inputs, (B, ...) each. Inputs of another length have no batch axis and are not changed.
 
     Raises:
         TraceError: An output depends on more than its sample, or a batch of B samples does not give B outputs.
@@ -58,13 +58,21 @@ def check_samples_apart(model: nn.Module, inputs: Inputs) -> None:
 
 
 def check_batch_apart(model: nn.Module, inputs: Inputs) -> None:
-    """As `check_samples_apart`, on a batch of this size alone: for a graph, which serves one size."""
+    """`check_samples_apart` on the given batch alone, for graphs, which serve one batch size.
+
+    Args:
+        model: The graph.
+        inputs: Example inputs, (B, ...) each.
+
+    Raises:
+        TraceError: As `check_samples_apart`.
+    """
     if _check_size(model, inputs) and len(inputs[0]) > 1:
         _check_apart(model, inputs)
 
 
 def _check_size(model: nn.Module, inputs: Inputs) -> bool:
-    """Raise unless there are as many outputs as samples; whether the model takes such inputs at all."""
+    """Raise TraceError unless there are as many outputs as samples; return whether the model runs on these inputs."""
     output, batch = _run(model, inputs), len(inputs[0])
     if output is not None and (output.dim() == 0 or len(output) != batch):
         raise TraceError(
@@ -76,7 +84,7 @@ def _check_size(model: nn.Module, inputs: Inputs) -> bool:
 
 
 def _check_apart(model: nn.Module, inputs: Inputs) -> None:
-    """Raise if samples of this batch are not apart, in float64 as well: what is so in float32 alone is rounding."""
+    """Raise TraceError if samples depend on each other, in float64 too: in float32 alone, it may be rounding."""
     problem = _problem(model, inputs)
     double = in_dtype(model, inputs, torch.float64) if problem and inputs[0].dtype == torch.float32 else None
     if problem if double is None else _problem(*double):
@@ -84,7 +92,7 @@ def _check_apart(model: nn.Module, inputs: Inputs) -> None:
 
 
 def _problem(model: nn.Module, inputs: Inputs) -> str:
-    """How samples of this batch are not apart, or ""."""
+    """Text of how samples of this batch depend on each other, on their place, or on random numbers; else ""."""
     name = type(model).__name__
     clean = _run(model, inputs)
     with Reads(model) as reads:
@@ -117,14 +125,14 @@ def _problem(model: nn.Module, inputs: Inputs) -> str:
 
 
 def _changes(inputs: Inputs, undefined: bool) -> Iterator[tuple[Inputs, Tensor]]:
-    """Inputs of which some samples are changed, and the indices of those that are not.
+    """Inputs in which some samples are changed, and the indices of the samples that are not changed.
 
-    NaN goes through every sum and product, whatever the weights, and only sorting, comparing and rounding hide it;
-    for these there are other values.
+    NaN passes through every sum and product, whatever the weights; only sorting, comparisons and rounding hide it. For
+    these, other values are tried, too.
 
     Args:
-        inputs: (B, ...) each.
-        undefined: Whether to try NaN: not with a model that looks at values, and may look for NaN itself.
+        inputs: Inputs, (B, ...) each.
+        undefined: Whether to try NaN; not for a model that reads values in Python, which may test for NaN.
     """
     batch = len(inputs[0])
     index = torch.arange(batch, device=inputs[0].device)
@@ -139,7 +147,7 @@ def _changes(inputs: Inputs, undefined: bool) -> Iterator[tuple[Inputs, Tensor]]
 
 
 def _with_others(inputs: Inputs, changed: Tensor, value: float) -> Inputs:
-    """The inputs with other values in the changed samples, in units of the largest; labels are another sample's."""
+    """The inputs with `value` times about the largest entry in changed samples; whole numbers are another sample's."""
     moved = []
     for x in inputs:
         other = x.roll(1, 0) if not x.is_floating_point() else torch.full_like(x, 1.0) * (x.abs().amax() + 1) * value
@@ -149,7 +157,7 @@ def _with_others(inputs: Inputs, changed: Tensor, value: float) -> Inputs:
 
 
 def _resized(inputs: Inputs, size: int) -> Inputs:
-    """A batch of another size around the same samples, no two of them alike."""
+    """A batch of another size, of the same samples and, beyond them, copies with noise."""
     generator, batch = torch.Generator().manual_seed(1), len(inputs[0])
     index = torch.arange(size) % batch
     resized = []
@@ -165,9 +173,9 @@ def _resized(inputs: Inputs, size: int) -> Inputs:
 
 
 def _run(model: nn.Module, inputs: Inputs) -> Tensor | None:
-    """The output; None if the model takes no such inputs, or gives anything but one tensor."""
+    """The output; None if the model fails on these inputs, or does not return one tensor."""
     try:
-        output = model(*(x.clone() for x in inputs))  # which the model may overwrite
+        output = model(*(x.clone() for x in inputs))  # copies, as the model may overwrite its inputs
     except Exception as error:  # whatever a user's model raises
         if is_out_of_memory(error):
             raise
@@ -176,13 +184,13 @@ def _run(model: nn.Module, inputs: Inputs) -> Tensor | None:
 
 
 def _difference(actual: Tensor, expected: Tensor, clean: Tensor, floor: float = 0.0) -> float:
-    """Largest difference relative to each output's own scale; infinite where only one of the two is finite.
+    """Largest difference relative to each output's own scale; infinite if only one of two outputs is finite.
 
     Args:
-        actual: Outputs.
-        expected: Likewise, of the same samples.
+        actual: Outputs of some samples.
+        expected: Expected outputs of the same samples.
         clean: Outputs of the whole batch, for the scale.
-        floor: Least scale, in units of the largest one.
+        floor: Least scale of an output, in units of the largest scale. Default 0.
     """
     if not clean.is_floating_point():
         return 0.0 if torch.equal(actual, expected) else math.inf
@@ -196,11 +204,11 @@ def _difference(actual: Tensor, expected: Tensor, clean: Tensor, floor: float = 
 
 
 def _first_reader(model: nn.Module, inputs: Inputs, moved: Inputs, kept: Tensor) -> str:
-    """The first function that gives other rows for samples that did not change."""
+    """Text that names the first torch function with other outputs for samples that did not change; "" if unknown."""
     batch = len(inputs[0])
     for before, after in zip(Calls.of(model, inputs), Calls.of(model, moved), strict=False):
         if before.name != after.name:
-            break  # the model took another way
+            break  # the model took another branch
         comparable = before.output.shape == after.output.shape and len(before.output) == batch
         if comparable and not _difference(after.output[kept], before.output[kept], before.output) <= 1e-3:
             return f", first at {before}"

@@ -1,11 +1,10 @@
-"""One build or bound computation at a time in a process.
+"""A lock that lets one thread at a time build graphs and compute bounds.
 
 Torch's default dtype and its settings of float32 products, the engine's logger, and the globals of torch's ONNX
-tracer belong to the whole process. A graph is built, and bounds are computed, under settings of its own, so a second
-thread that did so meanwhile would get bounds of the wrong dtype or precision. It waits here instead.
+tracer belong to the whole process. They are changed while a graph is built or bounds are computed, so that a second
+thread would get bounds of the wrong dtype or precision; it waits for the first one instead.
 
-One of these settings is torch's inference mode, which is left: no gradient goes through its tensors, and bounds that
-are optimized need some.
+Torch's inference mode is left meanwhile: optimized bounds need gradients, which inference mode does not allow.
 """
 
 from __future__ import annotations
@@ -24,7 +23,14 @@ LOCK = threading.RLock()
 
 
 def one_at_a_time(function: _Function) -> _Function:
-    """Let one thread at a time run the function, and all others that are marked so; they may call each other."""
+    """Decorator of functions of which one thread at a time may run any; they may call each other.
+
+    Args:
+        function: The function.
+
+    Returns:
+        The function under `LOCK`, outside of torch's inference mode.
+    """
 
     @functools.wraps(function)
     def alone(*args: Any, **kwargs: Any) -> Any:

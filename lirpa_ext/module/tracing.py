@@ -1,4 +1,4 @@
-"""What the engine is given to trace: a copy of the model that shares its tensors, and checked inputs."""
+"""Preparation of a model for the tracer: a copy of the model that shares its tensors, and checks of inputs and mode."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def traceable_copy(model: nn.Module) -> nn.Module:
 
     Parametrized weights (spectral norm, weight norm), which the engine cannot convert, become buffers that the
     graph reads from the model; dropout becomes the identity; every floating-point input first passes the node
-    `lirpa_ext::PerturbedInput`. The model itself is not touched.
+    ``lirpa_ext::PerturbedInput``. The model itself is not changed.
+
+    Args:
+        model: The user's model.
 
     Raises:
         TraceError: The model cannot be copied, or is randomized.
@@ -59,7 +62,7 @@ def traceable_copy(model: nn.Module) -> nn.Module:
 
 
 def check_deterministic(model: nn.Module) -> None:
-    """Raise TraceError for a randomized network."""
+    """Raise TraceError for a randomized network, whose draws no bound covers."""
     if draws_in_eval_mode(model):
         raise TraceError(
             f"{type(model).__name__} is a randomized network: it draws another function at every call, and no bound "
@@ -68,10 +71,13 @@ def check_deterministic(model: nn.Module) -> None:
 
 
 def in_mode_of(model: nn.Module) -> nn.Module | None:
-    """A copy as of `traceable_copy` in the mode that the model is in; None where that is no other than eval mode.
+    """A copy as by `traceable_copy`, but in the model's current mode; None if that is eval mode.
 
-    Of torch's own layers only instance norm is put in train mode: the others have dropout there, which counts as
-    identity, or are refused (`check_mode`).
+    Of torch's own layers, only instance norm is put in train mode. The others do not change with the mode, apply
+    dropout, which counts as identity, or are refused in train mode (`check_mode`).
+
+    Args:
+        model: The user's model.
     """
     modes = {
         name: module.training and not _is_torchs(module) for name, module in model.named_modules()
@@ -90,7 +96,16 @@ def _is_torchs(module: nn.Module) -> bool:
 
 
 def in_dtype(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> tuple[nn.Module, Inputs] | None:
-    """A copy of the model in another precision, and the inputs, to see what rounding does; None if it has no copy."""
+    """A copy of the model and its inputs in another precision, to measure rounding errors.
+
+    Args:
+        model: The model.
+        inputs: Inputs, (B, ...) each.
+        dtype: The other floating-point type.
+
+    Returns:
+        Model and inputs; None if the model cannot be copied.
+    """
     try:
         other = copy.deepcopy(model).to(dtype)
     except Exception:  # whatever a user's model raises
@@ -105,8 +120,11 @@ def _mark_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 def as_tuple(x: Any) -> Inputs:
     """Inputs as a tuple of tensors.
 
+    Args:
+        x: A tensor, or a tuple or list of tensors, (B, ...) each.
+
     Raises:
-        InvalidInputError: Something else than tensors was given, or an empty batch.
+        InvalidInputError: `x` is something else, or a tensor has no batch axis or no samples.
     """
     inputs = tuple(x) if isinstance(x, tuple | list) else (x,)
     if not inputs or not all(isinstance(tensor, Tensor) for tensor in inputs):
@@ -117,14 +135,20 @@ def as_tuple(x: Any) -> Inputs:
 
 
 def plain(x: Tensor) -> Tensor:
-    """The tensor without its perturbation."""
+    """A `BoundedTensor`, or any tensor, as a plain tensor without perturbation."""
     return x.as_subclass(torch.Tensor)
 
 
 def with_our_perturbation(x: Tensor) -> Tensor:
-    """The same input with its lp ball as this package's class (l2 sound, per-sample eps, data range); center inside.
+    """An input with its perturbation as an instance of this package's class, and with its center inside of the set.
 
-    Of what was made in torch's inference mode it is a copy, through which gradients can go.
+    Tensors made in torch's inference mode are copied, since autograd does not take them.
+
+    Args:
+        x: The input, (B, ...), perturbed or not.
+
+    Raises:
+        InvalidInputError: The perturbation is of the engine's class, and its eps or range is invalid.
     """
     perturbation = getattr(x, "ptb", None)
     if _of_inference(x) or any(_of_inference(value) for value in vars(perturbation or x).values()):
@@ -140,33 +164,39 @@ def with_our_perturbation(x: Tensor) -> Tensor:
 
 
 def _centered(x: Tensor) -> Tensor:
-    """The same set with a center inside of it: that of a bare box may be anything."""
+    """The same set with its center inside; only a box without eps may have a center outside of it."""
     if x.ptb.radius is not None:  # type: ignore[attr-defined]
         return x
     values = plain(x)
     try:
         lower, upper = x.ptb.box(values)  # type: ignore[attr-defined]
-    except RuntimeError:  # a range of another shape, of which the check of the inputs tells
+    except RuntimeError:  # a range of a wrong shape, which `check_inputs` reports
         return x
     inside = torch.minimum(torch.maximum(values, lower), upper)
     return x if torch.equal(inside, values) else engine.BoundedTensor(inside, x.ptb)  # type: ignore[attr-defined]
 
 
 def _of_inference(value: Any) -> bool:
-    """Whether a value is a tensor that was made in torch's inference mode, or shares its data with one."""
+    """Whether a value is a tensor made in torch's inference mode, or one that shares its data."""
     if not isinstance(value, Tensor):
         return False
     try:
         return value._version < 0
-    except RuntimeError:  # such tensors have no version
+    except RuntimeError:  # tensors made in inference mode have no version
         return True
 
 
 def check_inputs(model: nn.Module, inputs: Inputs) -> None:
-    """Raise InvalidInputError for inputs that no bound can be computed of.
+    """Check that bounds can be computed for some inputs.
 
-    NaN entries, another dtype than the model's, half precision or complex numbers, a perturbation of whole numbers, a
-    point outside of its set; and autocast, under which the model computes another function than its graph.
+    Args:
+        model: The user's model.
+        inputs: Inputs, (B, ...) each.
+
+    Raises:
+        InvalidInputError: An input has NaN or infinite entries, another dtype than the model, half precision, or
+            complex numbers; whole numbers are perturbed; a center lies outside of its set; or autocast is on, under
+            which the model computes another function than its graph.
     """
     parameter = next((p for p in engine.parameters(model) if p.is_floating_point()), None)
     if torch.is_autocast_enabled(inputs[0].device.type):
@@ -196,9 +226,14 @@ _NORMALIZING = ("BoundSoftmax", "BoundLogSoftmax", "BoundStableSoftmax", "BoundS
 
 
 def check_nodes(nodes: Iterable[Any]) -> None:
-    """Raise TraceError for a node that no rule has: one without any entry, or a softmax over the batch.
+    """Check the nodes of a graph for two cases that no rule covers.
 
-    The first is such as ``x[:, 1:]`` of one number. The second shows in no output where the values are constant.
+    Args:
+        nodes: The nodes.
+
+    Raises:
+        TraceError: The value of a node has no entries, such as ``x[:, 1:]`` of one feature; or a softmax normalizes
+            over the batch, which comparisons of outputs do not show for constant values.
     """
     for node in nodes:
         shape = getattr(node, "output_shape", None)
@@ -215,7 +250,7 @@ def check_nodes(nodes: Iterable[Any]) -> None:
 
 
 def check_mode(model: nn.Module) -> None:
-    """Raise TrainModeError if a batch norm normalizes with the statistics of the batch."""
+    """Raise TrainModeError if a batch norm uses the statistics of the batch: in train mode, or without running ones."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             raise TrainModeError(

@@ -1,4 +1,4 @@
-"""What a model does while it runs: its torch functions one by one, and the values of tensors that Python reads."""
+"""Recording what a model does while it runs: its calls of torch functions, and where Python reads values of tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import engine
 
-# Functions through which Python reads the values of a tensor; what the model does next may depend on them.
+# Functions through which Python reads the values of a tensor, on which the model's control flow may then depend.
 _READERS = frozenset(
     {
         "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__", "item", "tolist", "numpy", "equal",
@@ -28,12 +28,12 @@ _NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1
 
 @dataclass(frozen=True)
 class Call:
-    """A torch function that the model called.
+    """A call of a torch function by a model.
 
     Attributes:
-        name: Of the function.
-        place: The innermost module around it, e.g. "'3' (AvgPool2d)".
-        output: Its output, the first one if there are several.
+        name: Name of the function.
+        place: Innermost module around the call, e.g. "'3' (AvgPool2d)".
+        output: Output of the function, the first one if there are several.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Call:
 
 
 class Calls(TorchFunctionMode):
-    """Within it, collects the torch functions that give a floating-point tensor.
+    """Context that records the calls of torch functions that return a floating-point tensor.
 
     Args:
         model: The model that will run.
 
     Attributes:
-        calls: What was called, in order.
+        calls: The calls, in order.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -61,7 +61,12 @@ class Calls(TorchFunctionMode):
 
     @classmethod
     def of(cls, model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Call]:
-        """Those of one run; as far as it got, if the model fails."""
+        """The calls of one run of a model; those before the failure if the model fails.
+
+        Args:
+            model: The model.
+            inputs: Inputs, (B, ...) each.
+        """
         watch = cls(model)
         with watch._in_modules(), contextlib.suppress(Exception), watch:
             model(*inputs)
@@ -69,7 +74,7 @@ class Calls(TorchFunctionMode):
 
     @contextlib.contextmanager
     def _in_modules(self) -> Iterator[None]:
-        """Keep `_places` while submodules are entered and left."""
+        """Keep the stack of modules in `_places` up to date while submodules are entered and left."""
 
         def enter(place: str) -> Callable[..., None]:
             return lambda *_: self._places.append(place)
@@ -105,16 +110,16 @@ class Calls(TorchFunctionMode):
 
 
 class Reads(TorchFunctionMode):
-    """Within it, notes where Python reads values that depend on the data (a branch, `.item()`, `.tolist()`).
+    """Context that records where Python reads values that depend on the data: a branch, ``.item()``, ``.tolist()``.
 
-    A trace keeps the values that it saw, so that its graph may be another function elsewhere. Values that depend on
-    sizes or on frozen constants alone, as the shapes of an imported network do, are not noted.
+    A trace keeps the values of its example, so that the graph may be another function for other inputs. Values that
+    depend on sizes or frozen constants alone, such as the shapes in an imported network, are not recorded.
 
     Args:
         model: The model that will run.
 
     Attributes:
-        places: Where, e.g. "net.py:12"; each once.
+        places: Places of the reads, each once, e.g. "net.py:12".
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -122,7 +127,7 @@ class Reads(TorchFunctionMode):
         self.places: list[str] = []
         weights = (parameter for parameter in engine.parameters(model) if not parameter.requires_grad)
         self._constants = {id(tensor) for tensor in (*weights, *engine.buffers(model))}
-        self._derived: dict[int, Tensor] = {}  # whole numbers and truth values of data; kept, as ids are reused
+        self._derived: dict[int, Tensor] = {}  # whole numbers and truth values from data, kept alive for their ids
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -152,7 +157,7 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 
 
 class NoDropout(TorchFunctionMode):
-    """Within it, dropout is the identity."""
+    """Context in which dropout is the identity."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -164,7 +169,7 @@ class NoDropout(TorchFunctionMode):
 
 
 def _place() -> str:
-    """File and line of the innermost frame that is neither torch's nor this package's."""
+    """File and line of the innermost frame outside of torch and this package."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_MODEL):
         frame = frame.f_back

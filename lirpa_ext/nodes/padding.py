@@ -22,7 +22,7 @@ def repeated(x: Tensor, before: list[int], after: list[int], mode: str) -> Tenso
     Args:
         x: The tensor.
         before: Number of elements to add at the start of each axis; a negative number removes elements.
-        after: Number of elements to add at the end of each axis, likewise.
+        after: Number of elements to add at the end of each axis; a negative number removes elements.
         mode: "wrap" continues with the values from the other end, "edge" repeats the last value, "reflect" mirrors the
             values at the last one.
     """

@@ -1,1 +1,1 @@
-"""One pass over a graph: forward with balls and boxes, or boxes alone; backward with rows of coefficients."""
+"""Passes over a graph: forward with balls and boxes or with boxes alone, backward with coefficient rows."""

@@ -1,4 +1,4 @@
-"""The backward pass of the ball-box bound: coefficient rows carried from the output to the input."""
+"""The backward pass of the ball-box bounds, which carries coefficient rows from the output to the input."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ from ..rules import RULES, Context, RelaxedRule, State, adjoint_and_bias, froben
 
 @dataclass(frozen=True)
 class Part:
-    """The coordinates of a ReLU's input at which rows may be chosen.
+    """The k coordinates of a ReLU's input at which the caller of a backward pass chooses the rows to carry on.
 
-    All of them, or only the open ones, whose sign the box leaves open: the ReLU is linear in the others, which
-    then carry their rows on exactly and leave nothing to bound. The chosen rows cost time by their number.
+    These are all coordinates, or only the open ones, where the box contains values of both signs. In the other
+    coordinates the ReLU is linear, so that their rows pass through exactly. The time of a pass grows with k.
 
     Attributes:
         set: Center (B, k), radius (B,), lower and upper corner (B, k) of the coordinates.
-        index: Their flat positions, (B, k), filled up with others where a sample has fewer; None for all.
-        exact: Slope of every coordinate that is not open, 0 or 1, (B, 1, n); None for all.
+        index: Flat positions of the coordinates, (B, k), padded with others for samples with fewer open ones; None if
+            all coordinates are chosen.
+        exact: Slope of the ReLU at coordinates that are not open, 0 or 1, (B, 1, n); None if all are chosen.
     """
 
     set: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -43,7 +44,7 @@ class Part:
 
     @classmethod
     def open(cls, state: BallBox) -> Part:
-        """The open coordinates; their largest number in a sample is one scalar to the host."""
+        """The open coordinates of a set; k is their largest number in a sample, which a GPU must transfer."""
         center, radius, lower, upper = flat_set(state)
         is_open = (lower < 0) & (upper > 0)
         index = is_open.to(torch.uint8).topk(max(int(is_open.sum(1).max()), 1), dim=1).indices
@@ -51,11 +52,11 @@ class Part:
         return cls((some[0], radius, some[1], some[2]), index, (lower >= 0).to(center).unsqueeze(1))
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Rows (B, S, n) at the coordinates, (B, S, k)."""
+        """Rows (B, S, n) restricted to the coordinates, (B, S, k)."""
         return rows if self.index is None else rows.gather(2, self._positions(rows))
 
     def scatter(self, rows: Tensor, lam: Tensor) -> Tensor:
-        """`lam` (B, S, k) at the coordinates, and rows (B, S, n) times the exact slopes elsewhere."""
+        """Rows (B, S, n) with `lam` (B, S, k) at the coordinates, and `rows` times the exact slopes elsewhere."""
         return lam if self.exact is None else (rows * self.exact).scatter(2, self._positions(rows), lam)
 
     def _positions(self, rows: Tensor) -> Tensor:
@@ -63,28 +64,29 @@ class Part:
         return self.index.unsqueeze(1).expand(-1, rows.shape[1], -1)
 
 
-# (node, rows a (B, S, k) at the coordinates, those) -> (rows lam (B, S, k), bound (B, S) on a.relu(v) - lam.v)
+# (node, rows a (B, S, k) at the coordinates, the coordinates) -> rows lam (B, S, k) of the ReLU's input, and a lower
+# bound (B, S) on a.relu(v) - lam.v over the set
 Relax = Callable[[Any, Tensor, Part], tuple[Tensor, Tensor]]
 
 RELU_CLASSES = ("BoundRelu", "BoundBallBoxRelu")
 
 
 class BackwardPass:
-    """min of C f over the perturbation set, from below, by one pass of coefficient rows through the graph.
+    """Lower bounds of C f over the perturbation set, by carrying coefficient rows backward through the graph.
 
-    At a ReLU, a.relu(v) >= lam.v + min over its input's set of (a.relu(v) - lam.v), for whatever rows lam the
-    caller chooses; linear nodes carry rows exactly; other activations take the engine's linear relaxation on
-    the box, and where it has none the rows end there, at the minimum over the node's own set; at the input the
-    exact minimum of the rows over the perturbation set ends the chain. Each step is an inequality that holds on
-    the whole set, so the sum is a lower bound.
+    At a ReLU, a.relu(v) >= lam.v + min over its input's set of (a.relu(v) - lam.v) for any rows lam, which the caller
+    chooses. Affine nodes carry rows exactly, other nodes by their linear relaxation on the box. At a node without a
+    relaxation, rows end at their minimum over the node's own set. At the input, rows end at their minimum over the
+    perturbation set. Each step is an inequality that holds on the whole set, so that the sum is a lower bound.
 
     Args:
         module: The graph, with the input set on it.
-        states: Sets of all nodes (`propagate(..., keep=True)`).
-        context: Switches; with `outward`, what the sums with rows may lose in floating-point arithmetic is subtracted.
-            Where rows end early is written down there.
-        perturbations: Perturbation of each input node, default what the graph holds.
-        all_coordinates: Let rows be chosen at every coordinate of a ReLU, not at the open ones alone.
+        states: Sets of all nodes (``propagate(..., keep=True)``).
+        context: Switches; with `outward`, bounds on floating-point errors are subtracted. Nodes at which rows end early
+            are noted in its `ended`.
+        perturbations: Perturbation of each input node by name, default those that the graph holds.
+        all_coordinates: Let the caller choose rows at all coordinates of a ReLU, not only at the open ones. Default
+            False.
         final: The node whose value is bounded, default the graph's output.
     """
 
@@ -106,7 +108,7 @@ class BackwardPass:
         self.order = engine.ancestors_in_order(self.final)
         self._parts: dict[str, Part] = {}
         self._handed: dict[Any, Any] | None = (
-            None  # values of constants, while the engine's nodes have this pass's sets
+            None  # own values of constants, while the engine's nodes hold the sets and values of this pass
         )
         self.perturbations = perturbations or {
             node.name: PerturbationLpNorm.of(node.perturbation)
@@ -116,11 +118,16 @@ class BackwardPass:
 
     @property
     def batch(self) -> int:
-        """Number of samples, of which a node's first axis may hold several parts (`lirpa_ext.domain.batch_axis`)."""
+        """Number of samples; a node's first axis may hold several parts of each (`lirpa_ext.domain.batch_axis`)."""
         return len(self.states[next(iter(self.perturbations))].center)  # type: ignore[union-attr]
 
     def take(self, index: Tensor, all_coordinates: bool = False) -> BackwardPass:
-        """The same pass for some samples of the batch (an index may repeat)."""
+        """The same pass for some samples of the batch.
+
+        Args:
+            index: Indices of the samples, (K,), which may repeat.
+            all_coordinates: As in the constructor.
+        """
 
         batched = self._batched()
 
@@ -138,7 +145,7 @@ class BackwardPass:
         return BackwardPass(self.module, states, self.context, perturbations, all_coordinates, self.final)
 
     def _batched(self) -> set[str]:
-        """Names of the constants that differ by sample."""
+        """Names of the constant nodes whose value differs by sample."""
         names = set()
         for node in self.order:
             own = self.states[node.name]
@@ -149,14 +156,18 @@ class BackwardPass:
         return names
 
     def bound(self, C: Tensor, relax: Relax | None = None) -> Tensor:
-        """Lower bound of C f.
+        """Lower bound of C f over the perturbation set.
 
         Args:
-            C: Rows, (B, S, outputs).
-            relax: What to do at a ReLU; None for lam = 0, which bounds all of a.relu(v) there.
+            C: Specification rows, (B, S, outputs).
+            relax: Chooses the rows lam at each ReLU (`Relax`); None (default) for lam = 0, which ends the rows there
+                at the minimum of a.relu(v).
 
         Returns:
-            (B, S), differentiable in whatever `relax` depends on.
+            (B, S), differentiable in the sets, the weights, and all that `relax` depends on.
+
+        Raises:
+            UnsupportedNodeError: The first axis of the output is not that of the batch.
         """
         output = self.states[self.final.name]
         assert isinstance(output, BallBox)
@@ -170,7 +181,7 @@ class BackwardPass:
             self._take_back_from_engine()
 
     def _pass(self, rows: dict[str, Tensor], batch: int, relax: Relax | None) -> Tensor:
-        """Carry rows (S, B, ...) of the output to the inputs: their bound, (S, B)."""
+        """Carry rows (S, B, ...) of the output to the inputs, and return their lower bound, (S, B)."""
         start = rows[self.final.name]
         total = start.new_zeros(len(start), batch)
         for node in reversed(self.order):
@@ -195,7 +206,7 @@ class BackwardPass:
         return total
 
     def _step(self, node: Node, a: Tensor, relax: Relax | None) -> tuple[list[Tensor | None], Tensor]:
-        """Rows of the node's inputs, and the bound on what they leave out."""
+        """Rows of the node's inputs, (S, B, ...), and the bias (S, B) of the inequality."""
         name = type(node).__name__
         if name in RELU_CLASSES:
             return self._relu(node, a, relax)
@@ -220,7 +231,7 @@ class BackwardPass:
             pairs, offset, _ = engine.bound_backward(node, a, self.final)
         except NotImplementedError as error:
             return self._end(node, a, f"it has no linear relaxation here: {error}")
-        except Exception as error:  # the engine's errors are of every kind; one of our own nodes shows a defect
+        except Exception as error:  # the engine raises errors of any class; an error of our own nodes is a defect
             if own or is_out_of_memory(error):
                 raise
             return self._end(node, a, f"the engine failed: {type(error).__name__}: {error}")
@@ -232,16 +243,16 @@ class BackwardPass:
         return rows, torch.as_tensor(offset, dtype=a.dtype, device=a.device).expand(a.shape[:2])
 
     def _end(self, node: Node, a: Tensor, why: str) -> tuple[list[Tensor | None], Tensor]:
-        """Rows end at a node, at their minimum over its own set; which the caller of the method is told."""
+        """End rows at a node, at their minimum over its own set, and note the reason in the context."""
         self.context.ended[node.name] = f"{type(node).__name__}: {why}"
         output = self.states[node.name]
         assert isinstance(output, BallBox)
         return [], ball_box_min(flat_rows(a), *flat_set(output)).t()
 
     def _slack(self, node: Node, a: Tensor, batch: int) -> Tensor:
-        """What the products with rows a (S, B, ...) at this node may lose, (S, B).
+        """Bound on the rounding errors of the products with rows a (S, B, ...) at this node, (S, B).
 
-        The rows passed on err by e with |e| <= gamma |a| |W|, and |e.v| <= gamma ||a|| ||W||_F ||v||.
+        The rows passed on have an error e with |e| <= gamma |a| |W|, so that |e.v| <= gamma ||a|| ||W||_F ||v||.
         """
         inputs = [self.states[parent.name] for parent in node.inputs]
         sets = [
@@ -270,7 +281,7 @@ class BackwardPass:
         return [part.scatter(rows, lam).transpose(0, 1).view_as(a)], bias.t()
 
     def _hand_bounds_to_engine(self) -> None:
-        """The engine's relaxations read the bounds, and values of constants for these samples, off the nodes."""
+        """Put bounds, and constants' values for these samples, on the nodes for the engine's relaxations to read."""
         self._handed = {}
         for node in self.order:
             state = self.states[node.name]
@@ -287,5 +298,5 @@ class BackwardPass:
 
 
 def _fits(rows: Tensor | None, state: State, a: Tensor) -> bool:
-    """Whether rows of a node's input have the shape of its set, (S, B, ...), for rows a (S, ...) of the node."""
+    """Whether rows of a node's input have the shape (S, *shape of the input's set), for S rows a of the node."""
     return rows is None or not isinstance(state, BallBox) or rows.shape == (len(a), *state.center.shape)

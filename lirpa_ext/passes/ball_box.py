@@ -1,4 +1,4 @@
-"""Propagation of balls and boxes through the engine's graph: the loop over the rules."""
+"""Forward propagation of balls and boxes through the engine's graph, node by node."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def propagate(module: nn.Module, context: Context, keep: bool = False, final: No
 
     Args:
         module: A BoundedModule of the engine or of this package, after `engine.set_input`.
-        context: Norms and switches.
-        keep: Keep every node's set. Default False: only those of the final node and of its inputs, so that
-            memory is that of the widest cut through the graph.
+        context: Norms and switches; records of the propagation are written there.
+        keep: Keep the sets of all nodes. Default False: keep only those of the final node and its inputs, which limits
+            memory to the widest cut through the graph.
         final: The node to end at, default the graph's output.
 
     Returns:
         Set of each kept perturbed node, value of each kept constant one, by node name.
 
     Raises:
-        UnsupportedNodeError: A node that neither a rule nor the engine can bound.
-        InvalidInputError: A perturbed weight (these methods take perturbed inputs only).
+        UnsupportedNodeError: Neither a rule nor the engine can bound a node.
+        InvalidInputError: A weight is perturbed, where only inputs may be.
     """
     final = module.final_node() if final is None else final  # type: ignore[operator]
     order = engine.ancestors_in_order(final)
@@ -63,7 +63,15 @@ def propagate(module: nn.Module, context: Context, keep: bool = False, final: No
 
 
 def input_set(node: Node, context: Context) -> BallBox:
-    """Ball and box of an input node's perturbation."""
+    """Ball and box of the perturbation set of an input node.
+
+    Args:
+        node: The input node, with its perturbation.
+        context: Switches of the propagation.
+
+    Raises:
+        InvalidInputError: The node is a weight, or its perturbation no lp ball.
+    """
     if isinstance(node, (engine.BoundParams, engine.BoundBuffers)):
         raise InvalidInputError(f"{node.ori_name!r} is perturbed; the ball-box methods take perturbed inputs only")
     perturbation = PerturbationLpNorm.of(node.perturbation)

@@ -1,4 +1,4 @@
-"""Interval bound propagation (IBP): the boxes alone, in two passes a layer, differentiable in the weights."""
+"""Interval bound propagation (IBP): boxes alone, by two passes through each layer, differentiable in the weights."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Refine = Callable[[Any, dict[str, State]], "BallBox"]
 
 
 class _SumAndDifference(torch.autograd.Function):
-    """scale (a + b) and scale (b - a): ends of a box to middle and half width (scale 1/2), and back (scale 1).
+    """scale (a + b) and scale (b - a): from ends of a box to middle and half width (scale 1/2), and back (scale 1).
 
-    In one function, since in autograd's own graph the backward pass moves twice as much memory.
+    One autograd function, since torch's own backward pass of the two operations would move twice as much memory.
     """
 
     @staticmethod
@@ -51,27 +51,28 @@ def _scaled(values: Tensor, scale: float) -> Tensor:
 def propagate_intervals(
     module: nn.Module, context: Context, refine: tuple[Refine, frozenset[str]] | None = None
 ) -> dict[str, State]:
-    """Boxes of all of the graph's nodes, by interval arithmetic; at the first layer cut with an lp ball's image.
+    """Boxes of all nodes by interval arithmetic, intersected at the first layer with the image of an lp ball.
 
-    Sound: a monotone function maps a box into that of its ends, an affine one W v + b into W m + b -+ |W| h with
-    m the middle and h the half width, any other node takes its own rule. In a set of the result, the center is
-    *some* point of the box and the radius infinite, except before the first layer of an lp ball, where both are
-    those of the ball: there |W_i (v - x)| <= ||W_i||_2 rho cuts the box too.
+    Sound: a monotone function maps a box into the box of its values at the ends; an affine function W v + b maps it
+    into W m + b -+ |W| h, with m the middle and h the half width; every other node takes its own rule. For lp balls,
+    |W_i (v - x)| <= ||W_i||_2 rho also bounds the output of the first layer.
 
     Args:
         module: A graph, after `engine.set_input`.
-        context: Norms (for what comes before the first layer) and switches; `outward` rounds outward.
-        refine: (function, names): at the nodes of these names, function(node, sets so far) replaces the set.
+        context: Norms (for nodes before the first layer) and switches; `outward` rounds outward.
+        refine: (function, names): at the nodes of these names, function(node, sets so far) replaces the set. Default
+            None.
 
     Returns:
-        Set of each perturbed node, value of each constant one, by node name.
+        Set of each perturbed node, value of each constant one, by node name. The center of a set is some point of the
+        box and its radius infinite; only before the first layer of an lp ball, center and radius are those of the ball.
 
     Raises:
-        UnsupportedNodeError: A node that neither a rule nor the engine can bound.
-        InvalidInputError: A perturbed weight.
+        UnsupportedNodeError: Neither a rule nor the engine can bound a node.
+        InvalidInputError: A weight is perturbed.
     """
     states: dict[str, State] = {}
-    balls: set[str] = set()  # nodes whose ball says more than their box
+    balls: set[str] = set()  # nodes whose ball is kept, since it is not implied by their box
     for node in engine.ancestors_in_order(module.final_node()):  # type: ignore[operator]
         if not node.perturbed or engine.is_shape(node):
             states[node.name] = module.get_forward_value(node)  # type: ignore[operator]
@@ -100,7 +101,7 @@ def propagate_intervals(
 
 
 def _step(node: Node, inputs: list[State], ball: bool, context: Context) -> tuple[BallBox, bool]:
-    """Set of a node, and whether its ball still counts."""
+    """Set of a node, and whether its ball is to be kept."""
     rule = RULES.get(type(node).__name__)
     index = only_perturbed(inputs)
     if index is not None and isinstance(rule, Affine):
@@ -114,7 +115,7 @@ def _step(node: Node, inputs: list[State], ball: bool, context: Context) -> tupl
                 loss = gamma(lower.dtype, summands(linear_map))
                 half = half + loss * torch.maximum(lower.abs(), upper.abs())
             middle, spread = apply(node, inputs, lambda _: middle_of), linear_map.abs()(half)
-            if linear_map.output_shape == middle.shape[1:] and len(middle) == len(lower):  # else it mixes samples
+            if linear_map.output_shape == middle.shape[1:] and len(middle) == len(lower):  # else the node mixes samples
                 upper, lower = _SumAndDifference.apply(spread, middle, 1.0)
                 if ball:
                     lower, upper = _cut(lower, upper, apply(node, inputs, _center), linear_map, state, loss)
@@ -142,7 +143,7 @@ def _center(state: BallBox) -> Tensor:
 def _cut(
     lower: Tensor, upper: Tensor, center: Tensor, linear_map: LinearMap, state: BallBox, loss: float
 ) -> tuple[Tensor, Tensor]:
-    """The box cut with the image of the ball, whose radius grows by what the products may lose."""
+    """The box intersected with the image of the ball, whose radius is enlarged to cover rounding in the products."""
     radius = state.radius
     if loss:
         radius = radius + loss * (length(state.center.flatten(1)) + radius)

@@ -1,4 +1,4 @@
-"""The backward pass with one lower slope for each sample and neuron, shared by all rows (3.3 and C.3 of the source)."""
+"""The backward pass with one lower slope for each sample and neuron, shared by all rows (Lee, 2021, 3.3 and C.3)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from ..rules.base import only_perturbed
 from ..rules.linear import Affine
 from .backward import RELU_CLASSES, BackwardPass
 
-# Elements of the widest coefficient tensor of one part of the batch: what bounds the memory of large networks.
+# Largest number of elements of a coefficient tensor: larger batches are split, which limits the memory.
 _MOST_ELEMENTS = 2**23
 
-# Elements of a temporary of elementwise work.
+# Number of elements of a temporary in elementwise operations that stays in the cache.
 _CACHED = 2**16
 
 ACTIVATIONS = (*RELU_CLASSES, "BoundLeakyRelu")
@@ -35,17 +35,17 @@ Slopes = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Lines:
-    """The relaxation of an activation on its box: v -> max(v, leak v) with two lines.
+    """The linear relaxation of a ReLU or LeakyReLU, v -> max(v, leak v), by two lines on its box.
 
-    Lower line: s v with s = leak + (1 - leak) a for *any* a in [0, 1], which is below the activation everywhere.
-    Upper line: through its values at both ends, line (v - l-) for a ReLU; it is convex, so below its chord.
-    Where the box does not contain 0 inside, both are the activation itself, whatever a is.
+    Lower line: s v with s = leak + (1 - leak) a for any a in [0, 1], which lies below the activation everywhere.
+    Upper line: the chord of the activation on the box, which lies above it since the activation is convex. Where the
+    box does not contain 0 inside, both lines are the activation itself for every a.
 
     Attributes:
-        line: Slope of the upper line, the shape of the input (B, ...).
-        offset: Its value at 0, likewise, at least 0.
-        unstable: Where the box contains 0 inside, likewise, bool.
-        leak: Slope below 0, 0 for a ReLU.
+        line: Slope of the upper line, of the shape of the input, (B, ...).
+        offset: Value of the upper line at 0, (B, ...), at least 0.
+        unstable: Where the box contains 0 inside, (B, ...), bool.
+        leak: Slope of the activation below 0; 0 for a ReLU.
     """
 
     line: Tensor
@@ -55,7 +55,7 @@ class Lines:
 
     @classmethod
     def of(cls, node: Node, state: BallBox) -> Lines:
-        """Of a ReLU or LeakyReLU node, on the box of its input's set."""
+        """The relaxation of a ReLU or LeakyReLU node on the box of its input's set."""
         lower, upper = (_dense(end) for end in state.box())
         leak = engine.slope_below_zero(node)
         chord, offset = _Chord.apply(lower, upper)
@@ -64,25 +64,25 @@ class Lines:
         return cls(chord, offset, (lower < 0) & (upper > 0), leak)
 
     def detach(self) -> Lines:
-        """Without gradients."""
+        """The same lines without gradients."""
         return Lines(_cut(self.line), _cut(self.offset), _cut(self.unstable), self.leak)
 
     def split(self, sizes: list[int]) -> list[Lines]:
-        """Those of consecutive parts of the batch."""
+        """The lines of consecutive parts of the batch, of the given sizes."""
         parts = zip(*(part.split(sizes) for part in (self.line, self.offset, self.unstable)), strict=True)
         return [Lines(line, offset, unstable, self.leak) for line, offset, unstable in parts]
 
     def lower_slope(self, a: Tensor) -> Tensor:
-        """Slope of the lower line for parameters a in [0, 1]; that of a stable neuron is a constant."""
+        """Slope of the lower line for parameters a in [0, 1], (B, ...); a does not count for stable neurons."""
         slope = a if not self.leak else self.leak + (1 - self.leak) * a
         unstable = self.unstable.to(slope)
         return torch.addcmul(self.line.detach() * (1 - unstable), slope, unstable)  # where() takes ten times as long
 
 
 class _Chord(torch.autograd.Function):
-    """Slope of the ReLU's chord on a box and its value at 0: c = u+ / (u+ - l-) and -c l-.
+    """Slope of the ReLU's chord on a box, c = u+ / (u+ - l-), and the chord's value at 0, -c l-.
 
-    With w = u+ - l-: dc = ((1 - c) du+ + c dl-) / w, and of the value (1 - c)^2 du+ - c^2 dl-.
+    With w = u+ - l-, dc = ((1 - c) du+ + c dl-) / w, and the differential of the value is (1 - c)^2 du+ - c^2 dl-.
     """
 
     @staticmethod
@@ -98,18 +98,18 @@ class _Chord(torch.autograd.Function):
     def backward(ctx: Any, to_chord: Tensor, to_value: Tensor) -> Any:
         below, chord, width = ctx.saved_tensors
         rest = 1 - chord
-        rise = to_chord / width.clamp(min=torch.finfo(width.dtype).tiny ** 0.5)  # finite for a box of one point, 0
-        # sign() is 0 where l or u is cut to 0
+        rise = to_chord / width.clamp(min=torch.finfo(width.dtype).tiny ** 0.5)  # finite for the box {0}
+        # sign() is 0 where l or u is clipped to 0, which has no gradient
         to_lower = (rise - to_value * chord).mul_(chord).mul_(below.sign().neg_())
         to_upper = rise.addcmul_(to_value, rest).mul_(rest).mul_(chord.sign())
         return to_lower, to_upper
 
 
 class _Relax(torch.autograd.Function):
-    """Rows a (S, B, ...) -> rows lam and bias (S, B) with a.sigma(v) >= lam.v + bias on the box.
+    """Rows a (S, B, ...) -> rows lam (S, B, ...) and bias (S, B) with a.sigma(v) >= lam.v + bias on the box.
 
-    lam = slope max(a, 0) + line min(a, 0), bias = offset.min(a, 0). As one function, and in pieces that stay in the
-    cache: rows are the largest tensors of the pass, and its time is that of moving them.
+    lam = slope max(a, 0) + line min(a, 0), bias = offset.min(a, 0). One autograd function that works on parts which
+    stay in the cache: rows are the largest tensors of a pass, and most of its time is spent on moving them.
     """
 
     @staticmethod
@@ -157,18 +157,18 @@ class _Relax(torch.autograd.Function):
 
 
 def _like(rows: Tensor, other: Tensor) -> Tensor:
-    """The same rows in the memory format of others."""
+    """The same rows in the memory format of `other`."""
     return rows if rows.stride() == other.stride() else torch.empty_like(other).copy_(rows)
 
 
 def _in_memory(values: Tensor, lead: int = 2) -> Tensor:
-    """Values as of `_dense`, with `lead` axes before a sample's own, those flattened as they lie in memory: a view."""
+    """A view of values as of `_dense`, with the axes after the first `lead` flattened in their order in memory."""
     last = values.dim() == lead + 3 and values.stride(lead) == 1 and values.shape[lead] > 1
     return (values.movedim(lead, -1) if last else values).view(*values.shape[:lead], -1)
 
 
 def _slices(rows: Tensor, values: list[Tensor]) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Consecutive samples of rows (S, B, n) whose temporaries fit into the cache, and their three values (b, n)."""
+    """Slices of samples of rows (S, B, n) whose temporaries fit into the cache, and three values (b, n) of each."""
     size = max(1, _CACHED // (rows.shape[0] * max(rows.shape[2], 1)))
     for start in range(0, rows.shape[1], size):
         which = slice(start, start + size)
@@ -177,17 +177,17 @@ def _slices(rows: Tensor, values: list[Tensor]) -> Iterator[tuple[slice, Tensor,
 
 
 class SlopePass(BackwardPass):
-    """Lower bound of rows of the output by the two lines of `Lines` at every ReLU and LeakyReLU.
+    """Lower bounds of C f by a backward pass with the two lines of `Lines` at every ReLU and LeakyReLU.
 
-    Sound for every choice of slopes in [0, 1]: see `Lines`; the rest is `BackwardPass`.
+    Sound for every choice of slope parameters in [0, 1], by `Lines`; all other nodes are handled by `BackwardPass`.
 
     Args:
         module: The graph, with the input set on it.
-        states: Sets of all nodes; of a set only the box is used.
+        states: Sets of all nodes, of which only the boxes are used at ReLUs and LeakyReLUs.
         context: As in `BackwardPass`.
-        slopes: Parameters a of the lower lines by the activation's name, each of the shape of its input (B, ...);
-            None ends the rows at the last activations instead, at the minimum over their boxes (IBP with the
-            last layer merged).
+        slopes: Parameters a of the lower lines in [0, 1], by the activation's name, each of the shape of its input,
+            (B, ...). None ends the rows at the last activations instead, at the minimum over their boxes, which is IBP
+            with the last layer merged into C.
         perturbations: As in `BackwardPass`.
         final: As in `BackwardPass`.
     """
@@ -208,11 +208,11 @@ class SlopePass(BackwardPass):
 
     @property
     def activations(self) -> list[Node]:
-        """The nodes that are relaxed, inputs before users."""
+        """The perturbed ReLU and LeakyReLU nodes, inputs before users."""
         return [node for node in self.order if node.perturbed and type(node).__name__ in ACTIVATIONS]
 
     def lines(self, node: Node) -> Lines:
-        """The relaxation of an activation."""
+        """The relaxation of a ReLU or LeakyReLU node."""
         if node.name not in self._lines:
             state = self.states[node.inputs[0].name]
             assert isinstance(state, BallBox)
@@ -230,13 +230,20 @@ class SlopePass(BackwardPass):
         return other
 
     def with_slopes(self, slopes: Slopes | None) -> SlopePass:
-        """The same pass with other slopes."""
+        """The same pass with other slopes, as in the constructor."""
         other = SlopePass(self.module, self.states, self.context, slopes, self.perturbations, self.final)
         other._lines, other._weights = self._lines, self._weights
         return other
 
     def split(self, C: Tensor) -> list[tuple[SlopePass, Tensor]]:
-        """Passes and rows of consecutive parts of the batch, small enough for the rows C (B, S, outputs)."""
+        """Split the batch into parts whose coefficient tensors keep the limit of memory.
+
+        Args:
+            C: Specification rows, (B, S, outputs).
+
+        Returns:
+            (pass, rows) of consecutive parts of the batch.
+        """
         sets = [state for state in self.states.values() if isinstance(state, BallBox)]
         width = max(state.center[0].numel() for state in sets)
         rows = C.split(max(1, _MOST_ELEMENTS // (width * C.shape[1])))
@@ -245,7 +252,7 @@ class SlopePass(BackwardPass):
         samples = [len(some) for some in rows]
 
         def sizes(length: int) -> list[int]:
-            """Those of the parts along a first axis that may hold several parts of each sample."""
+            """Sizes of the parts along a first axis of this length, which may hold several parts of each sample."""
             return [count * (length // len(C)) for count in samples]
 
         batched = self._batched()
@@ -272,8 +279,15 @@ class SlopePass(BackwardPass):
         return list(zip(passes, rows, strict=True))
 
     def lower(self, C: Tensor) -> Tensor:
-        """Lower bound of C f, (B, S), for rows C (B, S, outputs): `bound` in parts of the batch."""
-        if self.slopes is None:  # rows go no further than the last layers
+        """Lower bound of C f over the perturbation set, computed in parts of the batch.
+
+        Args:
+            C: Specification rows, (B, S, outputs).
+
+        Returns:
+            (B, S), differentiable in the weights, the boxes and the slopes.
+        """
+        if self.slopes is None:  # rows end at the last activations and take little memory
             return self.bound(C)
         bound = torch.cat([part.bound(rows) for part, rows in self.split(C)])
         if bound.requires_grad:
@@ -301,9 +315,10 @@ class SlopePass(BackwardPass):
         return super()._step(node, _dense_rows(a), relax)
 
     def _flattened(self, node: Node) -> torch.Size | None:
-        """Shape (C, H, W) of the image that a dense layer reads flattened, if nothing else reads that; else None.
+        """Shape (C, H, W) of the image that a dense layer reads flattened, if no other node reads the flattened image.
 
-        Its rows then leave the layer as rows of the image with channels last, and the reshape has nothing to do.
+        The layer's rows can then be computed as rows of the image with channels last in memory, without a copy at the
+        reshape. None for other nodes.
         """
         rule = RULES.get(type(node).__name__)
         if self.outward or not isinstance(rule, Affine) or not node.perturbed:
@@ -320,26 +335,26 @@ class SlopePass(BackwardPass):
         channels, height, width = image.center.shape[1:]
         if layer.input_shape != (channels * height * width,):
             return None
-        if node.name not in self._weights:  # its columns in the order (H, W, C)
+        if node.name not in self._weights:  # the weight with columns in the order (H, W, C)
             columns = layer.weight.view(-1, channels, height * width).transpose(1, 2)
             self._weights[node.name] = columns.reshape(layer.weight.shape)
         return image.center.shape[1:]
 
 
 def _without_denormals(gradient: Tensor | None) -> Tensor | None:
-    """0 for what would underflow on its way: the softmax of a loose margin; CPUs take tenfold time over denormals."""
+    """A gradient with tiny entries set to 0: they would become denormal numbers, which take CPUs ten times as long."""
     if gradient is None:
         return None
     return torch.where(gradient.abs() < torch.finfo(gradient.dtype).tiny ** 0.5, 0.0, gradient)
 
 
 def _cut(value: Tensor) -> Tensor:
-    """Without gradient; a tensor of inference mode, through which none can be taken, as a copy."""
+    """The tensor without gradient; a copy if it was made in inference mode, since autograd takes no such tensors."""
     return value.clone() if value.is_inference() else value.detach()
 
 
 def _pieces(state: State, sizes: Callable[[int], list[int]], count: int, batched: bool) -> list[Any]:
-    """Parts of a set, or of a constant that differs by sample; other constants as they are."""
+    """Parts of a set, or of a constant that differs by sample; `count` times the same for other constants."""
     if isinstance(state, Tensor):
         return list(state.split(sizes(len(state)))) if batched else [state] * count
     own = sizes(len(state.center))
@@ -358,10 +373,10 @@ def _mapped(state: State, function: Callable[[Tensor], Tensor]) -> State:
 
 
 def _dense(values: Tensor) -> Tensor:
-    """Values (B, ...) in their own order in memory; images (B, C, H, W) with channels last: half the time on a CPU."""
+    """Values (B, ...), contiguous in memory; images (B, C, H, W) with channels last, which takes half the CPU time."""
     return values.contiguous(memory_format=torch.channels_last if values.dim() == 4 else torch.contiguous_format)
 
 
 def _dense_rows(rows: Tensor) -> Tensor:
-    """Rows (S, B, ...) likewise."""
+    """Coefficient rows (S, B, ...), contiguous in memory as in `_dense`."""
     return _dense(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])

@@ -71,7 +71,7 @@ def gradients(
 
 
 def mean_resultant_length(gradient: Tensor) -> Tensor:
-    """Mean resultant length rho = ||mean of the directions||_2, in [0, 1]: 1 for gradients of one direction.
+    """Mean resultant length rho = ||mean of the directions||, in [0, 1]: 1 for gradients of one direction.
 
     Args:
         gradient: Gradients, (n, B, ...).

@@ -279,7 +279,7 @@ def predict(
         shares = logits.softmax(-1)
         if by == "vote":
             votes = nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits)
-            shares = votes + 0 * shares.sum(-1, keepdim=True)  # NaN stays
+            shares = votes + 0 * shares.sum(-1, keepdim=True)  # the second term keeps NaN
         total = total + shares.sum(0)
     assert isinstance(total, Tensor)
     return total / draws

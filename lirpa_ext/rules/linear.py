@@ -56,7 +56,7 @@ class Affine(AffineRule):
         state = inputs[index]
         assert isinstance(state, BallBox)
         if len(center) != len(state.center) or linear_map.output_shape != center.shape[1:]:
-            return None  # it mixes samples
+            return None  # the node mixes samples
         if context.tighten:
             state = state.tightened()
         norm, rows = context.norm(node, linear_map), linear_map.row_norms(exact=context.tighten)
