@@ -1,1 +1,1 @@
-"""Certified accuracy of a classifier on a data set: its samples, results, reports and robust accuracy."""
+"""Certified accuracy of a classifier on a data set, its results and reports; robust accuracy of randomized models."""
