@@ -33,7 +33,9 @@ _LEAST_SECONDS, _SECONDS_FOR_MIB = 9.0, 0.25
 
 
 class ImportedModel(nn.Module):
-    """A network from an ONNX file, (B, *input_shape) -> (B, *output_shape), in float32 and eval mode; see `load_onnx`.
+    """A network from an ONNX file, in float32 and eval mode: batches of `input_shape` to batches of `output_shape`.
+
+    `load_onnx` makes it.
 
     Attributes:
         network: The torch module.
@@ -47,7 +49,7 @@ class ImportedModel(nn.Module):
         batch_size: 1 if the network takes single samples only; None if it takes any batch size.
         rewrites: Notes of the rewrites.
         check: How closely onnxruntime, torch and the engine agree.
-        reference: The original network in onnxruntime, a function of numpy arrays, (B, *input_shape) -> (B, ...).
+        reference: The original network in onnxruntime, a function of numpy arrays, (B, ...) -> (B, ...).
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class ImportedModel(nn.Module):
         self.batch_size, self.rewrites, self.check = batch_size, rewrites, check
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs of a batch, (B, *input_shape) -> (B, *output_shape); computed one by one if `batch_size` is 1.
+        """Outputs of a batch, (B, ...) -> (B, ...); samples are computed one by one if `batch_size` is 1.
 
         Raises:
             InvalidInputError: The shape of a sample is not `input_shape`, or a network of single samples is traced with

@@ -76,7 +76,7 @@ class Reference:
         return self.__dict__ | {"_session": None}  # sessions can be neither copied nor pickled
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Outputs of a batch, (B, *sample_shape) -> (B, ...), with at least two axes.
+        """Outputs of a batch, ``(B, *sample_shape)`` -> (B, ...), with at least two axes.
 
         Raises:
             OnnxError: onnxruntime fails.
@@ -87,7 +87,7 @@ class Reference:
         return stacked if stacked.ndim > 1 else stacked[:, None]
 
     def values(self, sample: np.ndarray) -> dict[str, np.ndarray]:
-        """Name -> value of every tensor of the file for one sample (*sample_shape), with the batch axis of the file."""
+        """Name -> value of every tensor of the file for one sample of `sample_shape`, with the file's batch axis."""
         model = onnx.ModelProto.FromString(self.model)
         names = [name for node in model.graph.node for name in node.output if name]
         known = {value.name for value in model.graph.output}

@@ -102,7 +102,7 @@ class Bounder:
     """Lower bounds of rows times outputs over boxes of inputs.
 
     Args:
-        network: (B, *input_shape) -> (B, outputs), in `dtype`.
+        network: Function ``(B, *input_shape)`` -> (B, outputs), in `dtype`.
         input_shape: Shape of one sample.
         dtype: torch.float64 or torch.float32.
         batched: Whether the network takes several samples at once.
@@ -164,7 +164,7 @@ class Bounder:
         return bound.detach()
 
     def _outward(self, ends: np.ndarray, up: bool = False) -> Tensor:
-        """Ends (B, inputs) of boxes in the network's dtype, (B, *input_shape), rounded down, or up if `up`."""
+        """Ends (B, inputs) of boxes in the network's dtype and shape, rounded down, or up if `up`."""
         exact = torch.from_numpy(ends)
         cast = exact.to(self.dtype)
         away = torch.full_like(cast, torch.inf if up else -torch.inf)
