@@ -1,6 +1,6 @@
-"""Certified robustness on auto_LiRPA: l2 balls and boxes propagated together, on any model it can trace.
+"""Certified robustness on auto_LiRPA: l2 balls and boxes propagated together, on any model that it can trace.
 
-The names of `__all__` are imported from their folders when first asked for, and torch and the engine with them.
+The names of ``__all__`` are imported from their folders on first use, and torch and the engine with them.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A public name from its module, or a folder of the package."""
+    """Import a public name from its module, or a folder of the package, on first use."""
     if name in _MODULES:
         value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
         globals()[name] = value

@@ -1,4 +1,4 @@
-"""Modules that have moved: their old names work for one release, with a DeprecationWarning that names the new one."""
+"""Old names of modules that have moved; they work for one release, with a DeprecationWarning that names the new one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-# Old name -> new name, both in lirpa_ext.
+# Old name -> new name, both relative to lirpa_ext.
 MOVED = {
     "analysis.gather": "analysis.collect",
     "importer.fusion": "importer.merging",
@@ -91,14 +91,14 @@ MOVED = {
 
 
 class _Function(ModuleType):
-    """An old module whose name is a function's now, such as `lirpa_ext.certify`: it can be called as that."""
+    """A module under an old name that is also a public function, such as `lirpa_ext.certify`; calls go to it."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return getattr(self, self.__name__.rpartition(".")[2])(*args, **options)
 
 
 class _Mover(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the new module under its old name."""
+    """Import hook that finds a module under its old name."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -106,7 +106,7 @@ class _Mover(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         package, _, old = name.partition(".")
         if package != __package__ or old not in MOVED:
             return None
-        return importlib.util.spec_from_loader(name, self, is_package=True)  # its modules come here too
+        return importlib.util.spec_from_loader(name, self, is_package=True)  # so that imports of submodules come here
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         old = spec.name.partition(".")[2]
@@ -121,10 +121,10 @@ class _Mover(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return alias
 
     def exec_module(self, module: ModuleType) -> None:
-        """The module has been executed under its new name."""
+        """Do nothing: the module was executed under its new name."""
 
 
 def install() -> None:
-    """Let the old names be imported."""
+    """Install the import hook for old names."""
     if not any(isinstance(finder, _Mover) for finder in sys.meta_path):
         sys.meta_path.append(_Mover())

@@ -1,11 +1,12 @@
-"""A torchvision that was built for another torch, made importable; onnx2torch and Lightning import it, and so do users.
+"""Repair of a torchvision that was built for another torch, so that it can be imported (by onnx2torch and Lightning).
 
-The registry's torchvision beside a CPU build of torch fails with "operator torchvision::nms does not exist": its
-compiled library cannot be loaded, and it then describes operators that nobody defined. Declaring them is all it
-takes; what is compiled still fails when called, with torchvision's own message.
+The torchvision of PyPI next to a CPU build of torch fails with "operator torchvision::nms does not exist": its compiled
+library cannot be loaded, and its Python code then refers to operators that do not exist. Declaring these operators
+makes the import work; compiled operators still fail when they are called, with torchvision's own message.
 
 torch calls `install` when it is imported (an entry point of the group ``torch.backends``), so that the order of imports
-does not matter; `import lirpa_ext` calls it for a torch that was told not to (TORCH_DEVICE_BACKEND_AUTOLOAD=0).
+does not matter. ``import lirpa_ext`` calls it too, in case that torch does not load entry points
+(TORCH_DEVICE_BACKEND_AUTOLOAD=0).
 """
 
 from __future__ import annotations
@@ -19,28 +20,28 @@ from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
-_declared: list[Any] = []  # a torch library lives as long as something holds it
+_declared: list[Any] = []  # keeps the torch library alive
 
 
 class _Repairer(MetaPathFinder):
-    """Declares the operators before a module of torchvision is imported for the first time; finds nothing itself."""
+    """Import hook that declares the operators before the first import of torchvision; it finds no module itself."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> None:
         if name.partition(".")[0] == "torchvision":
             with contextlib.suppress(ValueError):
                 sys.meta_path.remove(self)
-            with contextlib.suppress(Exception):  # whatever is wrong with it, torchvision says so itself
+            with contextlib.suppress(Exception):  # the import of torchvision reports what is wrong
                 _declare()
 
 
 def install() -> None:
-    """Repair torchvision as soon as somebody imports it. This imports nothing."""
+    """Install the import hook that repairs torchvision on its first import; nothing is imported now."""
     if not any(isinstance(finder, _Repairer) for finder in sys.meta_path) and "torchvision.ops" not in sys.modules:
         sys.meta_path.insert(0, _Repairer())
 
 
 def _declare() -> None:
-    """Declare the operators that torchvision describes, if its compiled library is there and cannot be loaded."""
+    """Declare the operators of torchvision, if its compiled library exists and cannot be loaded."""
     if _declared:
         return
     import torch
@@ -50,11 +51,11 @@ def _declare() -> None:
     if folder is None or not (folder / "_meta_registrations.py").is_file() or not (folder / "_C.so").is_file():
         return
     with contextlib.suppress(OSError):
-        torch.ops.load_library(str(folder / "_C.so"))  # which torchvision does as well
+        torch.ops.load_library(str(folder / "_C.so"))  # torchvision does the same
         return
     names = re.findall(r'register_fake\("torchvision::(\w+)"\)', (folder / "_meta_registrations.py").read_text())
     library = torch.library.Library("torchvision", "FRAGMENT")
-    with contextlib.suppress(RuntimeError):  # declared by someone else
+    with contextlib.suppress(RuntimeError):  # the operators are declared already
         for name in names:
             library.define(f"{name}(Tensor a, Tensor b, float c) -> Tensor")
     _declared.append(library)

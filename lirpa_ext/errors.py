@@ -1,4 +1,4 @@
-"""Exceptions of the package: each names the cause and the next step."""
+"""Exceptions of the package; their messages name the cause and the next step."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class LirpaExtError(Exception):
 
 
 class EngineError(LirpaExtError, ImportError):
-    """The engine (auto_LiRPA) is missing or of a version that the package does not know."""
+    """The engine (auto_LiRPA) is missing, or its version is not supported."""
 
 
 class InvalidInputError(LirpaExtError, ValueError):
-    """An argument has a wrong shape, range or value (negative eps, NaN image, label out of range)."""
+    """An argument has a wrong shape, range or value (negative eps, image with NaN, label out of range)."""
 
 
 class OptionError(LirpaExtError, TypeError):
-    """A method was given an option that it does not have, or of the wrong type."""
+    """A method, attack or command was given an option that it does not have, or one of a wrong type."""
 
 
 class UnknownMethodError(LirpaExtError, ValueError):
@@ -43,7 +43,7 @@ class UnknownMethodError(LirpaExtError, ValueError):
 
 
 class RegistrationError(LirpaExtError, ValueError):
-    """A method or rule of that name exists already."""
+    """An entry of that name (a method, rule, loss, attack, ...) exists already."""
 
 
 class TraceError(LirpaExtError, RuntimeError):
@@ -51,19 +51,19 @@ class TraceError(LirpaExtError, RuntimeError):
 
 
 class TrainModeError(LirpaExtError, RuntimeError):
-    """The model is in a mode in which its function is not fixed (train-mode batch norm)."""
+    """The model is in a mode in which its output for a sample depends on the batch (batch norm in train mode)."""
 
 
 class UnsupportedNodeError(LirpaExtError, NotImplementedError):
-    """Neither a rule of the package nor the engine can bound a node."""
+    """Neither a rule of the package nor the engine can bound a node of the graph."""
 
 
 class EstimateError(LirpaExtError, TypeError):
-    """An estimate (power iteration) was given where only a bound is sound."""
+    """An estimate (by power iteration) was requested where only a bound is sound."""
 
 
 class ConfigError(LirpaExtError, ValueError):
-    """A training configuration that cannot be run: unknown key, impossible schedule, missing package."""
+    """A training configuration cannot be run: unknown key, impossible schedule, missing package."""
 
 
 class DataError(LirpaExtError, ValueError):
@@ -71,12 +71,12 @@ class DataError(LirpaExtError, ValueError):
 
 
 class OnnxError(DataError):
-    """A network that is well formed, but cannot be imported.
+    """An ONNX network cannot be imported, though its file is readable.
 
     Attributes:
-        op: Type of the operation that stands in the way, or "".
-        node: Its name, or "".
-        opset: Version of the standard operations that the file uses, or 0.
+        op: Type of the operation that prevents the import, or "".
+        node: Name of its node, or "".
+        opset: Version of ONNX's standard operations in the file, or 0.
     """
 
     def __init__(self, message: str, op: str = "", node: str = "", opset: int = 0) -> None:
@@ -85,7 +85,7 @@ class OnnxError(DataError):
 
 
 class ResultsError(LirpaExtError, ValueError):
-    """A results file is corrupt, in use, cannot be written, or is of another model, data set or configuration."""
+    """A file of results is corrupt, in use, cannot be written, or is of another model, data set or configuration."""
 
 
 class OutOfMemoryError(LirpaExtError, MemoryError):
@@ -93,4 +93,4 @@ class OutOfMemoryError(LirpaExtError, MemoryError):
 
 
 class SoundnessError(LirpaExtError, RuntimeError):
-    """A bound does not hold at a point of the set: a defect of the method, never a result."""
+    """A bound does not hold at a point of the set, which is a defect of the method."""

@@ -1,7 +1,7 @@
-"""How other packages add to the tables of this one: methods, rules, nodes, lowerings, losses, attacks, data, analyses.
+"""Extension by other packages, which add methods, rules, nodes, lowerings, losses, attacks, data sets and analyses.
 
-`add` refuses a name that is taken. An installed package is found by its entry points of the group ``lirpa_ext``, each a
-module or a function in one, which registers what the package brings:
+`add` puts an entry into a table, and refuses a name that is taken. An installed package is found by its entry points of
+the group ``lirpa_ext``; each is a module, or a function in one, that registers the entries of the package:
 
     [project.entry-points.lirpa_ext]
     my_package = "my_package.extension"
@@ -27,14 +27,14 @@ def add(table: dict[str, Entry], what: str, name: str, entry: Entry, overwrite: 
     """Add an entry to a table.
 
     Args:
-        table: From names to what they stand for.
-        what: What an entry is, for the message: "method".
+        table: Table, name -> entry, changed in place.
+        what: Kind of the entries, such as "method", for the message.
         name: Name of the entry.
         entry: The entry.
-        overwrite: Replace one that exists.
+        overwrite: Whether to replace an entry of this name, default False.
 
     Raises:
-        RegistrationError: The name is taken, or is none.
+        RegistrationError: The name is taken, empty, or no string.
     """
     if not isinstance(name, str) or not name.strip():
         raise RegistrationError(f"a {what} needs a name, got {name!r}")
@@ -44,30 +44,30 @@ def add(table: dict[str, Entry], what: str, name: str, entry: Entry, overwrite: 
 
 
 def load_extensions() -> None:
-    """Let installed packages register what they bring, once. One that fails is told of and left out."""
+    """Load the entry points of installed packages, once per process; one that fails is logged and skipped."""
     if _loaded:
         return
-    _loaded.append("")  # what is loaded may ask for a table
+    _loaded.append("")  # an extension that is being loaded may call this function again
     for point in entry_points(group="lirpa_ext"):
         try:
             found = point.load()
             if inspect.isroutine(found):
                 found()
             _loaded.append(point.name)
-        except Exception as error:  # of another package: whatever it raises, this one goes on
+        except Exception as error:  # the code of another package may raise anything
             _logger.error("the extension %s (%s) cannot be loaded: %s: %s",
                           point.name, point.value, type(error).__name__, error)  # fmt: skip
 
 
 def load_object(path: str, what: str) -> Any:
-    """What ``package.module:name`` names.
+    """Import the object that ``package.module:name`` names.
 
     Args:
         path: The name.
-        what: What it is to be, for the message.
+        what: What the object should be, such as "the data set", for the message.
 
     Raises:
-        DataError: There is no such module, or nothing of that name in it.
+        DataError: The module cannot be imported, or lacks the name.
     """
     module, _, name = path.partition(":")
     try:

@@ -1,8 +1,8 @@
-"""Analyses of tightness and smoothness: each is a function that returns numbers, and a plot made from them.
+"""Analyses of bounds, networks and training: each is a function that returns numbers, and a function that plots them.
 
-Numbers are frozen dataclasses with `rows`, `table`, `summary` and `save` (`lirpa_ext.reporting.results`); plots share
-one style (`lirpa_ext.reporting.plots`). ``lirpa-ext analyze`` runs those of its table (`lirpa_ext.cli.task`). The
-callbacks need Lightning; the rest does not.
+Numbers are frozen dataclasses with ``rows``, ``table``, ``summary`` and ``save`` (`lirpa_ext.reporting.results`); plots
+share one style (`lirpa_ext.reporting.plots`). ``lirpa-ext analyze`` runs the analyses that are registered in
+`lirpa_ext.cli.task`. Only the callbacks need Lightning.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""ReLU activity: active, unstable and dead neurons by layer (Fig. C.6, C.7), and the chords of the unstable ones (C.8).
+"""ReLU activity: active, unstable and dead neurons by layer (Fig. C.6, C.7), and slopes of the chords (Fig. C.8).
 
-S. Lee's dissertation (2021), C.6. On a box [l, u] of its input a ReLU is active if l >= 0 < u, dead if u <= 0,
-unstable if l < 0 < u: there alone a relaxation has something to choose. (The source also counts l = 0 and u = 0.)
+S. Lee's dissertation (2021), C.6. With bounds [l, u] on its input, a ReLU is active if l >= 0 and u > 0, dead if
+u <= 0, and unstable if l < 0 < u. Only for unstable ReLUs does a relaxation differ from the function. (Lee (2021)
+counts l = 0 and u = 0 as unstable too.)
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ BINS = 20
 
 @dataclass(frozen=True)
 class Activity(Result):
-    """Mean numbers of neurons a sample in each state, and the histogram of the chords' slopes.
+    """Result of `relu_activity`: mean numbers of neurons in each state, and histograms of the slopes of chords.
 
     Attributes:
-        eps: Radius of the sets.
-        norm: p of the ball.
-        intermediate: Whose boxes.
+        eps: Radius of the balls.
+        norm: p of the balls.
+        intermediate: Method of the bounds on ReLU inputs, "ibp" or "bcp".
         samples: Number of samples.
-        counts: (active, unstable, dead) by layer, means over the samples.
-        chords: Histogram of u / (u - l) of the unstable neurons of all samples, by layer: `BINS` counts over [0, 1].
-        mean_chord: Their mean over all layers; NaN where no neuron is unstable.
+        counts: Layer -> (active, unstable, dead) neurons, means over the samples.
+        chords: Layer -> histogram of u / (u - l) of the unstable neurons of all samples, `BINS` counts over [0, 1].
+        mean_chord: Mean of u / (u - l) over the unstable neurons of all layers; NaN if no neuron is unstable.
     """
 
     eps: float
@@ -56,7 +57,7 @@ class Activity(Result):
         return active, unstable, dead
 
     def rows(self) -> list[Row]:
-        """One row for each layer and one for all: counts a sample, and shares in percent."""
+        """One row for each layer and one for all layers: mean counts per sample, and shares in percent."""
         every = {**self.counts, "all": self.total}
         return [
             {"layer": layer, "neurons": sum(counts)}
@@ -66,7 +67,7 @@ class Activity(Result):
         ]
 
     def details(self) -> list[Row]:
-        """The histograms: one row for each layer and bin."""
+        """The histograms of chords: one row for each layer and bin."""
         return [
             {"layer": layer, "from": i / BINS, "to": (i + 1) / BINS, "unstable": int(count)}
             for layer, histogram in self.chords.items()
@@ -74,7 +75,7 @@ class Activity(Result):
         ]
 
     def summary(self) -> str:
-        """Shares of the whole network."""
+        """Shares of active, unstable and dead neurons in the whole network, in words."""
         told = ", ".join(f"{100 * n / sum(self.total):.1f}% {name}" for n, name in zip(self.total, STATES, strict=True))
         return (
             f"ReLUs by their {self.intermediate.upper()} boxes on {self.samples} samples at l{self.norm:g} eps "
@@ -99,18 +100,18 @@ def relu_activity(
         model: Classifier, (B, ...) -> (B, classes).
         data: (x, y) tensors, a Dataset, or a DataLoader.
         eps: Radius in units of the input.
-        intermediate: Boxes: "ibp" (default), or "bcp" for those of ball and box.
+        intermediate: Method of the bounds on ReLU inputs, "ibp" (default) or "bcp" (ball and box).
         norm: p of the lp ball, default 2.
         x_L: Lower end of the data range, default none.
-        x_U: Upper end, default none.
+        x_U: Upper end of the data range, default none.
         batch_size: Samples at a time, default 64.
 
     Returns:
-        The counts.
+        Mean counts of neurons, and histograms of chords.
 
     Raises:
-        InvalidInputError: A box is NaN or infinite, the network has no ReLU, or as `Subject` says.
-        OptionError: Another `intermediate`.
+        InvalidInputError: A bound is NaN or infinite, the network has no ReLU, or as `Subject`.
+        OptionError: `intermediate` is unknown.
     """
     subject = Subject(model, data, norm, x_L, x_U, batch_size=batch_size)
     counts: dict[str, np.ndarray] = {}
@@ -139,7 +140,12 @@ def relu_activity(
 
 
 def plot_activity(result: Activity, axes: Axes) -> None:
-    """Shares of active, unstable and dead neurons, one bar a layer."""
+    """Plot the shares of active, unstable and dead neurons, one bar for each layer.
+
+    Args:
+        result: Result of `relu_activity`.
+        axes: Axes to draw on.
+    """
     rows = result.rows()
     left = np.zeros(len(rows))
     hatches = ("", "//", "..")
@@ -158,7 +164,12 @@ def plot_activity(result: Activity, axes: Axes) -> None:
 
 
 def plot_chords(result: Activity, axes: Axes) -> None:
-    """Histogram of u / (u - l) of the unstable neurons, one line a layer, as a share of the layer's."""
+    """Plot the histograms of u / (u - l), one line for each layer, in percent of the layer's unstable neurons.
+
+    Args:
+        result: Result of `relu_activity`.
+        axes: Axes to draw on.
+    """
     for number, (layer, histogram) in enumerate(result.chords.items()):
         if histogram.sum():
             shown = {key: style(number)[key] for key in ("color", "linestyle")}

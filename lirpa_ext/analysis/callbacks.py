@@ -22,10 +22,15 @@ __all__ = ["EveryEpoch", "LipschitzConstants", "ReluActivity"]
 
 
 class EveryEpoch(Callback):
-    """Records before the first epoch and after each; what it records is in the checkpoints, so a resumed run goes on.
+    """Base class of callbacks that record measures of the network before the first epoch and after each epoch.
 
-    Training goes on as if nothing had been recorded: a copy of the network is measured, in eval mode and on the CPU,
-    and torch's generator is put back. Of several processes the first records, its own share of the batch.
+    A subclass sets `KIND` and implements `measured`. The records are in the checkpoints, so that a resumed run keeps
+    them. Recording does not change the training: a copy of the network is measured, in eval mode and on the CPU, and
+    the state of torch's generator is restored. Of several processes only the first records, on its share of the batch.
+
+    Attributes:
+        KIND: Class of the trace that the records make.
+        records: The records so far.
     """
 
     KIND: ClassVar[type[Trace]]
@@ -36,18 +41,29 @@ class EveryEpoch(Callback):
 
     @abstractmethod
     def measured(self, module: CertifiedClassifier, model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[Row]:
-        """The records of one time, without run, epoch, step and eps, of a copy of the module's network."""
+        """Measure a copy of the network.
+
+        Args:
+            module: The module that is trained.
+            model: Copy of its network, in eval mode, on the CPU.
+            x: Images of the last batch, (B, C, H, W).
+            y: Labels of the last batch, (B,).
+            eps: Radius at this time.
+
+        Returns:
+            Records without the keys run, epoch, step and eps.
+        """
 
     @property
     def trace(self) -> Trace:
-        """What was recorded so far."""
+        """The records so far, as a trace."""
         return self.KIND(tuple(self.records))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check what is trained.
+        """Check the module that is trained.
 
         Raises:
-            ConfigError: It is no CertifiedClassifier.
+            ConfigError: The module is no `CertifiedClassifier`.
         """
         if not isinstance(pl_module, CertifiedClassifier):
             raise ConfigError(
@@ -56,7 +72,7 @@ class EveryEpoch(Callback):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the batch; before the first step of all, record the initial network."""
+        """Keep the batch; before the first step of the training, record the initial network."""
         assert isinstance(pl_module, CertifiedClassifier)
         x, y = batch
         self._batch = (x.detach(), y)
@@ -64,7 +80,7 @@ class EveryEpoch(Callback):
             self._record(trainer, pl_module, 0, pl_module.values().eps)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record, and write the numbers."""
+        """Record, and write the JSON and CSV files."""
         assert isinstance(pl_module, CertifiedClassifier)
         values = pl_module.schedule.at(pl_module.global_step - 1, pl_module.steps_per_epoch, pl_module.eps)
         self._record(trainer, pl_module, trainer.current_epoch + 1, values.eps)
@@ -72,7 +88,7 @@ class EveryEpoch(Callback):
             self.trace.save(Path(trainer.default_root_dir) / self.KIND.NAME)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the picture."""
+        """Write the plot."""
         if trainer.is_global_zero and self.records:
             save(self.trace.figure(), Path(trainer.default_root_dir) / f"{self.KIND.NAME}.png")
 
@@ -85,11 +101,11 @@ class EveryEpoch(Callback):
             self.records += [where | row for row in self.measured(module, model, x.cpu(), y.cpu(), eps)]
 
     def state_dict(self) -> dict[str, Any]:
-        """The records so far."""
+        """The records so far, for the checkpoint."""
         return {"records": self.records}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Restore the records from a checkpoint."""
         self.records = list(state_dict["records"])
 
 
@@ -102,23 +118,24 @@ class LipschitzConstants(EveryEpoch):
           callbacks:
             - class_path: lirpa_ext.analysis.LipschitzConstants
 
-    Cost: as `lirpa_ext.lipschitz`.
+    The cost of a record is that of `lirpa_ext.lipschitz`.
     """
 
     KIND = LipschitzTrace
 
     def measured(self, module: CertifiedClassifier, model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[Row]:
-        """The norms."""
+        """Bounds on the spectral norms, see `lirpa_ext.analysis.traces.lipschitz_records`."""
         return lipschitz_records(model, x)
 
 
 class ReluActivity(EveryEpoch):
     """Records ReLU activity at the scheduled eps after each epoch: ``activity.json``, ``.csv`` and ``.png``.
 
-    On the first samples of the epoch's last batch; lower slopes are those of the loss's own bound, if it has any.
+    It is measured on the first samples of the epoch's last batch. Lower slopes are those of the method that verifies
+    the loss, if that method has lower slopes.
 
     Args:
-        samples: How many at most, default 64.
+        samples: Largest number of samples, default 64.
 
     Raises:
         ConfigError: `samples` is below 1.
@@ -133,7 +150,7 @@ class ReluActivity(EveryEpoch):
         self.samples = samples
 
     def measured(self, module: CertifiedClassifier, model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[Row]:
-        """The counts."""
+        """ReLU activity, see `lirpa_ext.analysis.traces.activity_record`."""
         x, y = x[: self.samples], y[: self.samples]
         bound = module.loss.objective.verify
         method = bound if has_slopes(bound) else None

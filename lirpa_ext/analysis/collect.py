@@ -1,6 +1,6 @@
-"""`collect`: what a folder of a run, a folder of results, or a model has to show, as a `Page`.
+"""`collect`: collects the results in the folder of a run, a folder of results, or a model file into a `Page`.
 
-Everything is read from files that commands wrote: nothing is computed of the network, and no figure is typed in.
+Everything is read from files that commands wrote; the network is not evaluated.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .page import Fact, Page, Picture, Section, drawn_picture, file_picture, mar
 
 __all__ = ["collect"]
 
-_ROWS = 24  # of a table; the file has all
-_DEPTH = 3
-_KNOWN = {"learning_curve.png", "report.png"}  # drawn anew from the numbers
+_ROWS = 24  # rows of a table that are shown; the file has all
+_DEPTH = 3  # levels of subfolders that are searched
+_KNOWN = {"learning_curve.png", "report.png"}  # plots that are drawn anew from the numbers
 _UNREADABLE = (
     LirpaExtError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, csv.Error, yaml.YAMLError,
 )  # fmt: skip
@@ -36,19 +36,19 @@ _NAMES = {"test": "test split", "validate": "validation samples"}
 
 
 def collect(target: str | Path, others: Sequence[str | Path] = (), title: str = "") -> Page:
-    """Read what there is.
+    """Collect results from files into a page.
 
     Args:
         target: Folder of ``lirpa-ext fit`` or ``sweep``; folder that ``certify``, ``analyze`` or ``study`` wrote by
             ``--out``; or a model file, ``.onnx`` or a checkpoint.
-        others: Further folders, whose results belong to the same page.
-        title: Default a name made of the configuration or the path.
+        others: Further folders whose results belong on the same page, default none.
+        title: Title of the page, default one made from the configuration or the path.
 
     Returns:
-        The page. What is corrupt is named at its end.
+        The page. Files that are corrupt are named at its end.
 
     Raises:
-        DataError: Nothing there, or nothing in it that a page could show.
+        DataError: A path does not exist, or there is nothing that a page could show.
     """
     path = Path(target)
     folders = [*([path] if path.is_dir() else []), *(Path(other) for other in others)]
@@ -79,7 +79,7 @@ def collect(target: str | Path, others: Sequence[str | Path] = (), title: str = 
 
 
 def _attempt(read: Callable[[Path], list[Section]], path: Path, broken: list[tuple[Path, str]]) -> list[Section]:
-    """Sections of a file, none if it is not there or broken."""
+    """Sections of a file; none if the file is missing, or broken, which is added to `broken`."""
     if not path.is_file():
         return []
     try:
@@ -99,7 +99,7 @@ def _attempt(read: Callable[[Path], list[Section]], path: Path, broken: list[tup
 
 
 def _results(folder: Path, facts: list[Fact], broken: list[tuple[Path, str]], beside: Path | None) -> Iterator[Section]:
-    """Sections of a folder, certifications first."""
+    """Sections of a folder, certifications first; `facts` and `broken` are extended."""
     suffix = f" ({folder.name})" if beside is not None else ""
     files = sorted(_files(folder))
     claimed: set[Path] = set()
@@ -111,7 +111,7 @@ def _results(folder: Path, facts: list[Fact], broken: list[tuple[Path, str]], be
             return []
         place = _place(path, folder) + suffix
         claimed.update((path, path.with_suffix(".png")))
-        if "accuracies" in keys:  # of a randomized network
+        if "accuracies" in keys:  # the network is randomized
             made, found = _ensemble(content, f"Robust accuracy{place}")
         else:
             report = Report.load(path)
@@ -156,7 +156,7 @@ def _results(folder: Path, facts: list[Fact], broken: list[tuple[Path, str]], be
 
 
 def _files(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
-    """Files of a folder and below, but not those of other runs in it, hidden ones, or TensorBoard's."""
+    """Files in a folder and its subfolders, without hidden folders and those of other runs or of TensorBoard."""
     for path in folder.iterdir():
         if path.is_file():
             yield path
@@ -165,13 +165,13 @@ def _files(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
 
 
 def _place(path: Path, folder: Path) -> str:
-    """Of what a certification is: the split, or where its file lies."""
+    """Part of a certification's title: ", " and the split, or the path of its file in the folder."""
     parts = path.relative_to(folder).with_suffix("").parts
     name = _NAMES.get(path.stem) or " ".join(parts[:-1] if parts[-1] == "report" else parts)
     return name and f", {name}"
 
 
-# --- a section each ---
+# --- Each function below makes a section. ---
 
 
 def _certification(report: Report, title: str) -> Section:
@@ -197,14 +197,14 @@ _ACCURACIES = {"clean": "clean", "PGD": "pgd", "verified": "verified"}
 
 
 def _ensemble(content: dict[str, Any], title: str) -> tuple[Section, list[Fact]]:
-    """Accuracies of a randomized network, of which nothing is verified."""
+    """Section and facts of a randomized network, of which nothing is verified."""
     meta, rows = content["meta"], content["accuracies"]
     said = f"{meta['samples']} samples, {meta['method']}. Nothing is verified of a randomized network."
     return Section(title, (said,), tables=(table("Accuracies", rows),)), _facts(content["summary"], meta)
 
 
 def _facts(summary: list[dict[str, Any]], meta: dict[str, Any]) -> list[Fact]:
-    """Of the largest eps."""
+    """Accuracies at the largest eps, for the top of the page."""
     row = max(summary, key=lambda row: row["eps"])
     ball = f"l{float(meta['norm']):g} eps {row['eps']:.4g}" if "norm" in meta else f"eps {row['eps']:.4g}"
     named = (
@@ -250,7 +250,7 @@ def _sweep(path: Path) -> list[Section]:
 
 
 def _network(path: Path) -> list[Section]:
-    """Layers of a model file."""
+    """Section with the operations of an ONNX file, or the layers of another model file."""
     if path.suffix == ".onnx" or path.suffixes[-2:] == [".onnx", ".gz"]:
         found = inspect_onnx(path, methods=())
         nodes = [

@@ -1,8 +1,8 @@
-"""Mode connectivity (C.5): is there a path of low certified loss between two trained models?
+"""Mode connectivity (Lee, 2021, C.5): search for a path of low certified loss between two trained models.
 
-The path is a quadratic Bezier curve whose ends are the two models' weights; its middle point is trained. T. Garipov et
-al., Loss surfaces, mode connectivity, and fast ensembling of DNNs, NeurIPS 2018; the barrier is that of P. Zhao et
-al., Bridging mode connectivity in loss landscapes and adversarial robustness, ICLR 2020.
+The path is a quadratic Bezier curve whose ends are the weights of the two models, and whose middle point is trained:
+T. Garipov et al., Loss surfaces, mode connectivity, and fast ensembling of DNNs, NeurIPS 2018. The barrier is defined
+by P. Zhao et al., Bridging mode connectivity in loss landscapes and adversarial robustness, ICLR 2020.
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ ModelLoss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def bezier(start: Tensor, middle: Tensor, end: Tensor, t: float) -> Tensor:
-    """(1 - t)^2 start + 2 t (1 - t) middle + t^2 end; exactly `start` at 0 and `end` at 1.
+    """Point of a quadratic Bezier curve, (1 - t)^2 start + 2 t (1 - t) middle + t^2 end.
 
     Args:
-        start: Any shape.
-        middle: The same.
-        end: The same.
-        t: In [0, 1].
+        start: Point at t = 0, any shape.
+        middle: Middle control point, of the shape of `start`.
+        end: Point at t = 1, of the shape of `start`.
+        t: Position on the curve, in [0, 1].
+
+    Returns:
+        The point, of the shape of `start`; exactly `start` at 0 and `end` at 1.
 
     Example:
         >>> bezier(torch.tensor(1.0), torch.tensor(3.0), torch.tensor(2.0), 0.5)
@@ -50,21 +53,21 @@ def bezier(start: Tensor, middle: Tensor, end: Tensor, t: float) -> Tensor:
 
 @dataclass
 class CertifiedObjective:
-    """A certified loss as a function of a model, its inputs and labels, for `connect`.
+    """A certified loss as a function of model, inputs and labels, for `connect`.
 
     Args:
-        loss: Which, by the names of `lirpa_ext.training.OBJECTIVES`. Where training takes estimated norms, this takes
-            sound ones, which are a function of the weights.
+        loss: The loss, by a name of `lirpa_ext.training.OBJECTIVES`. Estimated norms are replaced by sound ones, which
+            are a function of the weights alone.
         eps: Radius, in units of the input.
-        norm: p of the ball, default 2.
+        norm: p of the lp ball, default 2.
         x_L: Lower end of the data range, default none.
-        x_U: Upper end, default none.
+        x_U: Upper end of the data range, default none.
         kappa: Weight of the natural loss, default 0.
-        beta: Weight of the method's bound against IBP's, default 1.
-        seed: Of what the loss draws, the same in each call; default 0.
+        beta: Weight of the method's bound against that of IBP, default 1.
+        seed: Seed of what the loss draws, the same in each call; default 0.
 
     Raises:
-        ConfigError: The loss is unknown.
+        ConfigError: The loss is unknown, or its options are wrong.
     """
 
     loss: Loss
@@ -84,12 +87,15 @@ class CertifiedObjective:
             self.loss = Loss(self.loss.name, options, self.loss.fused, self.loss.stability, self.loss.attack_steps)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Mean loss of a batch, 0-dim, differentiable in the model's parameters.
+        """Loss of a batch.
 
         Args:
-            model: In eval mode.
-            x: (B, ...).
+            model: Classifier in eval mode, (B, ...) -> (B, classes).
+            x: Inputs, (B, ...).
             y: Labels, (B,).
+
+        Returns:
+            Mean over the batch, 0-dim, differentiable in the model's parameters.
         """
         if self._graph is None or self._graph[0] is not model or self._graph[1] != x.shape:
             self._graph = (model, x.shape, BoundedModule(model, x))
@@ -102,15 +108,15 @@ class CertifiedObjective:
 
 @dataclass(frozen=True)
 class Connectivity(Result):
-    """Losses along a trained curve, and along the straight line that it began as.
+    """Result of `connect`: losses along the trained curve, and along the straight line between the models.
 
     Attributes:
-        t: Points of the curve, from 0 to 1.
-        curve: Loss at each.
-        line: Loss on the straight line between the ends.
-        name: Of the loss.
+        t: Positions on the curve, from 0 to 1.
+        curve: Loss at each position of the curve.
+        line: Loss at each position of the straight line, for which the middle point is the mean of the ends.
+        name: Name of the loss.
         ends: Names of the two models.
-        middle: Weights of the trained middle point.
+        middle: Name -> weight of the trained middle point.
     """
 
     t: tuple[float, ...]
@@ -122,26 +128,26 @@ class Connectivity(Result):
 
     @property
     def barrier(self) -> float:
-        """Highest loss of the curve less the higher one of its ends; 0 where an end is the highest, NaN beats all."""
+        """Highest loss on the curve minus the higher loss of its ends; 0 if an end is highest, NaN if a loss is NaN."""
         return _height(self.curve)
 
     @property
     def line_barrier(self) -> float:
-        """The same of the straight line."""
+        """Highest loss on the straight line minus the higher loss of its ends."""
         return _height(self.line)
 
     @property
     def connected(self) -> bool:
-        """Whether no barrier was found: no point above both ends by more than the rounding of float32 losses."""
+        """Whether the barrier is not above the rounding errors of float32 losses."""
         top = max(abs(self.curve[0]), abs(self.curve[-1]))
         return self.barrier <= 1e-5 * max(top, 1e-3)  # False for NaN
 
     def rows(self) -> list[Row]:
-        """One row a point."""
+        """One row for each position: t, and the losses on curve and line."""
         return [{"t": t, "curve": a, "line": b} for t, a, b in zip(self.t, self.curve, self.line, strict=True)]
 
     def summary(self) -> str:
-        """Barrier found or not, and how high."""
+        """Losses of the ends, and the barrier, in words."""
         first, second = self.ends
         found = "no barrier" if self.connected else f"a barrier of height {self.barrier:.4g}"
         return (
@@ -169,31 +175,33 @@ def connect(
     name: str = "loss",
     ends: tuple[str, str] = ("first", "second"),
 ) -> Connectivity:
-    """Train the middle point of a Bezier curve between two models, and evaluate the loss along it.
+    """Train the middle point of a Bezier curve between two models, and evaluate the loss along the curve.
 
-    Minimizes E over t in U[0, 1] of loss(phi(t)), with phi the curve and one t a step, by Adam with a cosine schedule
-    from the middle of the straight line. The gradient for the middle point is 2 t (1 - t) times that at phi(t). That
-    a barrier was found says that this training found no path without one, not that there is none.
+    The training minimizes the expectation of loss(phi(t)) over t in U[0, 1], with phi the curve and one t in each step,
+    by Adam with a cosine schedule. It starts from the middle of the straight line. The gradient of the middle point is
+    2 t (1 - t) times the gradient at phi(t). A barrier means that this training found no path without one, not that
+    there is no such path.
 
     Args:
-        first: Model at t = 0. Neither model is changed; their copies are in eval mode.
+        first: Model at t = 0. The models are copied, not changed, and the copies are in eval mode.
         second: Model at t = 1, of the same architecture.
-        loss: ``loss(model, x, y)`` -> 0-dim mean, such as a `CertifiedObjective`.
-        data: Images (N, ...) and labels (N,), for training and, in the same order, for evaluation.
-        steps: Of Adam, default 300; 0 leaves the straight line.
-        lr: Its learning rate at first, default 0.01.
-        batch_size: Default 100; of training and of evaluation. Samples beyond a multiple are left out of both.
-        points: Points of the curve to evaluate, ends included, default 21.
-        seed: Of order and t.
-        name: Of the loss, for plot and summary.
-        ends: Names of the models.
+        loss: ``loss(model, x, y)`` -> mean loss, 0-dim, such as a `CertifiedObjective`.
+        data: Images (N, ...) and labels (N,), for training and evaluation.
+        steps: Steps of Adam, default 300; 0 for the straight line.
+        lr: Initial learning rate, default 0.01.
+        batch_size: Samples in a batch of training and of evaluation, default 100. Training leaves the last, smaller
+            batch of an epoch out, evaluation that of the data.
+        points: Number of positions on the curve to evaluate, ends included, default 21.
+        seed: Seed of the order of samples and of t, default 0.
+        name: Name of the loss, for plot and summary.
+        ends: Names of the models, for plot and summary.
 
     Returns:
-        Losses along curve and line.
+        Losses along the curve and the line.
 
     Raises:
-        InvalidInputError: The models have other parameters than each other, or buffers that differ: statistics of a
-            batch norm hold for one point of the curve only. Or a number is out of range.
+        InvalidInputError: The parameters of the models differ in name or shape, their buffers differ in value (the
+            statistics of a batch norm hold for one point of the curve only), or a number is out of range.
 
     Example:
         >>> a, b = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
@@ -245,7 +253,7 @@ def connect(
 
 
 def _compatible(first: nn.Module, second: nn.Module) -> tuple[Weights, Weights]:
-    """Detached parameters of both."""
+    """Detached copies of the parameters of both models, after a check that a curve can connect them."""
     start, end = ({k: v.detach().clone() for k, v in model.named_parameters()} for model in (first, second))
     shapes = [{k: tuple(v.shape) for k, v in weights.items()} for weights in (start, end)]
     if shapes[0] != shapes[1]:
@@ -274,10 +282,13 @@ def _mean_loss(model: nn.Module, weights: Weights, loss: ModelLoss, batches: Seq
 
 
 def plot_connectivity(found: Sequence[Connectivity]) -> Figure:
-    """Loss along each curve and, dotted, along its straight line, as Fig. C.3 to C.5.
+    """Plot the loss along each curve and, dotted, along its straight line, as in Fig. C.3 to C.5 of Lee (2021).
 
     Args:
-        found: One or several, such as one pair of models under two losses.
+        found: One or several results, such as those of one pair of models under two losses.
+
+    Returns:
+        The figure, with an alt text.
     """
     drawn, axes = figure("Loss along curves of weights between two models. " + " ".join(c.summary() for c in found))
     for number, each in enumerate(found):

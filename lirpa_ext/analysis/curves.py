@@ -1,4 +1,4 @@
-"""Verified accuracy over eps (Fig. 3.4, B.3 of S. Lee, 2021). The certificates are those of `lirpa_ext.certify`."""
+"""Verified accuracy over eps (Fig. 3.4, B.3 of S. Lee, 2021), by `lirpa_ext.certify`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Curves(Result):
         samples: Number of samples.
         levels: One dict for each model, method and eps: model, method, eps; clean, pgd (None without an attack) and
             verified, as fractions; errors, a count.
-        targets: Radius that a model was trained at, by model, where it is known.
+        targets: Model -> radius at which it was trained, where that is known.
     """
 
     norm: float
@@ -40,7 +40,7 @@ class Curves(Result):
     targets: dict[str, float]
 
     def rows(self) -> list[Row]:
-        """The levels, accuracies in percent."""
+        """One row for each model, method and eps, accuracies in percent."""
         return [
             {key: row[key] for key in ("model", "method", "eps")}
             | {f"{key} %": None if row[key] is None else 100 * row[key] for key in ("clean", "pgd", "verified")}
@@ -49,16 +49,16 @@ class Curves(Result):
         ]
 
     def curve(self, model: str, method: str) -> tuple[list[float], list[float]]:
-        """(eps, fraction verified) of a model and method, by eps."""
+        """Every eps, and the verified accuracy there as a fraction, for a model and a method."""
         found = [row for row in self.levels if (row["model"], row["method"]) == (model, method)]
         return [row["eps"] for row in found], [row["verified"] for row in found]
 
     def lines(self) -> list[tuple[str, str]]:
-        """The models and methods, each once."""
+        """Pairs (model, method), without repetition."""
         return list(dict.fromkeys((row["model"], row["method"]) for row in self.levels))
 
     def summary(self) -> str:
-        """The highest curve at each end."""
+        """The highest curve at the smallest and at the largest eps, in words."""
         told = []
         for eps in dict.fromkeys((self.levels[0]["eps"], self.levels[-1]["eps"])):
             best = max((row for row in self.levels if row["eps"] == eps), key=lambda row: row["verified"])
@@ -88,25 +88,26 @@ def verified_curves(
     """Certify each model by each method at each eps.
 
     Args:
-        models: Classifiers by the name that the plot shows.
+        models: Name, for the plot, -> classifier, (B, ...) -> (B, classes).
         data: (x, y) tensors, a Dataset, or a DataLoader.
         eps: Radii in units of the input.
-        methods: Default "bcp".
-        options: Options by method; those whose slopes are drawn get a fixed seed unless they say otherwise.
-        targets: Radius that a model was trained at, by its name.
+        methods: Methods of `BoundedModule.compute_bounds`, default "bcp".
+        options: Method -> its options. A method that draws slopes gets seed 0 unless a seed or generator is given.
+        targets: Name of a model -> radius at which it was trained; default none.
         norm: p of the lp ball, default 2.
         x_L: Lower end of the data range, default none.
-        x_U: Upper end, default none.
-        attack_steps: Steps of a run of the attack (`certify`), default 20; 0 for no attack.
-        attack_restarts: Its runs, default 2.
-        batch_size: Samples at a time.
-        seed: Of the attack.
+        x_U: Upper end of the data range, default none.
+        attack_steps: Steps of a run of Auto-PGD, default 20; 0 for no attack.
+        attack_restarts: Runs of Auto-PGD, default 2.
+        batch_size: Samples at a time, default 64.
+        seed: Seed of the attack, default 0.
 
     Returns:
         The curves.
 
     Raises:
-        InvalidInputError: No model or no method; else what `lirpa_ext.certify` raises.
+        InvalidInputError: There is no model or no method; or as `lirpa_ext.certify`, which raises further errors.
+        OptionError: There are options of a method that is not used.
     """
     if not models:
         raise InvalidInputError("curves are of at least one model, got none")
@@ -129,7 +130,12 @@ def verified_curves(
 
 
 def plot_curves(result: Curves, axes: Axes) -> None:
-    """A line for each model and method, PGD's accuracy of each model in pale, a vertical line at each target."""
+    """Plot verified accuracy, one line for each model and method, with PGD accuracies and vertical lines at targets.
+
+    Args:
+        result: Result of `verified_curves`.
+        axes: Axes to draw on.
+    """
     names = list(dict.fromkeys(model for model, _ in result.lines()))
     for number, (model, method) in enumerate(result.lines()):
         eps, verified = result.curve(model, method)
@@ -151,6 +157,3 @@ def plot_curves(result: Curves, axes: Axes) -> None:
         axes.axvline(target, color="#888888", linewidth=1)
     axes.set(xlabel=f"eps of the l{result.norm:g} ball", ylabel="verified accuracy, %", ylim=(0, 101), xlim=(0, None))
     axes.legend(fontsize="small")
-
-
-# --- clean against robust accuracy ---

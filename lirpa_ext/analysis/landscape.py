@@ -1,8 +1,8 @@
-"""Smoothness of a loss in the weights: its variation along the gradient, and how far one step turns the gradient.
+"""Smoothness of a loss in the weights: its variation along the gradient, and the change of the gradient in one step.
 
-The measures of Fig. 3.6 to 3.9 of S. Lee's dissertation (2021), defined in its C.1.1, after S. Santurkar et al., How
-does batch normalization help optimization?, NeurIPS 2018. Of any loss; `lirpa_ext.analysis.Smoothness` takes them
-during training.
+The measures of Fig. 3.6 to 3.9 of S. Lee's dissertation (2021), defined in C.1.1 there, after S. Santurkar et al., How
+does batch normalization help optimization?, NeurIPS 2018. They apply to any loss; `lirpa_ext.analysis.Smoothness`
+records them during training.
 """
 
 from __future__ import annotations
@@ -36,9 +36,16 @@ __all__ = [
 
 
 def log_lengths(points: int = 10, longest: float = 5.0) -> tuple[float, ...]:
-    """So many step lengths up to the longest, evenly on a log scale over two decades.
+    """Step lengths from longest / 100 to `longest`, equidistant on a log scale.
 
-    The source takes ten up to 5 and does not say where they begin: 0.05 is our choice.
+    Lee (2021) uses ten lengths up to 5 and does not state the shortest; 0.05 is our choice.
+
+    Args:
+        points: Number of lengths, default 10; a single one is `longest`.
+        longest: The longest length, default 5.
+
+    Raises:
+        InvalidInputError: `points` is below 1, or `longest` is not positive and finite.
     """
     if points < 1 or not 0 < longest < math.inf:
         raise InvalidInputError(f"step lengths are 1 or more points up to a positive length, got {points}, {longest}")
@@ -51,15 +58,15 @@ MEASURES = ("variation", "gradient_distance", "cosine_distance", "gradient_norm"
 
 @dataclass(frozen=True)
 class Measures:
-    """Smoothness of a loss at one point of the weights.
+    """Smoothness of a loss at one point of the weights, result of `smoothness`.
 
     Attributes:
         loss: Loss at the point.
         lowest: Lowest loss along the negative gradient, the point itself included.
-        highest: Highest.
+        highest: Highest loss along the negative gradient, the point itself included.
         gradient_norm: l2 norm of the gradient at the point.
         gradient_distance: l2 distance to the gradient at the next point.
-        cosine_distance: 1 - cosine of the angle between the two gradients, in [0, 2]; NaN if one of them is 0.
+        cosine_distance: 1 - cosine of the angle between the two gradients, in [0, 2]; NaN if a gradient is 0.
     """
 
     loss: float
@@ -82,23 +89,24 @@ def smoothness(
     following: Sequence[Tensor] | None = None,
     lengths: Sequence[float] = LENGTHS,
 ) -> Measures:
-    """Variation of a loss along its gradient (C.1.2), and distances of successive gradients (C.1.1).
+    """Variation of a loss along its gradient (Lee, 2021, C.1.2), and distances of successive gradients (C.1.1).
 
-    With g the gradient at theta, the losses are those at theta - length * step_size * g for each length. A falling
-    loss varies, too: on a quadratic with Hessian H, the variation is that of a parabola, and the gradient of the
-    gradient-descent step that follows is step_size ||H g|| away.
+    With g the gradient at the weights theta, the loss is evaluated at theta - length * step_size * g for each length. A
+    steadily falling loss has a variation too. On a quadratic with Hessian H, one step of gradient descent moves the
+    gradient by step_size ||H g||.
 
     Args:
-        loss_fn: The loss at the present values of `params`, 0-dim. It must be a function of them: draw what it draws
-            from the same seed in each call. It is called 2 + ``len(lengths)`` times, with gradients twice.
-        params: Tensors that require gradients, changed in place and put back, whatever happens.
-        step_size: The optimizer's learning rate, above 0.
-        following: The values after the optimizer's step, of the shapes of `params`. Default: those of a step of
+        loss_fn: Function without arguments that gives the loss, 0-dim, at the present values of `params`. It must
+            depend on nothing else, so random draws must use the same seed in each call. It is called
+            2 + ``len(lengths)`` times, twice with gradients.
+        params: Tensors that require gradients; they are changed in place and restored, also after an error.
+        step_size: Learning rate of the optimizer, above 0.
+        following: Values after the optimizer's step, of the shapes of `params`. Default: the values after a step of
             gradient descent, theta - step_size * g.
-        lengths: In steps, default ten from 0.05 to 5.
+        lengths: Step lengths in units of step_size * g, default ten from 0.05 to 5.
 
     Returns:
-        The measures; what is not finite stays so.
+        The measures; a value that is not finite is kept.
 
     Raises:
         InvalidInputError: `step_size` or a length is not positive, or `following` has other shapes.
@@ -158,12 +166,12 @@ def _place(
 
 @dataclass(frozen=True)
 class SmoothnessTrace(Result):
-    """Smoothness during training, as `lirpa_ext.analysis.Smoothness` takes it.
+    """Smoothness during training, as recorded by `lirpa_ext.analysis.Smoothness`.
 
     Attributes:
-        records: One dict for each measured step and loss: `step`, `epoch`, `at` ("scheduled" for the loss of that
-            step, "target" for that of the end of the schedule), `eps` and the weights of the schedule, `step_size`,
-            the measures and `variation`, and `seconds`, what they took.
+        records: One dict for each measured step and loss: ``step``, ``epoch``, ``at`` ("scheduled" for the loss of that
+            step, "target" for the loss at the end of the schedule), ``eps`` and the weights of the schedule,
+            ``step_size``, the fields of `Measures`, ``variation``, and ``seconds`` (time of the measurement).
     """
 
     records: tuple[Row, ...]
@@ -176,8 +184,12 @@ class SmoothnessTrace(Result):
         """Records of one loss.
 
         Args:
-            at: "scheduled" or "target".
-            ramp: Only those strictly between the warm-up and the end of the ramp, where the source compares.
+            at: "scheduled" (default) or "target".
+            ramp: Whether to take only steps strictly between the warm-up and the end of the ramp, where Lee (2021)
+                compares; default False.
+
+        Raises:
+            InvalidInputError: `at` is neither.
         """
         if at not in ("scheduled", "target"):
             raise InvalidInputError(f"a trace is of the scheduled or of the target loss, not of {at!r}")
@@ -193,12 +205,12 @@ class SmoothnessTrace(Result):
         return [row for row in found if row["step"] in moving]
 
     def median(self, measure: str, at: str = "scheduled", ramp: bool = False) -> float:
-        """Median of a measure over `chosen` records, NaN if there are none."""
+        """Median of a measure over the records of `chosen`; NaN if there are none."""
         values = [float(row[measure]) for row in self.chosen(at, ramp) if row[measure] is not None]
         return statistics.median(values) if values else math.nan
 
     def summary(self) -> str:
-        """Medians at the scheduled and at the target loss."""
+        """Medians of the measures at the scheduled and at the target loss, in words."""
         parts = []
         for at in ("scheduled", "target"):
             count = len(self.chosen(at))
@@ -213,10 +225,10 @@ class SmoothnessTrace(Result):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SmoothnessTrace:
-        """Read back the JSON file of `save`.
+        """Read the JSON file of `save`.
 
         Raises:
-            ResultsError: It is something else.
+            ResultsError: The file cannot be read, or holds something else.
         """
         content = read_result(path)
         if content is None or content["analysis"] != cls.__name__:
@@ -226,16 +238,16 @@ class SmoothnessTrace(Result):
 
 @dataclass(frozen=True)
 class SmoothnessComparison(Result):
-    """Medians of several runs, over the ramp of each where it has one.
+    """Medians of the smoothness of several runs, over the ramp of a run if it has one.
 
     Attributes:
-        traces: By name of the run.
+        traces: Name of a run -> its trace.
     """
 
     traces: dict[str, SmoothnessTrace]
 
     def rows(self) -> list[Row]:
-        """One row for each run and loss."""
+        """One row for each run and loss: number of steps, and medians of `MEASURES`."""
         return [
             {"run": name, "at": at, "steps": len(trace.chosen(at, ramp) or trace.chosen(at))}
             | {measure: trace.median(measure, at, ramp) for measure in MEASURES}
@@ -246,7 +258,7 @@ class SmoothnessComparison(Result):
         ]
 
     def summary(self) -> str:
-        """The runs in order of smoothness."""
+        """The runs in order of each measure, in words."""
         told = []
         for at in ("scheduled", "target"):
             rows = [row for row in self.rows() if row["at"] == at]
@@ -258,21 +270,29 @@ class SmoothnessComparison(Result):
 
 
 def record(measures: Measures, seconds: float, **where: Any) -> Row:
-    """A record of `SmoothnessTrace`: what `where` says, the measures, and what they took."""
+    """Make a record of `SmoothnessTrace`.
+
+    Args:
+        measures: The measures.
+        seconds: Time of the measurement.
+        **where: Further entries, such as step, epoch and eps.
+    """
     found = asdict(measures) | {"variation": measures.variation, "seconds": seconds}
     shown = {name: float(f"{value:.6g}") for name, value in found.items()}
     return where | {name: value if math.isfinite(value) else None for name, value in shown.items()}
 
 
 def plot_smoothness(traces: Mapping[str, SmoothnessTrace], at: str = "scheduled") -> Figure:
-    """Fig. 3.6 and 3.7, or 3.8 at the target: learning curves with their bands, variation, distances of gradients.
+    """Plot learning curves with bands along the gradient, variation, and distances of gradients, over the steps.
+
+    Fig. 3.6 and 3.7 of Lee (2021), or Fig. 3.8 for the target loss.
 
     Args:
-        traces: By name of the run.
-        at: "scheduled" or "target".
+        traces: Name of a run -> its trace.
+        at: "scheduled" (default) or "target".
 
     Returns:
-        Four axes, one below the other, over the optimizer's steps; the measures are on a log scale.
+        The figure with four axes, one below the other; the measures are on a log scale.
     """
     told = "; ".join(
         f"{name}: variation {trace.median('variation', at):.3g}, gradient distance "

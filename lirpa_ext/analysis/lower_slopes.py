@@ -1,6 +1,6 @@
-"""The lower slopes that methods choose for unstable ReLUs: shares of 0, of 1, and between (Fig. 3.11).
+"""The lower slopes that methods choose for unstable ReLUs: shares of slopes 0, 1, and between (Fig. 3.11).
 
-S. Lee's dissertation (2021), 3.3.3 and 3.3.4: the sparser, the smoother the loss.
+S. Lee's dissertation (2021), 3.3.3 and 3.3.4, relates a larger share of zero slopes to a smoother loss.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ DEFAULT_METHODS = ("sparse-slope", "slope:crown", "slope:cap", "slope:random")
 
 @dataclass(frozen=True)
 class LowerSlopes(Result):
-    """Which lower slopes methods choose for unstable ReLUs, by eps.
+    """Result of `lower_slopes`: shares of the lower slopes that methods choose for unstable ReLUs.
 
     Attributes:
         norm: p of the ball.
         samples: Number of samples.
-        shares: One dict for each method and eps: method, eps, unstable (a sample); the fractions of the unstable
-            neurons whose slope is zero, between, or one (NaN where there is none); and idle, of those that the step
-            left where they were, for no margin depends on them (None for a method without a step).
+        shares: One dict for each method and eps: ``method``, ``eps``, ``unstable`` (mean number of unstable neurons per
+            sample); ``zero``, ``between`` and ``one``, the fractions of the unstable neurons with such a slope (NaN
+            if no neuron is unstable); ``idle``, the fraction whose slope has gradient 0 in the method's step, because
+            no margin depends on it (None for a method without gradient step).
     """
 
     norm: float
@@ -44,7 +45,7 @@ class LowerSlopes(Result):
     shares: list[Row]
 
     def rows(self) -> list[Row]:
-        """The shares in percent, and that of slopes other than 0."""
+        """One row for each method and eps: shares in percent, and the share of slopes other than 0."""
         return [
             {key: row[key] for key in ("method", "eps", "unstable")}
             | {f"{key} %": 100 * row[key] for key in ("zero", "between", "one")}
@@ -54,16 +55,16 @@ class LowerSlopes(Result):
         ]
 
     def sparsity(self, method: str) -> tuple[list[float], list[float]]:
-        """(eps, fraction of zero slopes) of a method."""
+        """Every eps, and the fraction of zero slopes there, for a method."""
         found = [row for row in self.shares if row["method"] == method]
         return [row["eps"] for row in found], [row["zero"] for row in found]
 
     def methods(self) -> list[str]:
-        """The methods, each once."""
+        """Names of the methods, without repetition."""
         return list(dict.fromkeys(row["method"] for row in self.shares))
 
     def summary(self) -> str:
-        """Sparsity of each method at the ends."""
+        """Fraction of zero slopes of each method at the smallest and the largest eps, in words."""
         ends = {name: self.sparsity(name) for name in self.methods()}
         told = "; ".join(
             f"{name} {100 * zero[0]:.1f}% at eps {eps[0]:g}"
@@ -85,25 +86,25 @@ def lower_slopes(
     x_U: float | Tensor | None = None,
     batch_size: int = 64,
 ) -> LowerSlopes:
-    """Shares of lower slopes 0, between and 1, at each eps.
+    """Shares of the lower slopes 0, between 0 and 1, and 1 of unstable ReLUs, for each method and eps.
 
     Args:
         model: Classifier, (B, ...) -> (B, classes).
         data: (x, y) tensors, a Dataset, or a DataLoader.
         eps: Radii in units of the input.
-        methods: "sparse-slope" and "slope:..." (but "slope:ibp", which has no slopes).
-        options: Options by method; those that draw get a fixed seed unless they say otherwise.
+        methods: "sparse-slope" and "slope:..." (except "slope:ibp" and "slope:same"); default `METHODS`.
+        options: Method -> its options. A method that draws slopes gets seed 0 unless a seed or generator is given.
         norm: p of the lp ball, default inf.
         x_L: Lower end of the data range, default none.
-        x_U: Upper end, default none.
+        x_U: Upper end of the data range, default none.
         batch_size: Samples at a time, default 64.
 
     Returns:
         The shares.
 
     Raises:
-        OptionError: A method that has no lower slopes.
-        InvalidInputError: No eps or no method, or as `Subject` says.
+        OptionError: A method has no lower slopes, or there are options of a method that is not used.
+        InvalidInputError: There is no eps or no method, or as `Subject`.
     """
     if not len(eps):
         raise InvalidInputError("lower_slopes looks at one eps or more, got none")
@@ -122,7 +123,7 @@ def lower_slopes(
 
 
 def has_slopes(method: str) -> bool:
-    """Whether a method of the package chooses lower slopes."""
+    """Whether a bound method is one of the package that chooses lower slopes of ReLUs."""
     name = method.lower()
     return is_ours(name) and name.startswith(("sparse-slope", "slope:")) and name not in ("slope:ibp", "slope:same")
 
@@ -148,7 +149,12 @@ def _shares(subject: Subject, eps: float, method: str, options: dict[str, Any]) 
 
 
 def plot_lower_slopes(result: LowerSlopes, axes: Axes) -> None:
-    """Share of non-zero lower slopes over eps, one line a method."""
+    """Plot the share of non-zero lower slopes over eps, one line for each method.
+
+    Args:
+        result: Result of `lower_slopes`.
+        axes: Axes to draw on.
+    """
     for number, method in enumerate(result.methods()):
         eps, zero = result.sparsity(method)
         axes.plot(eps, [100 * (1 - share) for share in zero], label=method, **style(number))

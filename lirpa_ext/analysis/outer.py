@@ -1,9 +1,9 @@
-"""The outer-bound picture (Fig. 3.2): what a method knows of two logits of one sample, beside what attacks reach.
+"""The outer-bound picture (Fig. 3.2): regions that contain two logits of one sample, and logits that attacks reach.
 
-For a direction d of the plane (zeta_y, zeta_m), a method's lower bound h(d) on d . zeta says that all logits of the set
-lie in the half-plane d . zeta >= h(d). The region of a method is the intersection over many directions: an outer bound
-for whatever method, which for ball, box and ball INTERSECT box touches the exact projection in every direction.
-S. Lee's dissertation (2021), 3.2.2.
+For a direction d in the plane (zeta_y, zeta_m), a method's lower bound h(d) on d . zeta means that the logits of the
+whole set lie in the half-plane d . zeta >= h(d). The region of a method is the intersection over many directions. It is
+an outer bound for every method; if the method's own outer bound is a ball, a box, or ball INTERSECT box, the region
+touches the exact projection of that bound in every direction. S. Lee's dissertation (2021), 3.2.2.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ __all__ = ["OuterBound", "outer_bound", "plot_outer_bound", "zonotope"]
 
 DEFAULT_METHODS = ("lipschitz", "bcp")
 BOX = "box"
-ATTACKS = ("margin", "cross-entropy")  # losses of PGD, those of Fig. 3.2
+ATTACKS = ("margin", "cross-entropy")  # losses of PGD in Fig. 3.2
 
 
 @dataclass(frozen=True)
 class OuterBound(Result):
-    """Regions of the plane of two logits, (zeta_y, zeta_m), of one sample.
+    """Result of `outer_bound`: regions in the plane of two logits (zeta_y, zeta_m) of one sample.
 
     Attributes:
-        index: The sample's.
-        label: y, its class.
-        other: m, the most probable class besides.
-        eps: Radius of the set.
+        index: Number of the sample.
+        label: y, the class of the sample.
+        other: m, the other class.
+        eps: Radius of the ball.
         norm: p of the ball.
-        logits: Clean (z_y, z_m).
-        regions: Vertices (V, 2) of each method's region, counterclockwise; "box" is that of the box of "bcp" alone, a
-            parallelogram or, for more than two neurons, a zonotope. It needs a network that ends in a dense layer.
-        margins: Each region's min (zeta_y - zeta_m), as the method bounds it; the pair is verified where it is above 0.
-        points: Logits (N, 2) that attacks reached, by their loss.
+        logits: Clean logits (z_y, z_m), (2,).
+        regions: Method -> vertices of its region, (V, 2), counterclockwise. "box" is the region of the box of "bcp"
+            alone, a zonotope; it exists if the network ends in a dense layer.
+        margins: Method -> lower bound of zeta_y - zeta_m over its region; above 0, the pair is verified.
+        points: Loss of the attack -> logits that it reached, (N, 2).
     """
 
     index: int
@@ -61,7 +61,7 @@ class OuterBound(Result):
     points: dict[str, np.ndarray]
 
     def rows(self) -> list[Row]:
-        """One row for each region: area, its share of the first one's, worst margin; and the attacks' margins."""
+        """One row for each region (area, also in percent of the first region's, and margin) and for each attack."""
         first = area(next(iter(self.regions.values())))
         rows: list[Row] = [
             {"region": name, "area": area(v), "area %": 100 * area(v) / first if first else None}
@@ -75,11 +75,11 @@ class OuterBound(Result):
 
     @property
     def reached(self) -> dict[str, float]:
-        """Smallest zeta_y - zeta_m of each attack's points."""
+        """Loss of the attack -> smallest zeta_y - zeta_m of its points."""
         return {name: float((points[:, 0] - points[:, 1]).min()) for name, points in self.points.items()}
 
     def summary(self) -> str:
-        """Which region verifies the pair, and how near the attacks came."""
+        """Margin of each region, and the smallest margin that an attack reached, in words."""
         told = "; ".join(f"{name} {margin:.3g}" for name, margin in self.margins.items())
         near = f", PGD reaches {min(self.reached.values()):.3g}" if self.points else ""
         return (
@@ -111,33 +111,33 @@ def outer_bound(
     attack_starts: int = 32,
     seed: int = 0,
 ) -> OuterBound:
-    """Regions of two logits of one sample, by several methods, and the logits that PGD reaches.
+    """Regions of two logits of one sample by several methods, and the logits that PGD reaches.
 
     Args:
         model: Classifier, (B, ...) -> (B, classes).
-        x: The sample, without a batch dimension.
-        y: Its class.
+        x: The sample, without a batch axis, (...).
+        y: Class of the sample.
         eps: Radius in units of the input.
-        methods: Default "lipschitz" (the ball's ellipse) and "bcp" (ball INTERSECT box).
-        options: Options by method.
+        methods: Bound methods, default "lipschitz" (an ellipse for the ball alone) and "bcp" (ball INTERSECT box).
+        options: Method -> its options.
         norm: p of the lp ball, default 2.
         x_L: Lower end of the data range, default none.
-        x_U: Upper end, default none.
-        other: m, default the most probable class besides `y`.
-        index: The sample's number, kept in the result.
-        directions: Directions of a region, at least 8; a smooth region's polygon then reaches beyond it by at most
+        x_U: Upper end of the data range, default none.
+        other: The other class m, default the most probable class besides `y`.
+        index: Number of the sample, kept in the result; default 0.
+        directions: Number of directions, at least 8, default 256. A polygon around a disc then exceeds it by at most
             the factor 1 / cos(pi / directions).
         attack_steps: Steps of PGD, default 40; 0 for no attack.
-        attack_starts: Random starts of each of its losses.
-        seed: Of the starts.
+        attack_starts: Random starts of PGD for each loss, default 32.
+        seed: Seed of the starts, default 0.
 
     Returns:
         The regions, in float64.
 
     Raises:
-        InvalidInputError: Too few directions, classes that are none or the same, a bound that is not finite, or as
-            `Subject` says.
-        OptionError: Options of a method that is not compared.
+        InvalidInputError: There are too few directions, `y` or `other` is no class, both are the same, a bound is not
+            finite, or as `Subject`.
+        OptionError: There are options of a method that is not used.
     """
     if directions < 8:
         raise InvalidInputError(f"a region needs at least 8 directions, got {directions}")
@@ -181,11 +181,17 @@ def outer_bound(
 
 
 def half_planes(directions: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Vertices (V, 2), counterclockwise, of {p : directions p >= offsets}; (0, 2) where it is empty.
+    """Vertices of the intersection of half-planes {p : directions p >= offsets}, which must be bounded.
 
     Args:
-        directions: (K, 2); the region must be bounded.
-        offsets: (K,).
+        directions: Normal vectors, (K, 2), of length 1.
+        offsets: Offsets, (K,).
+
+    Returns:
+        Vertices, (V, 2), counterclockwise; (0, 2) if the intersection is empty.
+
+    Raises:
+        InvalidInputError: An offset is not finite.
     """
     if not np.isfinite(offsets).all():
         raise InvalidInputError("a bound is NaN or infinite: there is no region to draw; take a smaller eps")
@@ -210,11 +216,14 @@ def half_planes(directions: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def zonotope(center: np.ndarray, generators: np.ndarray) -> np.ndarray:
-    """Vertices (2n, 2), counterclockwise, of {center + generators t : -1 <= t <= 1}.
+    """Vertices of the zonotope {center + generators t : -1 <= t <= 1} in the plane.
 
     Args:
-        center: (2,).
-        generators: (2, n); those of length 0 drop out.
+        center: Center, (2,).
+        generators: Generators, (2, n).
+
+    Returns:
+        Vertices, (2 k, 2), counterclockwise, with k the number of generators other than 0; (1, 2) if there are none.
     """
     sides = generators.T[np.abs(generators).sum(0) > 0]
     sides = np.where(
@@ -226,7 +235,7 @@ def zonotope(center: np.ndarray, generators: np.ndarray) -> np.ndarray:
 
 
 def area(vertices: np.ndarray) -> float:
-    """Area of a polygon, by the shoelace formula."""
+    """Area of a polygon with vertices (V, 2), counterclockwise, by the shoelace formula."""
     if len(vertices) < 3:
         return 0.0
     x, y = (vertices - vertices[0]).T
@@ -234,7 +243,12 @@ def area(vertices: np.ndarray) -> float:
 
 
 def plot_outer_bound(result: OuterBound, axes: Axes) -> None:
-    """Draw the regions, each method's verification line zeta_y - zeta_m = min, the decision line, and the points."""
+    """Plot the regions, the line zeta_y - zeta_m = margin of each method, the decision line, and the points.
+
+    Args:
+        result: Result of `outer_bound`.
+        axes: Axes to draw on.
+    """
     from matplotlib.patches import Polygon
 
     for number, (name, vertices) in enumerate(result.regions.items()):
@@ -243,7 +257,7 @@ def plot_outer_bound(result: OuterBound, axes: Axes) -> None:
         axes.add_patch(Polygon(vertices, closed=True, facecolor=shown if filled else "none", alpha=0.2 if filled else 1,
                                edgecolor="none" if filled else shown, linewidth=1.5, label=name))  # fmt: skip
         if not filled:
-            # zeta_y on the horizontal axis: zeta_m = zeta_y - min lies above every point of the region
+            # zeta_y is on the horizontal axis, so the line zeta_m = zeta_y - margin is above the whole region.
             axes.axline((result.margins[name], 0.0), slope=1, color=shown, linestyle="--", linewidth=1)
     axes.axline((0.0, 0.0), slope=1, color="black", linewidth=1, label="decision line")
     for marker, (loss, points) in zip("x+", result.points.items(), strict=False):

@@ -1,6 +1,6 @@
-"""One HTML page of tables and pictures that needs nothing else: no network, no script, no other file.
+"""A self-contained HTML page of tables and pictures, without scripts, network access or other files.
 
-`lirpa_ext.analysis.collect` fills it from the folder of a run, a folder of results, or a model.
+`lirpa_ext.analysis.collect` makes one from the folder of a run, a folder of results, or a model.
 """
 
 from __future__ import annotations
@@ -35,13 +35,16 @@ _TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".
 
 @dataclass(frozen=True)
 class Picture:
-    """An image inside of the page.
+    """An image in a page.
 
     Attributes:
-        source: ``data:`` URI.
-        alt: What it shows, in words.
-        caption: Below it, or "".
-        wide: Whether a narrow screen scrolls it sideways in place of shrinking it: several plots side by side.
+        source: ``data:`` URI of the image.
+        alt: Alt text.
+        caption: Text below the image, or "".
+        wide: Whether a narrow screen scrolls the image sideways and does not shrink it, as for plots side by side.
+
+    Raises:
+        InvalidInputError: The source is no such URI, or the alt text is empty.
     """
 
     source: str
@@ -56,14 +59,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text.
+    """A table in a page.
 
     Attributes:
-        caption: Above it.
-        columns: Heads.
-        rows: Cells, as many as columns.
-        numeric: For each column, whether it is set to the right.
-        note: Below it, or "".
+        caption: Text above the table.
+        columns: Headings of the columns.
+        rows: Cells of each row, as text, one for each column.
+        numeric: For each column, whether it is aligned right.
+        note: Text below the table, or "".
     """
 
     caption: str
@@ -75,11 +78,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Fact:
-    """A number at the top of the page.
+    """A number at the top of a page.
 
     Attributes:
-        value: The number, with its unit.
-        name: What it is.
+        value: The number with its unit, as text.
+        name: Name of the quantity.
     """
 
     value: str
@@ -88,14 +91,14 @@ class Fact:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page.
+    """A section of a page.
 
     Attributes:
         title: Heading.
-        paragraphs: Plain text.
+        paragraphs: Paragraphs of plain text.
         pictures: Images.
         tables: Tables.
-        html: Text that is HTML already, of `markdown`, or None.
+        html: HTML from `markdown`, which is not escaped; or None.
         code: Preformatted text, or "".
     """
 
@@ -109,13 +112,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """The page.
+    """A page of results.
 
     Attributes:
-        title: Heading and title of the window.
+        title: Heading, and title of the window.
         facts: Numbers at the top.
-        sections: Parts, in order.
-        made: Last line: of what it was made, and when.
+        sections: Sections, in order.
+        made: Last line, with the source and the date.
     """
 
     title: str
@@ -124,7 +127,7 @@ class Page:
     made: str = ""
 
     def html(self) -> str:
-        """The page as HTML 5, everything in it escaped but `Section.html`."""
+        """The page as HTML 5; all text except `Section.html` is escaped."""
         template = resources.files(__package__ or "").joinpath(_TEMPLATE).read_text(encoding="utf-8")
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         return environment.from_string(template).render(page=self, version=__version__)
@@ -139,12 +142,12 @@ class Page:
 
 
 def table(caption: str, rows: Sequence[Row], most: int = 0) -> Table:
-    """A table of rows that have the same keys, in the order of the first.
+    """Make a table of rows; the columns are the keys of the first row.
 
     Args:
-        caption: What it is.
-        rows: Dicts of plain values; numbers get four significant digits.
-        most: Show only so many rows, evenly chosen, the first and the last included; 0 for all.
+        caption: Text above the table.
+        rows: Dicts of plain values with the same keys; numbers are shown with four significant digits.
+        most: Largest number of rows to show, evenly chosen, with the first and the last; default 0 for all.
     """
     names = list(rows[0]) if rows else []
     shown, note = list(rows), ""
@@ -164,26 +167,26 @@ def _cell(value: Any) -> str:
 
 
 def drawn_picture(drawn: Figure, caption: str = "") -> Picture:
-    """A figure with an alt text as an SVG image."""
+    """Make a picture of a figure, as SVG; the figure must have an alt text."""
     return Picture(_uri(svg(drawn).encode(), ".svg"), alt_text(drawn), caption, _is_wide(*drawn.get_size_inches()))
 
 
 def file_picture(path: Path, alt: str = "", caption: str = "") -> Picture:
-    """An image file.
+    """Make a picture of an image file.
 
     Args:
-        path: A PNG, JPEG or SVG file.
-        alt: What it shows; default what a PNG file says itself, else its name.
-        caption: Below it.
+        path: PNG, JPEG or SVG file.
+        alt: Alt text; default the one in a PNG file, or else a text with the file's name.
+        caption: Text below the image, default "".
 
     Raises:
-        ResultsError: It cannot be read, or is of another kind.
+        ResultsError: The file cannot be read, or is of another kind.
     """
     kind = path.suffix.lower()
     if kind not in _TYPES:
         raise ResultsError(f"{path} is none of {', '.join(_TYPES)}")
     own, wide = ("", False) if kind == ".svg" else (read_alt(path), _is_wide(*image_size(path)))
-    if own.startswith("{"):  # the meta data of a certification
+    if own.startswith("{"):  # meta data of a certification (`Report.plot`), no alt text
         own = ""
     try:
         content = path.read_bytes()
@@ -203,7 +206,7 @@ def _uri(content: bytes, kind: str) -> str:
 
 
 def markdown(text: str) -> Markup:
-    """Markdown with tables as HTML: headings two levels down, no raw HTML, no images, which would be fetched."""
+    """Convert Markdown with tables to HTML: headings go two levels down; raw HTML and images are disabled."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
     tokens = parser.parse(text)
     for token in tokens:

@@ -24,16 +24,16 @@ __all__ = ["Smoothness"]
 
 
 class Smoothness(Callback):
-    """Measures `lirpa_ext.analysis.smoothness` every so many steps, and writes it into the folder of the run.
+    """Callback that measures `lirpa_ext.analysis.smoothness` at regular steps, and writes it to the run's folder.
 
-    The loss is that of the step's batch, at the weights before and after the optimizer's step: at the scheduled eps
-    (Fig. 3.6 and 3.7), and at the end of the schedule (Fig. 3.8). Training goes on as if nothing had been measured,
-    bit by bit: weights, buffers, power iterations and torch's generator are put back. What the loss draws at random
-    is drawn alike in all evaluations of a measurement; what a power iteration estimates starts from the same vector.
+    The loss is that of the step's batch, at the weights before and after the optimizer's step. It is measured at the
+    scheduled eps (Fig. 3.6 and 3.7 of Lee (2021)) and at the end of the schedule (Fig. 3.8). Measuring does not change
+    the training: weights, buffers, power iterations and torch's generator are restored exactly. All evaluations of one
+    measurement use the same random draws, and start power iterations from the same vectors.
 
-    Cost: 2 gradients and `points` losses for each loss measured. With the default 10 points that took 6 to 9 steps of
-    training (``benchmarks/smoothness_cost.py``), twice that with `target` before the end of the ramp: with
-    ``every=100`` a run takes 6 to 18% longer. Besides, one copy of the weights is kept.
+    A measurement takes 2 gradients and `points` losses for each loss. With the default of 10 points that took as long
+    as 6 to 9 steps of training (``benchmarks/smoothness_cost.py``), and twice as long with `target` before the end of
+    the ramp; with ``every=100`` a run takes 6 to 18% longer. The memory holds copies of the weights.
 
     In a configuration::
 
@@ -42,15 +42,15 @@ class Smoothness(Callback):
             - class_path: lirpa_ext.analysis.Smoothness
               init_args: {every: 100}
 
-    Of several processes the first measures, its own share of the batch; a resumed run goes on with the records that
-    its checkpoint has.
+    Of several processes only the first measures, on its share of the batch. The records are in the checkpoints, so that
+    a resumed run keeps them.
 
     Args:
         every: Optimizer steps between two measurements, default 100.
-        target: Whether to measure the loss of the end of the schedule too, default yes.
-        points: Step lengths along the gradient, default 10.
-        longest: Length of the longest, in steps of the learning rate, default 5.
-        name: Name of the files, default "smoothness": ``smoothness.json``, ``.csv`` and ``.png``.
+        target: Whether to measure the loss at the end of the schedule too, default True.
+        points: Number of step lengths along the gradient, default 10.
+        longest: The longest step length, in units of a gradient-descent step, default 5.
+        name: Name of the files ``NAME.json``, ``.csv`` and ``.png``, default "smoothness".
 
     Raises:
         ConfigError: `every` or `points` is below 1, or `longest` is not positive.
@@ -67,18 +67,18 @@ class Smoothness(Callback):
         self.every, self.target, self.name = every, target, name
         self.lengths = log_lengths(points, longest)
         self.records: list[Row] = []
-        self._start: tuple[int, Values, list[Tensor]] | None = None  # of a step that is measured
+        self._start: tuple[int, Values, list[Tensor]] | None = None  # step, values and weights before a measured step
 
     @property
     def trace(self) -> SmoothnessTrace:
-        """What was measured so far."""
+        """The records so far, as a trace."""
         return SmoothnessTrace(tuple(self.records))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check what is trained.
+        """Check the module that is trained.
 
         Raises:
-            ConfigError: It is no CertifiedClassifier.
+            ConfigError: The module is no `CertifiedClassifier`.
         """
         if not isinstance(pl_module, CertifiedClassifier):
             raise ConfigError(
@@ -110,7 +110,7 @@ class Smoothness(Callback):
         found: dict[Values, Row] = {}
         for at, values in wanted.items():
             where: Row = {"step": step, "epoch": trainer.current_epoch, "at": at}
-            if values in found:  # after the ramp: nothing more was measured, and nothing spent
+            if values in found:  # after the ramp both losses are the same: nothing more is measured
                 self.records.append(where | found[values] | {"seconds": 0.0})
                 continue
             found[values] = self._measured(pl_module, batch, before, values, step_size)
@@ -140,18 +140,18 @@ class Smoothness(Callback):
         return record(measures, time.perf_counter() - start, **asdict(values), step_size=lr)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the files."""
+        """Write the numbers and the plot."""
         folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero and self.records:
             self.trace.save(folder / self.name)
             save(plot_smoothness({"this run": self.trace}), folder / f"{self.name}.png")
 
     def state_dict(self) -> dict[str, Any]:
-        """The records so far."""
+        """The records so far, for the checkpoint."""
         return {"records": self.records}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Restore the records from a checkpoint."""
         self.records = list(state_dict["records"])
 
 
@@ -161,12 +161,15 @@ def _weights(module: CertifiedClassifier) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _undone(module: CertifiedClassifier) -> Iterator[Any]:
-    """Put back what evaluating the loss changes besides the weights; gives a function that does so in between.
+    """Context at whose end the state that a loss evaluation changes, except the weights, is restored.
 
-    That makes the loss a function of the weights: the same draws, the same start of every power iteration.
+    The state consists of the network's buffers, the vectors of the power iterations, and torch's generator. The context
+    yields a function that resets this state (the generator to the module's seed). When it is called before each
+    evaluation, the loss is a function of the weights alone: all evaluations have the same draws, and their power
+    iterations the same start.
     """
     buffers = {name: value.detach().clone() for name, value in module.model.named_buffers()}
-    iterations = {} if module.bounded is None else module.bounded.power_iterations  # a randomized one has no graph
+    iterations = {} if module.bounded is None else module.bounded.power_iterations  # randomized networks have no graph
     vectors = {name: iteration.u.detach().clone() for name, iteration in iterations.items()}
 
     @torch.no_grad()

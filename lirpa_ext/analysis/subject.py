@@ -1,4 +1,4 @@
-"""What an analysis looks at: a copy of a model in float64, some samples, and the set around each."""
+"""The subject of an analysis: a copy of a model, in float64 by default, samples, and the perturbation set."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ __all__ = ["Subject", "options_by_method"]
 
 
 class Subject:
-    """A classifier, samples and a perturbation set: batches of them, and any method's bounds on them.
+    """A classifier with samples and a perturbation set, for analyses: gives batches, and bounds by any method.
 
     Args:
-        model: Classifier, (B, ...) -> (B, classes). It is copied, to `dtype` and eval mode.
+        model: Classifier, (B, ...) -> (B, classes). It is copied, not changed.
         data: (x, y) tensors, a Dataset, or a DataLoader.
         norm: p of the lp ball, default 2.
         x_L: Lower end of the data range, default none.
-        x_U: Upper end, default none.
-        dtype: Of the computation, default float64.
-        batch_size: Samples at a time, default 64. One that the model names (`ImportedModel.batch_size`) rules.
+        x_U: Upper end of the data range, default none.
+        dtype: torch.float32 or torch.float64 (default), of the whole computation.
+        batch_size: Samples at a time, default 64. A batch size of the model (`ImportedModel.batch_size`) replaces it.
 
     Attributes:
-        model: The copy.
-        x: Inputs, (N, ...).
-        y: Labels, (N,).
+        model: The copy, in `dtype` and eval mode.
+        x: Inputs, (N, ...), in `dtype`.
+        y: Labels, (N,), int64.
         classes: Number of classes.
 
     Raises:
-        InvalidInputError: The model fails on the inputs, a label is no class, or the range is empty.
+        InvalidInputError: The model fails on the inputs, a label is no class, or the data range is empty.
         DataError: There is no sample.
         TraceError, TrainModeError: The model cannot be bounded.
     """
@@ -65,30 +65,33 @@ class Subject:
         self._graph: BoundedModule | None = None
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels, batch by batch."""
+        """Inputs (B, ...) and labels (B,), batch by batch."""
         return zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True)
 
     def graph(self, x: Tensor) -> BoundedModule:
-        """The model's graph, traced when first asked for."""
+        """Graph of the model, traced with the inputs x, (B, ...), at the first call."""
         if self._graph is None:
             self._graph = BoundedModule(self.model, x)
         return self._graph
 
     def perturbed(self, x: Tensor, eps: float) -> BoundedTensor:
-        """The inputs with the set around each."""
+        """Inputs x, (B, ...), with the perturbation set of radius eps."""
         return BoundedTensor(x, PerturbationLpNorm(eps, self.norm, *self.data_range))
 
     @torch.no_grad()
     def lower(self, x: Tensor, y: Tensor, eps: float, rows: Tensor, method: str, options: dict[str, Any]) -> Tensor:
-        """Lower bounds of rows f(x') over each sample's set, (B, S).
+        """Lower bounds of rows f(x') over the set of each sample.
 
         Args:
             x: Inputs, (B, ...).
-            y: Labels, (B,), for methods that take them.
-            eps: Radius.
-            rows: (B, S, classes).
-            method: Of `BoundedModule.compute_bounds`.
-            options: Its options.
+            y: Labels, (B,), for methods that take labels.
+            eps: Radius, in units of the input.
+            rows: Coefficients of the logits, (B, S, classes).
+            method: Any method of `BoundedModule.compute_bounds`.
+            options: Options of the method.
+
+        Returns:
+            Lower bounds, (B, S).
         """
         lower, _ = self.graph(x).compute_bounds(
             x=(self.perturbed(x, eps),), C=rows, method=method, bound_upper=False, **label_option(method, y) | options
@@ -99,11 +102,18 @@ class Subject:
 def options_by_method(
     methods: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None
 ) -> dict[str, dict[str, Any]]:
-    """Options of each method; those that draw slopes at random get a fixed seed, so that the numbers come again.
+    """Options of each method; a method that draws slopes at random gets seed 0, to make the numbers reproducible.
+
+    Args:
+        methods: Names of the methods.
+        options: Method -> its options; None for none.
+
+    Returns:
+        Method -> its options.
 
     Raises:
-        InvalidInputError: No method.
-        OptionError: Options of a method that is not among them.
+        InvalidInputError: There is no method.
+        OptionError: There are options of a method that is not among `methods`.
     """
     if not methods or isinstance(methods, str):
         raise InvalidInputError(f"methods is a sequence of at least one method, got {methods!r}")

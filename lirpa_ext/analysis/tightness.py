@@ -1,8 +1,9 @@
-"""Tightness of bounds on one model: tau(x) of 3.2.2, the sum of worst margins of 3.3.4, and the worst-case loss.
+"""Tightness of bounds on one model: tau(x), the sum of worst margins, and the worst-case loss.
 
-With t_i(x; j) = (z_j - z_i) - min (zeta_j - zeta_i), how far a method's outer bound lets class i rise against class j,
-tau(x) = sum over i != j of t_i(x; j) / (c (c - 1)). Without boxes it is rho sum ||W_i - W_j||_2 / (c (c - 1)), the same
-for every x: the method "lipschitz". S. Lee's dissertation (2021), Figures 3.3, 3.10 and C.9.
+S. Lee's dissertation (2021), 3.2.2 and 3.3.4, Figures 3.3, 3.10 and C.9. Let t_i(x; j) = (z_j - z_i) - min (zeta_j -
+zeta_i) be the amount by which a method's outer bound lets logit i rise against logit j. Then tau(x) is the mean of
+t_i(x; j) over all pairs i != j of the c classes. For balls alone (the method "lipschitz") it is rho sum ||W_i - W_j||_2
+/ (c (c - 1)), the same for every x.
 """
 
 from __future__ import annotations
@@ -36,21 +37,21 @@ MEASURES = {
     "margins": "sum of worst margins of the other classes",
     "loss": "worst-case cross entropy",
 }
-# Rows that a method without labels bounds in one call: those of several labels together.
+# Rows that a method without labels bounds in one call; the rows of several labels are bounded together.
 _ROWS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
 class Tightness(Result):
-    """How tight each method is on each sample; lower is tighter in all three measures.
+    """Result of `tightness`: measures of each method on each of N samples; lower is tighter in all three measures.
 
     Attributes:
-        eps: Radius of the sets.
-        norm: p of the ball.
-        tau: tau(x) by method, (N,) each.
-        margins: Sum over m of max (zeta_m - zeta_y), by method, (N,) each.
-        loss: Cross entropy of the worst-case logits, by method, (N,) each.
-        verified: Whether all margins are positive, by method, (N,) each.
+        eps: Radius of the balls.
+        norm: p of the balls.
+        tau: Method -> tau(x), (N,).
+        margins: Method -> sum over m of the upper bounds of zeta_m - zeta_y, (N,).
+        loss: Method -> cross entropy of the worst-case logits, (N,).
+        verified: Method -> whether all margins are positive, bool, (N,).
     """
 
     eps: float
@@ -61,7 +62,7 @@ class Tightness(Result):
     verified: dict[str, np.ndarray]
 
     def rows(self) -> list[Row]:
-        """One row for each method: means over the samples, and by how much tau is below the ball's, in percent."""
+        """One row for each method: means over the samples, and the reduction of tau against the ball, in percent."""
         return [
             {"method": name, "tau": float(values.mean()), "tightened %": self.tightened(name)}
             | {"margins": float(self.margins[name].mean()), "loss": float(self.loss[name].mean())}
@@ -70,7 +71,7 @@ class Tightness(Result):
         ]
 
     def tightened(self, method: str) -> float | None:
-        """100 (1 - tau / tau of the ball), the mean over the samples; None where the ball was not bounded or is 0."""
+        """Mean over the samples of 100 (1 - tau / tau of the ball); None without positive values of the ball."""
         ball = self.tau.get(BALL)
         if ball is None or not (ball > 0).all():
             return None
@@ -86,7 +87,7 @@ class Tightness(Result):
         ]
 
     def summary(self) -> str:
-        """The tightest method, and what it gains on the ball."""
+        """The method of least mean tau, and the reduction of tau by each method against the ball, in words."""
         means = {name: float(values.mean()) for name, values in self.tau.items()}
         best = min(means, key=lambda name: math.inf if math.isnan(means[name]) else means[name])
         gains = ", ".join(
@@ -112,27 +113,29 @@ def tightness(
     x_U: float | Tensor | None = None,
     batch_size: int = 64,
 ) -> Tightness:
-    """Bounds of every difference of two logits, by several methods.
+    """Measure the tightness of several methods, by bounds of every difference of two logits.
 
-    Methods that take labels ("sparse-slope") are called once for each class j, with labels j; others once for several.
+    A method that takes labels ("sparse-slope") is called once for each class j, with label j; other methods bound the
+    rows of several classes in one call.
 
     Args:
         model: Classifier, (B, ...) -> (B, classes).
         data: (x, y) tensors, a Dataset, or a DataLoader.
         eps: Radius in units of the input.
-        methods: Default "lipschitz", "bcp", "bcp-crown".
-        options: Options by method; "sparse-slope" and "slope:random" get a fixed seed unless they say otherwise.
+        methods: Bound methods, default "lipschitz", "bcp" and "bcp-crown".
+        options: Method -> its options. A method that draws slopes gets seed 0 unless a seed or generator is given.
         norm: p of the lp ball, default 2.
         x_L: Lower end of the data range, default none.
-        x_U: Upper end, default none.
+        x_U: Upper end of the data range, default none.
         batch_size: Samples at a time, default 64.
 
     Returns:
-        The measures, in float64; NaN where a bound is.
+        The measures, in float64; NaN where a bound is NaN.
 
     Raises:
-        InvalidInputError: No method, or as `Subject` says.
-        UnknownMethodError, OptionError: From the first call of a method, or options of one that is not compared.
+        InvalidInputError: There is no method, or as `Subject`.
+        UnknownMethodError: A method is unknown.
+        OptionError: An option is wrong, or there are options of a method that is not used.
     """
     subject = Subject(model, data, norm, x_L, x_U, batch_size=batch_size)
     measures: dict[str, dict[str, np.ndarray]] = {"tau": {}, "margins": {}, "loss": {}, "verified": {}}
@@ -160,7 +163,18 @@ def _measure(
 
 
 def pair_margins(subject: Subject, x: Tensor, eps: float, method: str, options: dict[str, Any]) -> Tensor:
-    """Lower bounds of zeta_j - zeta_i over each sample's set, (B, c, c) by j and i, with 0 where they are the same."""
+    """Lower bounds of all differences of two logits over the set of each sample.
+
+    Args:
+        subject: Model and perturbation set.
+        x: Inputs, (B, ...).
+        eps: Radius, in units of the input.
+        method: Any method of `BoundedModule.compute_bounds`.
+        options: Options of the method.
+
+    Returns:
+        (B, c, c); entry (j, i) is the lower bound of zeta_j - zeta_i, and 0 for j = i.
+    """
     c = subject.classes
     together = 1 if label_option(method, subject.y) else max(1, _ROWS_AT_ONCE // (c - 1))
     lower = x.new_zeros(len(x), c, c)
@@ -173,15 +187,15 @@ def pair_margins(subject: Subject, x: Tensor, eps: float, method: str, options: 
 
 
 def plot_tightness(result: Tightness, axes: Axes, measure: str = "tau") -> None:
-    """A violin for each method, its mean, and for tau the dotted line of the ball, which is the same for every sample.
+    """Plot a measure, one violin with its mean for each method; for tau, the ball's value is a dotted line.
 
     Args:
-        result: The numbers.
-        axes: Where to.
-        measure: A key of `MEASURES`.
+        result: Result of `tightness`.
+        axes: Axes to draw on.
+        measure: A key of `MEASURES`, default "tau".
 
     Raises:
-        InvalidInputError: Another measure.
+        InvalidInputError: The measure is unknown.
     """
     if measure not in MEASURES:
         raise InvalidInputError(f"unknown measure {measure!r}: known are {', '.join(MEASURES)}")

@@ -1,6 +1,7 @@
-"""Layers through training: Lipschitz constants (Fig. B.1, B.2), ReLU activity and lower slopes (Fig. 3.11, C.6 to C.8).
+"""Measures of the layers during training: Lipschitz constants, ReLU activity and lower slopes.
 
-The callbacks of `lirpa_ext.analysis.callbacks` record them, into the folder of the run.
+Fig. B.1, B.2, 3.11 and C.6 to C.8 of S. Lee's dissertation (2021). The callbacks of `lirpa_ext.analysis.callbacks`
+record them in the folder of a run.
 """
 
 from __future__ import annotations
@@ -34,36 +35,43 @@ PRODUCT, BEFORE_LAST = "all layers", "all but the last"
 
 @dataclass(frozen=True)
 class Trace(Result):
-    """What was recorded after each epoch of one run or several.
+    """Records of the epochs of one run or several. A subclass names the files and the panels of the plot.
 
     Attributes:
-        records: One dict each, with `run`, `epoch` (0 before training), `step` and `eps`, the radius of that step.
+        records: One dict for each record, with ``run``, ``epoch`` (0 before training), ``step`` and ``eps`` (radius at
+            that step), and the measures.
+        NAME: Name of the files in the folder of a run.
+        CALLBACK: Callback that writes the files, for messages.
+        PANELS: Quantities that can be plotted, name -> label of the axis.
     """
 
     records: tuple[Row, ...]
 
-    NAME: ClassVar[str]  # of the files in the folder of a run
-    CALLBACK: ClassVar[str]  # that writes them
-    PANELS: ClassVar[dict[str, str]]  # what can be plotted, with the label of its axis
+    NAME: ClassVar[str]
+    CALLBACK: ClassVar[str]
+    PANELS: ClassVar[dict[str, str]]
 
     def rows(self) -> list[Row]:
         """The records."""
         return list(self.records)
 
     def runs(self) -> list[str]:
-        """Names of the runs, each once."""
+        """Names of the runs, without repetition."""
         return list(dict.fromkeys(row["run"] for row in self.records))
 
     @abstractmethod
     def values(self, run: str, panel: str) -> list[tuple[int, float]]:
-        """(epoch, value) of a run, for a key of `PANELS`."""
+        """Pairs (epoch, value) of a run, for a key of `PANELS`."""
 
     @classmethod
     def read(cls: type[Own], folders: Mapping[str, str | Path]) -> Own:
-        """The traces in the folders of runs, by the names that they are to have.
+        """Read the traces of several runs into one.
+
+        Args:
+            folders: Name of a run in the result -> folder of the run.
 
         Raises:
-            ResultsError: A folder has none.
+            ResultsError: A folder has no trace of this class.
         """
         records: list[Row] = []
         for name, folder in folders.items():
@@ -75,14 +83,14 @@ class Trace(Result):
         return cls(tuple(records))
 
     def plot(self, axes: Axes, panel: str | None = None) -> None:
-        """One line a run over the epochs; a vertical line where eps has reached its end.
+        """Plot a quantity over the epochs, one line for each run, with vertical lines where eps reaches its maximum.
 
         Args:
-            axes: Where to.
+            axes: Axes to draw on.
             panel: A key of `PANELS`, default the first.
 
         Raises:
-            InvalidInputError: Another panel.
+            InvalidInputError: The panel is unknown.
         """
         panel = next(iter(self.PANELS)) if panel is None else panel
         if panel not in self.PANELS:
@@ -99,7 +107,7 @@ class Trace(Result):
             axes.legend(fontsize="small")
 
     def figure(self) -> Figure:
-        """All panels, one below the other."""
+        """Plot all panels, one below the other; the figure has an alt text."""
         drawn, axes = figure(self.summary(), rows=len(self.PANELS), sharex=True)
         for ax, panel in zip(axes.flat, self.PANELS, strict=True):
             self.plot(ax, panel)
@@ -114,10 +122,10 @@ class Trace(Result):
 
 
 class LipschitzTrace(Trace):
-    """Spectral norms of the layers through training: bounds, in rows of `layer` and `bound`.
+    """Bounds on the spectral norms of the layers during training; a record has ``layer`` and ``bound``.
 
-    The layer "all layers" is their product, "all but the last" the L^(-1) of Fig. B.2: Lipschitz constants for a chain
-    with 1-Lipschitz activations.
+    The record "all layers" is the bound on the network's Lipschitz constant, for a chain the product of the layers'
+    bounds. "all but the last" is the product without the last layer, L^(-1) in Fig. B.2 of Lee (2021).
     """
 
     NAME = "lipschitz"
@@ -127,16 +135,16 @@ class LipschitzTrace(Trace):
     }  # fmt: skip
 
     def values(self, run: str, panel: str) -> list[tuple[int, float]]:
-        """(epoch, bound) of a layer, or of a product."""
+        """Pairs (epoch, bound) of a run, for a layer or a product."""
         return [(row["epoch"], row["bound"]) for row in self.records if (row["run"], row["layer"]) == (run, panel)]
 
     def ratio(self, run: str, other: str) -> list[tuple[int, float]]:
-        """(epoch, L^(-1) of a run / L^(-1) of another), at the epochs that both have (Fig. B.2)."""
+        """Pairs (epoch, L^(-1) of `run` / L^(-1) of `other`) at the epochs that both runs have (Fig. B.2)."""
         below = dict(self.values(other, BEFORE_LAST))
         return [(epoch, value / below[epoch]) for epoch, value in self.values(run, BEFORE_LAST) if below.get(epoch)]
 
     def summary(self) -> str:
-        """The product of each run, at the start and at the end; of two runs, the ratio at the end."""
+        """The product of each run at the start and the end, and for two runs the ratio at the end, in words."""
         ends = {run: self.values(run, PRODUCT) for run in self.runs()}
         told = "; ".join(f"{run} from {found[0][1]:.3g} to {found[-1][1]:.3g}" for run, found in ends.items())
         ratio = self.ratio(*self.runs()) if len(ends) == 2 else []
@@ -144,16 +152,17 @@ class LipschitzTrace(Trace):
         return f"Products of the layers' spectral norms through training: {told}.{tail}"
 
     def plot(self, axes: Axes, panel: str | None = None) -> None:
-        """As `Trace.plot`, on a log scale."""
+        """As `Trace.plot`, with a log scale."""
         super().plot(axes, panel)
         axes.set_yscale("log")
 
 
 class ActivityTrace(Trace):
-    """ReLUs through training, by IBP boxes of the scheduled eps.
+    """ReLU activity during training, by IBP bounds at the scheduled eps.
 
-    Columns: `active`, `unstable` and `dead` neurons, means over the samples; `chord`, the mean of u / (u - l) over the
-    unstable ones; `nonzero`, the share of them whose lower slope is not 0 (None for a bound without such slopes).
+    A record has ``active``, ``unstable`` and ``dead``, mean numbers of neurons per sample; ``chord``, the mean of
+    u / (u - l) over the unstable neurons; and ``nonzero``, the fraction of unstable neurons whose lower slope is not 0
+    (None for a method without lower slopes).
     """
 
     NAME = "activity"
@@ -164,14 +173,14 @@ class ActivityTrace(Trace):
     }  # fmt: skip
 
     def values(self, run: str, panel: str) -> list[tuple[int, float]]:
-        """(epoch, value); states and slopes in percent."""
+        """Pairs (epoch, value) of a run; states and slopes are in percent."""
         rows = [row for row in self.records if row["run"] == run and row[panel] is not None]
         if panel in STATES:
             return [(row["epoch"], 100 * row[panel] / sum(row[state] for state in STATES)) for row in rows]
         return [(row["epoch"], row[panel] * (100 if panel == "nonzero" else 1)) for row in rows]
 
     def summary(self) -> str:
-        """States of each run's last record."""
+        """Shares of active, unstable and dead neurons in the last record of each run, in words."""
         told = []
         for run in self.runs():
             last = {panel: found[-1][1] for panel in self.PANELS if (found := self.values(run, panel))}
@@ -183,11 +192,11 @@ class ActivityTrace(Trace):
 
 
 def lipschitz_records(model: nn.Module, x: Tensor) -> list[Row]:
-    """`layer` and `bound` of each linear layer, then of the two products.
+    """Records of `LipschitzTrace` without run, epoch, step and eps: one for each layer, then the two products.
 
     Args:
         model: The network.
-        x: Example input, (B, ...), for the shapes.
+        x: Example input, (B, ...); only its shape matters.
     """
     report = lipschitz(model, x[:1], verbose=False)
     bounds = [layer.bound for layer in report.layers]
@@ -196,15 +205,15 @@ def lipschitz_records(model: nn.Module, x: Tensor) -> list[Row]:
 
 
 def activity_record(model: nn.Module, x: Tensor, y: Tensor, eps: float, method: str | None, **ball: Any) -> Row:
-    """One record of `ActivityTrace`, without run, epoch and step.
+    """One record of `ActivityTrace`, without run, epoch, step and eps.
 
     Args:
         model: The network.
         x: Inputs, (B, ...).
         y: Labels, (B,).
-        eps: Radius.
-        method: A method with lower slopes, or None.
-        **ball: norm, x_L and x_U.
+        eps: Radius, in units of the input.
+        method: Method with lower slopes, or None.
+        **ball: ``norm``, ``x_L`` and ``x_U``.
     """
     found = relu_activity(model, (x, y), eps, **ball)
     counts: Row = dict(zip(STATES, found.total, strict=True))

@@ -1,7 +1,8 @@
-"""Attacks: points of a perturbation set that a classifier gets wrong, as an upper bound on its robustness.
+"""Attacks: a search for points of a perturbation set that a classifier gets wrong; it bounds robustness from above.
 
-`Attack` checks, projects, scores and remembers the best point of each sample; an attack writes `run`. On a randomized
-model (`lirpa_ext.randomized`) each evaluation draws a network, and `EOT` around any attack averages over draws.
+The base class `Attack` checks its input, projects points into the set, scores them and remembers the best point of each
+sample; an attack implements only `Attack.run`. On a randomized model (`lirpa_ext.randomized`) each evaluation draws a
+network, and `EOT` around any attack averages over draws.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "fgm": FGM,
     "search": RandomSearch,
 }
-"""Attacks by name."""
+"""Name -> class of an attack."""
 
 
 def register_attack(name: str, attack: Callable[..., Attack], overwrite: bool = False) -> None:
-    """Add an attack, to be named in `lirpa_ext.certify`, in configurations and in studies.
+    """Add an attack to `ATTACKS`, so that `lirpa_ext.certify`, configurations and studies can name it.
 
     Args:
-        name: Its name.
-        attack: Its class; the arguments are its options.
-        overwrite: Replace one that exists.
+        name: Name of the attack.
+        attack: Class of the attack; its arguments are the options.
+        overwrite: Whether to replace an attack of this name, default False.
 
     Raises:
         RegistrationError: The name is taken.
@@ -64,11 +65,11 @@ def register_attack(name: str, attack: Callable[..., Attack], overwrite: bool = 
 
 
 def make_attack(name: str, **options: Any) -> Attack:
-    """The attack of a name.
+    """Make an attack by name.
 
     Args:
         name: One of `ATTACKS`.
-        **options: Its arguments. ``steps`` and ``restarts`` are left out where it has none.
+        **options: Arguments of the attack. ``steps`` and ``restarts`` are ignored by an attack without them.
 
     Raises:
         OptionError: There is no attack of that name, or it does not take the options.

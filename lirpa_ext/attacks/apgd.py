@@ -1,4 +1,4 @@
-"""Auto-PGD: projected gradient descent that finds its own step size."""
+"""Auto-PGD: projected gradient descent that adapts its step size."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from ..errors import InvalidInputError
 from .base import Attack, Target
 from .losses import in_turn
 
-_MOMENTUM = 0.75  # share of the newest step; the rest is the step before
-_RISING = 0.75  # share of the steps between two checks in which the loss has to rise, for the step size to stay
+_MOMENTUM = 0.75  # weight of the new step; the previous step has the rest
+_RISING = 0.75  # the step size is halved unless the loss rose in more than this share of the steps since the last check
 
 
 class APGD(Attack):
-    """Auto-PGD: long steps first, halved wherever the loss has stopped to rise, each time from the best point.
+    """Auto-PGD. The first step is 2 eps long; when the loss stops rising, the step is halved from the best point on.
 
     F. Croce and M. Hein, Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
-    attacks, ICML 2020. Runs take the losses in turn: where one has no slope, another may.
+    attacks, ICML 2020. Several runs alternate between two losses, because one may have a gradient where the other has
+    none.
 
     Args:
         steps: Steps of a run, default 40.
-        restarts: Runs, each from a random point, default 1; each sample keeps its best point over all of them.
-        loss: "cross-entropy", "margin" (the smallest of z_y - z_j) or "dlr"; default the first two in turn.
+        restarts: Runs, each from a random point, default 1; each sample keeps its best point over all runs.
+        loss: "cross-entropy", "margin" (the smallest z_y - z_j) or "dlr"; default the first two in turn.
 
     Raises:
         InvalidInputError: A number out of range, or an unknown loss.
@@ -34,7 +35,7 @@ class APGD(Attack):
         self.steps, self.restarts, self.loss = steps, restarts, loss
 
     def run(self, target: Target) -> None:
-        """Climb the losses in turn."""
+        """Maximize the loss once for each restart."""
         for loss in in_turn(self.loss, self.restarts):
             self._climb(target, loss)
 
@@ -72,7 +73,7 @@ class APGD(Attack):
 
 
 def _checks(steps: int) -> set[int]:
-    """After which steps the step size is looked at: 22% of them, then intervals that shorten by 3%, down to 6%."""
+    """Steps after which the step size is checked: after 22% of the steps, then at intervals that shrink by 3% to 6%."""
     interval, found, at = max(int(0.22 * steps), 1), set(), 0
     while at <= steps:
         at += interval

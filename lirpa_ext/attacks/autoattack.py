@@ -1,4 +1,4 @@
-"""AutoAttack as one of the attacks, where the package pyautoattack is installed."""
+"""AutoAttack as an `Attack`; it needs the package pyautoattack."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from .base import Attack, Target
 _logger = logging.getLogger(__name__)
 
 _NORMS = {2.0: "L2", math.inf: "Linf"}
-_LEAST_CLASSES = {"standard": 4, "rand": 3}  # of the DLR losses
-_LEAST_SIDE = 5  # Square tiles images by fifths
-_MOST_TARGETS = 9  # of the targeted attacks, as AutoAttack sets it
-# Its points are made in float32; beyond this share of eps, or of the data range, one of them was not rounded but wrong.
+_LEAST_CLASSES = {"standard": 4, "rand": 3}  # that the DLR losses of a version need
+_LEAST_SIDE = 5  # Square divides the sides of images by five
+_MOST_TARGETS = 9  # target classes of the targeted attacks, AutoAttack's default
+# pyautoattack computes in float32. A point farther outside than this share of eps, or of the data range, is not due to
+# rounding.
 _ROUNDING = 1e-4
 
 
@@ -29,18 +30,19 @@ class AutoAttack(Attack):
     """AutoAttack in pyautoattack's implementation, in l2 and l-infinity balls within a data range.
 
     F. Croce and M. Hein, Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
-    attacks, ICML 2020. Whatever it returns is projected into the set again and scored here, like every attack's points.
+    attacks, ICML 2020. The points that it returns are projected into the set and scored like those of other attacks.
 
     Args:
-        version: "standard" (APGD-CE, APGD-T, FAB-T, Square) of deterministic models, or "rand" (APGD-CE and APGD-DLR,
-            each gradient averaged over 20 evaluations) of randomized ones; each evaluation draws another network. With
-            "rand" wrap it in `EOT` for a score over several draws.
+        version: "standard" (default: APGD-CE, APGD-T, FAB-T, Square) for deterministic models, or "rand" (APGD-CE and
+            APGD-DLR, each gradient averaged over 20 evaluations) for randomized models, of which each evaluation draws
+            a network. Wrap "rand" in `EOT` for a score over several draws.
         batch_size: Samples at a time, default 250.
 
     Raises:
         ConfigError: pyautoattack is not installed.
-        InvalidInputError: An unknown version; when called: another norm, no data range, too few classes, a targeted
-            attack; "standard" on a randomized model, or on what are no images.
+        InvalidInputError: The version is unknown. When the attack is called: the norm is neither 2 nor inf, there is no
+            data range, the model has too few classes, the attack is targeted, or "standard" is used on a randomized
+            model or on inputs that are no images.
     """
 
     def __init__(self, version: str = "standard", batch_size: int = 250) -> None:
@@ -52,7 +54,7 @@ class AutoAttack(Attack):
         self.version, self.batch_size = version, batch_size
 
     def run(self, target: Target) -> None:
-        """Run it for each eps of the batch, in a copy of the data range that is the unit cube."""
+        """Run pyautoattack once for each eps of the batch, with the data range mapped to [0, 1]."""
         self._check(target)
         low, high = _ends(target)
         eps = target.eps.flatten()
@@ -65,14 +67,14 @@ class AutoAttack(Attack):
         target.score(target.project(points))
 
     def _points(self, target: Target, chosen: Tensor, eps: float, low: float, high: float) -> Tensor:
-        """Its points for the chosen samples, which have one eps."""
+        """Points of pyautoattack for the chosen samples (mask, (B,)), which share one eps."""
         x, y = target.x[chosen], target.y[chosen]
         view = _UnitCube(target, x, low, high - low)
         unit = ((x - low) / (high - low)).float()
-        unit = unit if unit.dim() == 4 else unit.view(len(x), 1, 1, -1)  # it takes nothing but images
-        tracing = sys.gettrace()  # which it switches off
+        unit = unit if unit.dim() == 4 else unit.view(len(x), 1, 1, -1)  # pyautoattack takes only images
+        tracing = sys.gettrace()  # pyautoattack switches it off
         devices = [x.device] if x.is_cuda else []
-        with torch.random.fork_rng(devices):  # it seeds torch's own generator
+        with torch.random.fork_rng(devices):  # pyautoattack seeds torch's generator
             seed = int(torch.randint(2**31, (), generator=target.generator, device=target.generator.device))
             attack = _pyautoattack().AutoAttack(
                 view, norm=_NORMS[target.norm], eps=eps / (high - low), version=self.version, seed=seed,
@@ -84,7 +86,7 @@ class AutoAttack(Attack):
                 found, _ = attack.run_standard_evaluation(unit, y, batch_size=self.batch_size)
             finally:
                 sys.settrace(tracing)
-        # What it left alone comes back without rounding: a point of the set.
+        # Entries that did not change are taken from x, without the rounding to float32.
         moved = (found != unit).view_as(x)
         return torch.where(moved, low + (high - low) * found.view_as(x).to(x), x)
 
@@ -108,7 +110,7 @@ class AutoAttack(Attack):
 
     @staticmethod
     def _note_outside(target: Target, points: Tensor, width: float) -> None:
-        """Say so if pyautoattack left the set by more than rounding; the projection then makes up for it."""
+        """Log a warning if points of pyautoattack are outside of the set by more than rounding; they are projected."""
         excess = flat(points - target.project(points)).abs().amax(1)
         far = excess > _ROUNDING * torch.clamp(target.eps.flatten(), max=width)
         if far.any():
@@ -116,7 +118,7 @@ class AutoAttack(Attack):
 
 
 class _UnitCube(nn.Module):
-    """The network of one evaluation, as a function of float32 images in the unit cube."""
+    """The attacked model as a function of float32 images in [0, 1]; a randomized model draws a network at each call."""
 
     def __init__(self, target: Target, x: Tensor, low: float, width: float) -> None:
         super().__init__()

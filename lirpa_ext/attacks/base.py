@@ -1,4 +1,4 @@
-"""What all attacks share: the set of each sample, projection into it, the score, and the best point so far."""
+"""The base class of all attacks, and the batch under attack: sets, projection, scores, and best points so far."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .losses import LOSSES, TARGETED_LOSSES
 
 _logger = logging.getLogger(__name__)
 
-_INSIDE = 1 - 1e-12  # for the sums of a length in float64
+_INSIDE = 1 - 1e-12  # factor of the radius that makes up for rounding errors of a length in float64
 
 
 class Attacked(NamedTuple):
-    """What an attack found.
+    """Result of an attack on a batch.
 
     Attributes:
-        inputs: The point of smallest margin of each sample, inside of its set, (B, ...).
-        margins: Their margins, (B,); the attack succeeded where that is not positive. Of a targeted attack: how far the
-            target stays below the largest logit, the target's own lead taken as negative.
-        masked: Where the attack never had a gradient: all were 0 or not finite (gradient masking), (B,). What it did
-            not find there is no evidence.
+        inputs: Point of smallest margin of each sample, inside of its set, (B, ...).
+        margins: Margin of each of these points, (B,); the attack succeeded where it is not positive. Of a targeted
+            attack: largest logit of the other classes minus that of the target.
+        masked: Where all gradients were 0 or not finite (gradient masking), bool, (B,). There the attack's failure is
+            no evidence of robustness.
     """
 
     inputs: Tensor
@@ -44,19 +44,24 @@ class Attacked(NamedTuple):
 class Target:
     """One batch under attack: the model, the set around each sample, and the best point found so far.
 
+    `Attack` makes one and passes it to `Attack.run`.
+
     Attributes:
         model: Classifier, (B, ...) -> (B, classes).
         x: Clean inputs, (B, ...).
         y: Labels, (B,).
-        targets: Classes that a targeted attack wants instead, (B,), or None.
+        targets: Classes that a targeted attack aims at, (B,), or None.
         perturbation: The set around each sample.
-        eps: Radii, shaped to broadcast with `x`.
+        eps: Radii, (B, 1, ...), which broadcast with `x`.
         norm: p of the ball, 1 < p <= inf.
         generator: Source of every random number.
         classes: Number of classes.
-        randomized: Whether the model draws its network at random; each evaluation then draws one from the generator.
-        keep: Which points count, "best" or "final" (`EOT`).
-        best: The result so far; starts at the clean inputs.
+        randomized: Whether the model is randomized; each evaluation then draws a network from the generator.
+        keep: Which points count: "best" for all, "final" for the ends of runs (see `EOT`).
+        best: The result so far; at first the clean inputs.
+
+    Raises:
+        InvalidInputError: The model fails on x, its output is not (B, classes), or labels or targets are no classes.
     """
 
     def __init__(
@@ -95,18 +100,19 @@ class Target:
         self.best = Attacked(x, clean if self.keep == "best" else torch.full_like(clean, math.inf), self.masked)
 
     def _exact_radius(self) -> Tensor:
-        """Radii as they were given, in float64, which the radius in the dtype of `x` may exceed."""
+        """Radii as they were given, in float64; rounded to the dtype of `x`, they may be larger."""
         exact = self.perturbation.eps_of(self.x.double()).view_as(self.eps)
         return torch.minimum(exact, self.eps.double())
 
     def _inner_box(self) -> tuple[Tensor, Tensor]:
-        """The box's ends, rounded inward to the dtype of `x`, which lies between them."""
+        """Ends of the box of each sample in the dtype of `x`, rounded inward, but not beyond `x`."""
         x, ends = self.x.double(), []
         for end, sign in zip(self.perturbation.box(x), (1, -1), strict=True):
             outside = torch.zeros_like(end, dtype=torch.bool)
             if self.perturbation.radius is not None:
                 ball = x - sign * self._radius
-                lost = (x - (ball + (x - ball))) + ((x - ball) - sign * self._radius)  # what that is short of, exactly
+                # Rounding error of x - sign * radius (two-sum of Knuth).
+                lost = (x - (ball + (x - ball))) + ((x - ball) - sign * self._radius)
                 end = torch.maximum(sign * end, sign * ball) * sign
                 outside = (end == ball) & (sign * lost > 0)
             own = end.to(self.x)
@@ -115,29 +121,36 @@ class Target:
         return torch.minimum(ends[0], self.x), torch.maximum(ends[1], self.x)
 
     def network(self) -> nn.Module:
-        """The network of one evaluation: a fresh draw of a randomized model, the model itself otherwise."""
+        """The network of one evaluation: a new draw of a randomized model, or the model itself."""
         return sample(self.model, self.generator) if self.randomized else self.model
 
     def logits(self, points: Tensor) -> Tensor:
-        """What decides the class of each point, (B, classes)."""
+        """Logits that decide the class of each point, (B, ...) -> (B, classes)."""
         return self.network()(points)
 
     def margins(self, logits: Tensor) -> Tensor:
-        """The attacker's score of logits, (B,): not positive where it succeeded."""
+        """Margin of each sample from its logits (B, classes), (B,); not positive where the attack succeeded."""
         return margins(logits, self.y) if self.targets is None else -margins(logits, self.targets)
 
     def loss(self, name: str, logits: Tensor) -> Tensor:
-        """The loss that the attacker climbs, (B,)."""
+        """Loss that the attack maximizes, by name and from logits (B, classes); (B,)."""
         if self.targets is None:
             return LOSSES[name](logits, self.y)
         return TARGETED_LOSSES[name](logits, self.y, self.targets)
 
     def gradient(self, points: Tensor, loss: str) -> Tensor:
-        """Gradient of each sample's loss at `points`, which are scored on the way if all points count."""
+        """Gradient of each sample's loss at the points, (B, ...); they are scored too if all points count."""
         return self.value_and_gradient(points, loss)[1]
 
     def value_and_gradient(self, points: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-        """Each sample's loss, (B,), and its gradient; the points are scored on the way if all points count."""
+        """Loss of each sample, (B,), and its gradient at the points, (B, ...).
+
+        The points are scored too if all points count.
+
+        Args:
+            points: Points of the sets, (B, ...).
+            loss: Name of the loss, one of `LOSSES`, or of `TARGETED_LOSSES` if there are targets.
+        """
         points = points.detach().requires_grad_()
         with torch.enable_grad():
             logits = self.network()(points)
@@ -150,29 +163,29 @@ class Target:
 
     @staticmethod
     def differentiate(value: Tensor, points: Tensor) -> Tensor:
-        """Gradient of the sum of the losses at the points; 0 where they do not depend on them."""
+        """Gradient of the sum of the losses (B,) at the points (B, ...); 0 if the losses do not depend on them."""
         if not value.requires_grad:
             return torch.zeros_like(points)
         (gradient,) = torch.autograd.grad(value.sum(), points, allow_unused=True)
         return torch.zeros_like(points) if gradient is None else gradient
 
     def note(self, gradient: Tensor) -> None:
-        """Note for which samples this gradient has a direction: an entry that is finite and not 0."""
+        """Record which samples have a gradient with a direction: an entry that is finite and not 0."""
         self._asked = True
         self._answered |= (flat(gradient).nan_to_num(0.0, 0.0, 0.0) != 0).any(1)
 
     @property
     def masked(self) -> Tensor:
-        """Samples of which gradients were asked, and none had a direction, (B,)."""
+        """Samples of which no gradient so far had a direction, bool, (B,); none before the first gradient."""
         return ~self._answered if self._asked else torch.zeros_like(self._answered)
 
     def score(self, points: Tensor) -> Tensor:
-        """Remember those of the points that have the smallest margin so far; the margins of all, (B,)."""
+        """Evaluate points (B, ...), keep those with the smallest margin so far, and return all margins, (B,)."""
         with torch.no_grad():
             return self.remember(points, self.logits(points))
 
     def remember(self, points: Tensor, logits: Tensor) -> Tensor:
-        """The same of points whose logits are known."""
+        """As `score`, for points (B, ...) whose logits (B, classes) are known."""
         found = self.margins(logits)
         better = found < self.best.margins  # False for NaN
         self.best = self.best._replace(
@@ -182,10 +195,11 @@ class Target:
         return found
 
     def project(self, points: Tensor) -> Tensor:
-        """The points, cut to the box (inside of the data range) and then drawn towards `x` into the ball.
+        """Move points (B, ...) into their sets: clip them to the box and the data range, then scale into the ball.
 
-        `x` lies in both and both are convex, so the second step stays inside of the first one's box. A point lies in
-        its set to the last bit: distances are taken in float64, and what is rounded is rounded towards `x`.
+        Box and ball are convex and contain `x`, so scaling towards `x` stays in the box. A result lies in its set
+        exactly: distances are computed in float64, and points are rounded towards `x`. It is not always the nearest
+        point of the set.
         """
         points = torch.minimum(torch.maximum(points, self._lower), self._upper)
         if self.norm == math.inf:
@@ -203,7 +217,7 @@ class Target:
         return torch.minimum(torch.maximum(inner, self._lower), self._upper)
 
     def border(self, direction: Tensor) -> Tensor:
-        """The farthest points in a direction, (B, ...), as far as the data range allows: of a cube its corners."""
+        """Points on the border of the ball in a direction (B, ...), projected; for norm inf, corners of the cube."""
         if self.norm == math.inf:
             return self.project(self.x + self.eps * direction.sign())
         length = self.length(direction).clamp(min=torch.finfo(direction.dtype).tiny)
@@ -218,7 +232,11 @@ class Target:
         return self.project(self.x + self.eps * depth * direction / self.length(direction))
 
     def search(self, steps: int = 500) -> None:
-        """Score points that need no gradient (`RandomSearch`), from a random one of the border."""
+        """Search at random, without gradients, from a random point of the border (see `RandomSearch`).
+
+        Args:
+            steps: Number of evaluations, default 500.
+        """
         points = self.border(self.draw(torch.randn))
         margins = self.score(points)
         for step in range(steps - 1):
@@ -230,7 +248,7 @@ class Target:
             margins = torch.where(kept, found, margins)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        """Direction of unit length in the ball's norm that climbs fastest; 0 where the gradient is."""
+        """Direction of steepest ascent, of unit length in the ball's norm, (B, ...); 0 where the gradient is 0."""
         gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
         if self.norm == math.inf:
             return gradient.sign()
@@ -239,16 +257,16 @@ class Target:
         return direction / self.length(direction).clamp(min=torch.finfo(gradient.dtype).tiny)
 
     def length(self, shift: Tensor) -> Tensor:
-        """Length of each sample in the ball's norm, shaped to broadcast with `x`."""
+        """Length of each sample of shift (B, ...) in the ball's norm, (B, 1, ...)."""
         return torch.linalg.vector_norm(flat(shift), ord=self.norm, dim=1).view_as(self.eps)
 
     def draw(self, draw: Callable[..., Tensor]) -> Tensor:
-        """Random numbers of the shape of `x`, from the generator: ``draw`` is torch.rand or torch.randn."""
+        """Random numbers of the shape of `x`, from the generator; ``draw`` is torch.rand or torch.randn."""
         device = self.generator.device
         return draw(self.x.shape, generator=self.generator, dtype=self.x.dtype, device=device).to(self.x.device)
 
     def _check(self, logits: Tensor) -> None:
-        """Raise InvalidInputError unless the model is a classifier, and labels and targets are classes of it."""
+        """Raise InvalidInputError unless the model is a classifier, and labels and targets are its classes."""
         if not isinstance(logits, Tensor):
             raise InvalidInputError(
                 f"a classifier returns a tensor (B, classes); this one returns a {type(logits).__name__}"
@@ -268,11 +286,18 @@ class Target:
 
 
 class Attack(ABC):
-    """An attack on a classifier; a subclass writes `run`."""
+    """An attack on a classifier, called on batches; a subclass implements `run`."""
 
     @abstractmethod
     def run(self, target: Target) -> None:
-        """Search for points of small margin: each one given to `target.gradient` or `target.score` counts."""
+        """Search for points of small margin in the sets of a batch.
+
+        Every point given to ``target.score`` is a candidate; with ``target.keep == "best"``, so is every point given to
+        ``target.gradient``.
+
+        Args:
+            target: The batch under attack.
+        """
 
     def __call__(
         self,
@@ -286,25 +311,26 @@ class Attack(ABC):
         """Attack a batch.
 
         Args:
-            model: Classifier in eval mode, (B, ...) -> (B, classes). Of a randomized one each evaluation draws another
-                network, from the generator.
+            model: Classifier in eval mode, (B, ...) -> (B, classes). Each evaluation of a randomized model draws a
+                network from the generator.
             x: Clean inputs, (B, ...).
             y: Labels, (B,).
             perturbation: The set around each sample: norm, eps (one for all or (B,)), data range.
-            generator: Source of every random number, default a new one of seed 0.
-            targets: Classes to be predicted in place of the labels, (B,); default any other class will do.
+            generator: Source of every random number, default a new one with seed 0.
+            targets: Classes to be predicted in place of the labels, (B,); default none, any other class counts.
 
         Returns:
-            The best point of each sample, inside of its set, and its margin. The clean input is a candidate. Of a
-            randomized model the ends of the attack's runs are the only ones (`EOT`, ``keep``), and the margin is that
-            of the draw that scored it: evaluate it on others (`lirpa_ext.certification.evaluate`). Samples of which no
-            gradient had a direction (``masked``) are also searched at random (`RandomSearch`), and a warning is logged.
+            The best point of each sample, inside of its set, and its margin. The clean input is a candidate. For a
+            randomized model only the ends of the attack's runs are candidates (`EOT`, ``keep``), and the margin is that
+            of the draw that scored it: evaluate it on others (`lirpa_ext.certification.robust_accuracy.evaluate`).
+            Samples of which no gradient had a direction (``masked``) are also searched at random (`RandomSearch`), and
+            a warning is logged.
 
         Raises:
-            InvalidInputError: norm 1, `x` outside of the data range or not finite, labels or targets that are no
-                class or of another number, no sample at all, a model that returns no tensor.
-            TrainModeError: A batch norm is in train mode: samples would read each other, and the attack would move its
-                statistics.
+            InvalidInputError: norm is 1, `x` is empty, not finite or outside of the data range, labels or targets are
+                no classes, or the model does not return one tensor of logits.
+            TrainModeError: A batch norm is in train mode: the output of a sample would depend on the others, and the
+                attack would change the running statistics.
         """
         if perturbation.norm == 1:
             raise InvalidInputError(
@@ -328,7 +354,8 @@ class Attack(ABC):
             "random, and what is not found there is no evidence of robustness",
             type(self).__name__, int(stuck.sum()), len(x),
         )  # fmt: skip
-        rest = self.target(model, x, y, perturbation, generator, targets)  # of all: a model may know its batch
+        # The whole batch is searched: the model's output for a sample may depend on the batch.
+        rest = self.target(model, x, y, perturbation, generator, targets)
         rest.search()
         better = stuck & (rest.best.margins < found.margins)
         return Attacked(
@@ -346,7 +373,7 @@ class Attack(ABC):
         generator: torch.Generator,
         targets: Tensor | None,
     ) -> Target:
-        """What `run` is given."""
+        """Make the batch under attack that `run` is given; the arguments are those of the call."""
         return Target(model, x, y, perturbation, generator, targets)
 
     def __repr__(self) -> str:
@@ -354,6 +381,9 @@ class Attack(ABC):
 
 
 def _share(progress: float) -> float:
-    """Share of the entries that move, after that share of the steps: halved at the points that Square has."""
+    """Share of the entries that change in a step of random search, after a share `progress` of the steps.
+
+    The share is halved at the same times as in the Square attack.
+    """
     times = [0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8]
     return 0.8 / 2 ** sum(progress > time for time in times)

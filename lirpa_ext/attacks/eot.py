@@ -1,4 +1,4 @@
-"""Expectation over transformation (EOT): attacks on the average of a randomized model, not on one draw of it."""
+"""Expectation over transformation (EOT): attacks on the average of a randomized model, not on a single draw."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from .base import Attack, Target
 
 AVERAGES = ("gradients", "outputs")
 KEPT = ("best", "final")
-_MOST_ROWS = 1024  # of a batch of several draws together
+_MOST_ROWS = 1024  # samples times draws that are evaluated together
 
 
 class EOT(Attack):
-    """Any attack, its gradients averaged over draws of a randomized model (2.2.8).
+    """Wrapper of an attack that averages its gradients over draws of a randomized model (Lee, 2021, 2.2.8).
 
-    A. Athalye et al., Synthesizing robust adversarial examples, ICML 2018. Each gradient takes fresh draws. Points are
-    scored by the mean class probabilities over the same draws; to know what they do to others, evaluate them on others
-    (`lirpa_ext.certification.evaluate`). A deterministic model has one draw, and its attack is the one that is wrapped.
+    A. Athalye et al., Synthesizing robust adversarial examples, ICML 2018. Each gradient takes new draws. Points are
+    scored by the mean class probabilities over the same draws; their effect on other draws is measured by
+    `lirpa_ext.certification.robust_accuracy.evaluate`. A deterministic model has one draw, and its attack is the one
+    that is wrapped.
 
     Args:
         attack: The attack, such as ``PGD(20, step_size=0.25)`` (EOT-PGD) or ``FGSM()`` (EOT-FGSM).
         draws: Networks drawn for each gradient, default 20.
-        average: "gradients" (default): the mean over draws of the loss's gradient, as in the source; "outputs": the
+        average: "gradients" (default): the mean over draws of the loss's gradient, as in Lee (2021); "outputs": the
             gradient of the loss of the mean class probabilities.
-        keep: "best": each sample's point of best score among all that were evaluated; "final": among the ends of the
-            attack's runs only, as in the source. Default "best" for deterministic models, "final" for randomized ones,
-            of which the best of many scores is that of a lucky draw: a weaker attack, and the more so the fewer draws.
+        keep: "best": keep each sample's best point of all that were evaluated; "final": only of the ends of the
+            attack's runs, as in Lee (2021). Default "best" for deterministic models and "final" for randomized ones:
+            the best of many scores belongs to a lucky draw, which weakens the attack, most with few draws.
 
     Raises:
-        InvalidInputError: Fewer than one draw, an unknown name, or an `EOT` within.
+        InvalidInputError: `draws` is below 1, `average` or `keep` is unknown, or the attack is an `EOT` itself.
 
     Example:
         >>> from lirpa_ext import PerturbationLpNorm
@@ -57,7 +58,7 @@ class EOT(Attack):
         self.attack, self.draws, self.average, self.keep = attack, draws, average, keep
 
     def run(self, target: Target) -> None:
-        """Run the attack on the average."""
+        """Run the wrapped attack on the average."""
         self.attack.run(target)
 
     def target(
@@ -69,16 +70,21 @@ class EOT(Attack):
         generator: torch.Generator,
         targets: Tensor | None,
     ) -> ExpectedTarget:
-        """The average under attack."""
+        """Make the batch under attack whose gradients are averages; the arguments are those of the call."""
         return ExpectedTarget(self, model, x, y, perturbation, generator, targets)
 
 
 class ExpectedTarget(Target):
-    """A batch under attack whose gradients, and logits, are averages over draws of the model.
+    """A batch under attack whose gradients and logits are averages over draws of the model.
 
     Args:
-        eot: How to average.
-        model, x, y, perturbation, generator, targets: As of `Target`.
+        eot: The attack, which says over how many draws and what is averaged.
+        model: Classifier, (B, ...) -> (B, classes).
+        x: Clean inputs, (B, ...).
+        y: Labels, (B,).
+        perturbation: The set around each sample.
+        generator: Source of every random number.
+        targets: Classes that a targeted attack aims at, (B,), or None.
     """
 
     def __init__(
@@ -96,11 +102,11 @@ class ExpectedTarget(Target):
 
     @property
     def draws(self) -> int:
-        """Draws of one average."""
+        """Number of draws in an average; 1 for a deterministic model."""
         return self.eot.draws if self.randomized else 1
 
     def outputs(self, points: Tensor) -> Iterator[Tensor]:
-        """Logits of fresh draws, (some draws, B, classes) at a time; the model's own where there is nothing to draw."""
+        """Logits of new draws, in parts of (some draws, B, classes); (1, B, classes) for a deterministic model."""
         if not self.randomized:
             yield self.model(points).unsqueeze(0)
             return
@@ -109,11 +115,11 @@ class ExpectedTarget(Target):
             yield sample(self.model, self.generator, min(together, self.draws - start)).each(points)
 
     def logits(self, points: Tensor) -> Tensor:
-        """Logarithm of the mean class probabilities over fresh draws, (B, classes)."""
+        """Logarithm of the mean class probabilities over new draws, (B, ...) -> (B, classes)."""
         return mean_output(torch.cat(list(self.outputs(points))))
 
     def value_and_gradient(self, points: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-        """Average loss and gradient over fresh draws."""
+        """As `Target.value_and_gradient`, averaged over new draws."""
         points = points.detach().requires_grad_()
         value, gradient, outputs = torch.zeros_like(self.best.margins), torch.zeros_like(points), []
         with torch.enable_grad():
@@ -135,13 +141,13 @@ class ExpectedTarget(Target):
 
 
 def mean_output(logits: Tensor) -> Tensor:
-    """Logarithm of the mean over draws of the class probabilities: logits of the ensemble.
+    """Logits of an ensemble: the logarithm of the mean over draws of the class probabilities.
 
     Args:
-        logits: Of each draw, (draws, B, classes).
+        logits: Logits of each draw, (draws, B, classes).
 
     Returns:
-        (B, classes); of a single draw its own logits, which have the same probabilities.
+        (B, classes); for a single draw its logits, which give the same probabilities.
     """
     if len(logits) == 1:
         return logits[0]

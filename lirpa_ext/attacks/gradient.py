@@ -16,21 +16,21 @@ from .losses import in_turn
 class PGD(Attack):
     """Projected gradient descent: x <- project(x + step * steepest direction), from a random point.
 
-    A. Madry et al., Towards deep learning models resistant to adversarial attacks, ICLR 2018; with `momentum` the
-    direction is that of a running sum of the gradients, each divided by its l1 length: Y. Dong et al., Boosting
-    adversarial attacks with momentum, CVPR 2018 (MI-FGSM). Against a randomized network, where each step takes another
-    draw, the sum does what more draws a gradient do, at no cost.
+    A. Madry et al., Towards deep learning models resistant to adversarial attacks, ICLR 2018. With `momentum`, the
+    direction is that of a running sum of the gradients, each divided by its l1 norm (MI-FGSM; Y. Dong et al., Boosting
+    adversarial attacks with momentum, CVPR 2018). Against a randomized network, where each step takes another draw, the
+    sum averages over draws at no further cost.
 
     Args:
         steps: Steps of a run, default 40.
-        restarts: Runs, default 1; each sample keeps its best point over all of them.
+        restarts: Runs, default 1; each sample keeps its best point over all runs.
         step_size: Length of a step as a fraction of eps, default 2.5 / steps.
-        loss: "cross-entropy", "margin" (the smallest of z_y - z_j) or "dlr"; default the first two in turn.
-        random_start: Start at a random point, default; else at the clean input.
-        momentum: Factor of the sum of the gradients before, 0 or more; default 0, each step has its own gradient.
+        loss: "cross-entropy", "margin" (the smallest z_y - z_j) or "dlr"; default the first two in turn.
+        random_start: Whether to start at a random point of the ball, default True; else at the clean input.
+        momentum: Factor of the previous sum of gradients, 0 or more; default 0, each step uses its own gradient only.
 
     Raises:
-        InvalidInputError: A number out of range, or an unknown loss.
+        InvalidInputError: A number is out of range, or the loss is unknown.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PGD(Attack):
         self.step_size = 2.5 / steps if step_size is None else step_size
 
     def run(self, target: Target) -> None:
-        """Climb the loss from each start."""
+        """Maximize the loss once for each restart."""
         for loss in in_turn(self.loss, self.restarts):
             points = target.random_points() if self.random_start else target.x
             total = torch.zeros_like(target.x)
@@ -69,10 +69,10 @@ class PGD(Attack):
 
 
 class FGSM(PGD):
-    """Fast gradient (sign) method (2.1.3): one step of length eps along the steepest direction of the clean input.
+    """Fast gradient (sign) method: one step of length eps from the clean input in the direction of steepest ascent.
 
-    I. Goodfellow et al., Explaining and harnessing adversarial examples, ICLR 2015. In an l-infinity ball the direction
-    is the gradient's sign; in an l2 ball the normalized gradient, which is called FGM.
+    I. Goodfellow et al., Explaining and harnessing adversarial examples, ICLR 2015; (2.1.3) of Lee (2021). In an
+    l-infinity ball the direction is the sign of the gradient; in an l2 ball it is the normalized gradient (FGM).
 
     Args:
         loss: "cross-entropy" (default), "margin" or "dlr".
@@ -85,4 +85,4 @@ class FGSM(PGD):
         super().__init__(steps=1, step_size=1.0, loss=loss, random_start=False)
 
 
-FGM = FGSM  # the norm of the set makes the difference
+FGM = FGSM  # they differ in the norm of the set only

@@ -1,8 +1,8 @@
-"""Losses that an attack climbs, by name: one number a sample, from its logits and its label.
+"""Losses that attacks maximize, by name: one number for each sample, from its logits and its label.
 
 "dlr" is the difference of logits ratio of F. Croce and M. Hein, Reliable evaluation of adversarial robustness with an
-ensemble of diverse parameter-free attacks, ICML 2020: the margin over a spread of the logits, so that no scaling of the
-network hides its gradient.
+ensemble of diverse parameter-free attacks, ICML 2020: the negative margin divided by a spread of the logits, so that
+scaling the logits does not mask the gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional
 from ..domain.specifications import margins
 from ..errors import InvalidInputError
 
-# Where all of the logits that a spread is made of agree, the loss is 0 and not NaN; as in the authors' code.
+# Added to the spread, so that the loss is 0 and not NaN where all logits agree; as in the authors' code.
 _LEAST_SPREAD = 1e-12
 
 
@@ -56,10 +56,17 @@ TARGETED_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def in_turn(loss: str | None, runs: int) -> list[str]:
-    """The loss that each run of an attack climbs: the one that is named, or cross-entropy and margin in turn.
+    """The loss that each run of an attack maximizes.
+
+    Args:
+        loss: Name of the loss; None for cross-entropy and margin in turn.
+        runs: Number of runs.
+
+    Returns:
+        A name of `LOSSES` for each run.
 
     Raises:
-        InvalidInputError: An unknown loss.
+        InvalidInputError: The loss is unknown.
     """
     if loss is not None and loss not in LOSSES:
         raise InvalidInputError(f"unknown loss {loss!r}; known are {', '.join(LOSSES)}")

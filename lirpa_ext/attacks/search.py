@@ -1,4 +1,4 @@
-"""Random search: an attack that needs no gradient, for models that hide theirs."""
+"""Random search: an attack without gradients, for models that mask theirs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from .base import Attack, Target
 
 
 class RandomSearch(Attack):
-    """Move a random share of the entries across the set, and keep what does not raise the margin.
+    """Random search: change a random share of the entries, and keep the change if the margin does not rise.
 
-    After M. Andriushchenko et al., Square attack: a query-efficient black-box adversarial attack via random search,
-    ECCV 2020: the share shrinks as there. Entries are drawn one by one and not in squares, so that inputs may have any
-    shape. A move that leaves the margin as it is is kept too, to get across plateaus.
+    Based on M. Andriushchenko et al., Square attack: a query-efficient black-box adversarial attack via random search,
+    ECCV 2020; the share shrinks at the same times. Entries are drawn singly and not in squares, so that inputs may have
+    any shape. A change that leaves the margin equal is kept too, in order to cross plateaus.
 
     Args:
-        steps: Evaluations, default 500.
+        steps: Number of evaluations, default 500.
 
     Raises:
-        InvalidInputError: No step.
+        InvalidInputError: `steps` is below 1.
     """
 
     def __init__(self, steps: int = 500) -> None:

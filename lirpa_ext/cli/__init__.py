@@ -1,4 +1,4 @@
-"""The command line, ``lirpa-ext``. It parses, calls the API and prints; each subcommand is a module of this folder."""
+"""The command line, ``lirpa-ext``: it parses arguments, calls the API and prints. Subcommands are modules here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments, default those of the process.
 
     Returns:
-        Exit status: 0 (`verify` has further ones), 2 for an error of ours (told on stderr), 130 for an interruption.
+        Exit status: 0 for success (``verify`` and ``inspect`` have further ones), 2 for a `LirpaExtError`, whose
+        message goes to stderr, and 130 for an interruption.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
     load_extensions()

@@ -1,4 +1,4 @@
-"""``lirpa-ext analyze NAME``: the analyses of `lirpa_ext.analysis` on models and runs, as table, files and picture."""
+"""``lirpa-ext analyze NAME``: the analyses of `lirpa_ext.analysis` on models and runs, as table, files and plot."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Drawn = tuple[Result, "Figure"]
 
 
 def add_analyze(parser: argparse.ArgumentParser) -> None:
-    """Describe the subcommand: one of its own for each analysis of the table."""
+    """Add the arguments of ``lirpa-ext analyze``: a subcommand for each analysis of `ANALYSES`."""
     for command, analysis in add_table(parser, "analyses", ANALYSES, _analyze):
         if not analysis.of_folders:
             task = command.add_argument_group("methods")
@@ -48,7 +48,17 @@ def add_table(
     table: Mapping[str, Analysis],
     run: Callable[[argparse.Namespace], int],
 ) -> Iterator[tuple[argparse.ArgumentParser, Analysis]]:
-    """Describe a subcommand for each entry of a table, and give each for what else it takes."""
+    """Add a subcommand for each entry of a table of analyses.
+
+    Args:
+        parser: Parser of the command.
+        title: Heading of the subcommands in the help.
+        table: Name of a subcommand -> analysis.
+        run: Function of the parsed arguments that runs a subcommand and returns the exit status.
+
+    Yields:
+        Parser and analysis of each subcommand, so that the caller can add arguments before those of the analysis.
+    """
     names = parser.add_subparsers(title=title, required=True, metavar="NAME")
     for name, entry in table.items():
         command = names.add_parser(name, help=entry.help, description=entry.help)
@@ -65,7 +75,7 @@ def add_table(
 
 
 def add_settings(command: argparse.ArgumentParser) -> None:
-    """The arguments of a `Task` on models: how to read them, which data, which ball."""
+    """Add the arguments of a `Task` on models: reading of the models, data, and ball."""
     add_model(command)
     data = add_data(command)
     data.add_argument("--data", help=f"default that of the run; {SOURCES}")
@@ -81,7 +91,14 @@ def _analyze(arguments: argparse.Namespace) -> int:
 
 
 def tell(name: str, result: Result, drawn: Figure, out: Path | None) -> None:
-    """Print a result, and write numbers and picture into a folder if one is given."""
+    """Print a result, and write its numbers and plot into a folder.
+
+    Args:
+        name: Name of the files, without suffix.
+        result: The numbers.
+        drawn: The plot.
+        out: The folder; None to write nothing.
+    """
     print(result.table())
     print(result.summary())
     if out:

@@ -1,4 +1,4 @@
-"""``lirpa-ext certify``: a model on a data set, from files."""
+"""``lirpa-ext certify``: certify a model on a data set, both from files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def add_certify(parser: argparse.ArgumentParser) -> None:
-    """Describe the subcommand's arguments."""
+    """Add the arguments of ``lirpa-ext certify``."""
     parser.set_defaults(run=_certify)
     model = add_model(parser)
     model.add_argument("model", help="a .onnx file, a checkpoint of lirpa_ext.models.save_model, or a state dict")
@@ -60,7 +60,7 @@ def add_certify(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> Any:
-    """The group of arguments that say how to read a model, without the file itself."""
+    """Add the arguments for reading and preprocessing a model, without the file, and return their group."""
     model = parser.add_argument_group("model")
     model.add_argument("--arch", metavar="MODULE:CALLABLE", help="builds the model of a state dict")
     model.add_argument("--trust", action="store_true", help="unpickle whatever the file holds; it can run any code")
@@ -72,7 +72,7 @@ def add_model(parser: argparse.ArgumentParser) -> Any:
 
 
 def add_data(parser: argparse.ArgumentParser) -> Any:
-    """The group of arguments that say which part of a data set, without the set itself and its range."""
+    """Add the arguments for the part of a data set, without the set and its range, and return their group."""
     data = parser.add_argument_group("data")
     data.add_argument("--split", choices=("test", "train"), default="test")
     data.add_argument("--limit", type=int, metavar="N", help="the first N samples only")
@@ -80,8 +80,16 @@ def add_data(parser: argparse.ArgumentParser) -> Any:
 
 
 def read_model(path: str | Path, arguments: argparse.Namespace) -> nn.Module:
-    """The model of a file, by the arguments of `add_model`, without what is put before it (`prepare`)."""
-    sys.path.insert(0, os.getcwd())  # where --arch finds a user's own module, as with python -m
+    """Load a model from a file, by the arguments of `add_model`, without its preprocessing (see `prepare`).
+
+    Args:
+        path: The file.
+        arguments: Parsed arguments.
+
+    Raises:
+        DataError: As `lirpa_ext.models.loading.load_model`.
+    """
+    sys.path.insert(0, os.getcwd())  # so that --arch finds modules in the current folder, as with python -m
     try:
         return load_model(path, arguments.arch, arguments.trust)
     finally:
@@ -89,7 +97,16 @@ def read_model(path: str | Path, arguments: argparse.Namespace) -> nn.Module:
 
 
 def prepare(model: nn.Module, shape: Sequence[int], arguments: argparse.Namespace) -> nn.Module:
-    """The model with normalization, scale and layout of `add_model` inside, for images of a shape."""
+    """Put normalization, scale and layout of the arguments of `add_model` before a model.
+
+    Args:
+        model: The model.
+        shape: Shape of one raw sample.
+        arguments: Parsed arguments.
+
+    Raises:
+        DataError: As `lirpa_ext.models.preprocessing.Preprocessed`.
+    """
     return preprocessed(model, shape, arguments.mean, arguments.std, arguments.scale, arguments.layout)
 
 
@@ -130,12 +147,16 @@ def _attack(arguments: argparse.Namespace) -> Attack | None:
 
 
 def numbers(text: str) -> list[float]:
-    """Comma-separated numbers; none for "none"."""
+    """Parse comma-separated numbers; an empty list for "none"."""
     return [] if text == "none" else [float(part) for part in text.split(",")]
 
 
 def options_of(pairs: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE pairs as a dict, values as Python literals where they are such."""
+    """Parse KEY=VALUE pairs into a dict; a value that is no Python literal stays a string.
+
+    Raises:
+        DataError: A pair has no "=" or no key.
+    """
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -143,6 +164,6 @@ def options_of(pairs: Sequence[str]) -> dict[str, Any]:
             raise DataError(f"--option takes KEY=VALUE, got {pair!r}")
         try:
             options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):  # a plain word
+        except (ValueError, SyntaxError):  # no literal
             options[key] = value
     return options

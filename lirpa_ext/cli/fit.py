@@ -1,4 +1,4 @@
-"""``lirpa-ext fit``, ``validate``, ``test`` and ``sweep``: training from a YAML configuration, and its results."""
+"""``lirpa-ext fit``, ``validate``, ``test`` and ``sweep``: training from a YAML configuration, and evaluation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _HELP = {
 
 
 def add_training(commands: argparse._SubParsersAction) -> None:
-    """Describe the subcommands. Their arguments are those of the configuration, parsed by its own parser."""
+    """Add the subcommands of training; arguments of fit, validate and test go to the parser of the configuration."""
     for name, text in _HELP.items():
-        # No prefix: "--config" and all that follows are handed on as they are.
+        # Without a prefix character, "--config" and all following arguments are passed on unchanged.
         command = commands.add_parser(name, help=text, prefix_chars="\0", add_help=False)
         command.add_argument("arguments", nargs="*")
         command.set_defaults(run=_run, command=name)

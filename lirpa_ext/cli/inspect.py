@@ -1,4 +1,4 @@
-"""``lirpa-ext inspect``: an ONNX file before any work is done with it."""
+"""``lirpa-ext inspect``: show the content of an ONNX file, and which methods can bound it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..reporting.files import write_whole
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
-    """Describe the subcommand's arguments."""
+    """Add the arguments of ``lirpa-ext inspect``."""
     parser.set_defaults(run=_inspect)
     parser.epilog = "exit status: 0 imported, 1 refused, 2 error"
     parser.add_argument("model", help="a .onnx or .onnx.gz file")

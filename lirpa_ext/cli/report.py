@@ -1,4 +1,4 @@
-"""``lirpa-ext report``: everything that a run or a folder of results has to show, as one HTML page."""
+"""``lirpa-ext report``: all results of a run, a folder of results or a model, as one HTML page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..analysis.collect import collect
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
-    """Describe the subcommand's arguments."""
+    """Add the arguments of ``lirpa-ext report``."""
     parser.set_defaults(run=_report)
     parser.add_argument("target", help="folder of fit, sweep, or of --out of certify and analyze; or a model file")
     parser.add_argument(

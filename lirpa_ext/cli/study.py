@@ -1,4 +1,4 @@
-"""``lirpa-ext study NAME``: a study of `lirpa_ext.analysis.studies` on models and runs, as table, files and picture."""
+"""``lirpa-ext study NAME``: a study of `lirpa_ext.analysis.studies` on models and runs, as table, files and plot."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Drawn = tuple[Result, "Figure"]
 
 
 def add_study(parser: argparse.ArgumentParser) -> None:
-    """Describe the subcommand: one of its own for each study of the table."""
+    """Add the arguments of ``lirpa-ext study``: a subcommand for each study of `STUDIES`."""
     for command, study in add_table(parser, "studies", STUDIES, _study):
         if not study.of_folders:
             command.add_argument("--seed", type=int, default=0, help="of all draws, default 0")
@@ -73,7 +73,7 @@ def _whole(text: str) -> list[int]:
 
 
 def _attack(arguments: argparse.Namespace) -> Attack:
-    """The attack without EOT."""
+    """The attack of the arguments, without EOT."""
     if arguments.attack == "autoattack":
         return AutoAttack("rand")
     if arguments.attack == "fgsm":
@@ -177,7 +177,7 @@ def _training(task: Task) -> Drawn:
 
 
 def _panels(result: Any, plot: Any, models: dict[str, nn.Module]) -> Figure:
-    """A figure with axes for each model."""
+    """A figure with axes for each model, drawn by `plot`(result, axes, name)."""
     drawn, axes = figure(result.summary(), columns=len(models), size=(4.2 * len(models), 3.8))
     for ax, name in zip(axes.flat, models, strict=True):
         plot(result, ax, name)

@@ -1,6 +1,6 @@
-"""What ``lirpa-ext analyze`` is asked: models or folders of runs, data and sets, and the table of analyses.
+"""The task of ``lirpa-ext analyze`` and ``study``: models or folders of runs, data and ball; the table of analyses.
 
-A folder of `lirpa-ext fit` brings its network, and its norm, eps, data and data range unless the command says others.
+A folder of ``lirpa-ext fit`` provides its network, and norm, eps, data and data range unless the command gives them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ __all__ = ["ANALYSES", "Analysis", "Task", "register_analysis"]
 
 @dataclass(frozen=True)
 class Analysis:
-    """An entry of the table: ``lirpa-ext analyze NAME``.
+    """An analysis of the command line, ``lirpa-ext analyze NAME`` or ``lirpa-ext study NAME``.
 
     Attributes:
-        run: `Task` -> numbers and figure.
-        help: One line.
-        add_arguments: Adds the analysis's own arguments, default none.
-        of_folders: Whether it reads what is in folders alone; else it takes models, data, a ball and methods.
+        run: Function of a `Task` that returns numbers and figure.
+        help: Help text of one line.
+        add_arguments: Function that adds the analysis's own arguments to its parser; default none.
+        of_folders: Whether the analysis only reads files in folders, default False: it takes models, data, a ball and
+            methods.
     """
 
     run: Callable[[Task], tuple[Result, Figure]]
@@ -52,9 +53,9 @@ def register_analysis(name: str, analysis: Analysis, overwrite: bool = False) ->
     """Add an analysis to ``lirpa-ext analyze``.
 
     Args:
-        name: Of the sub-command.
-        analysis: What it does.
-        overwrite: Replace one that exists.
+        name: Name of the subcommand.
+        analysis: The analysis.
+        overwrite: Whether to replace an analysis of this name, default False.
 
     Raises:
         RegistrationError: The name is taken.
@@ -63,17 +64,17 @@ def register_analysis(name: str, analysis: Analysis, overwrite: bool = False) ->
 
 
 class Task:
-    """The command's targets and settings, read when first asked for.
+    """Targets and settings of a command, which are read on first use.
 
     Args:
-        arguments: Of the command line.
+        arguments: Parsed arguments of the command line.
 
     Attributes:
-        arguments: The same, for what is an analysis's own.
-        targets: Files of models and folders of runs, by a name that tells them apart.
+        arguments: The parsed arguments, for the analysis's own ones.
+        targets: Unique name -> model file or folder of a run.
 
     Raises:
-        DataError: A target is not there.
+        DataError: A target does not exist.
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -89,7 +90,11 @@ class Task:
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
-        """``config.yaml`` of each target that is a run's folder, {} for a file."""
+        """Target -> content of its ``config.yaml``, or {} for a model file.
+
+        Raises:
+            DataError: A folder has no readable ``config.yaml``.
+        """
         found: dict[str, dict[str, Any]] = {}
         for name, path in self.targets.items():
             found[name] = {}
@@ -103,7 +108,7 @@ class Task:
         return found
 
     def _of_the_run(self, *keys: str, default: Any = None) -> Any:
-        """A setting of the first target's run, `default` where it has none."""
+        """A setting in the configuration of the first target, or `default` if there is none."""
         value: Any = next(iter(self.configs.values()))
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
@@ -111,17 +116,17 @@ class Task:
 
     @cached_property
     def models(self) -> dict[str, nn.Module]:
-        """The networks by name, with normalization, scale and layout of the command inside."""
+        """Target -> its network, preceded by normalization, scale and layout of the command."""
         shape = self.data[0].shape[1:]
         files = {name: path / "model.pt" if path.is_dir() else path for name, path in self.targets.items()}
         return {name: prepare(read_model(path, self.arguments), shape, self.arguments) for name, path in files.items()}
 
     @property
     def model(self) -> nn.Module:
-        """The one network.
+        """The network of a command with one target.
 
         Raises:
-            OptionError: There are several.
+            OptionError: There are several targets.
         """
         if len(self.targets) > 1:
             raise OptionError(f"this analysis takes one model, got {len(self.targets)}")
@@ -129,10 +134,11 @@ class Task:
 
     @cached_property
     def data(self) -> Pair:
-        """Images and labels.
+        """Images, (N, ...), and labels, (N,), of the command, or else of the first run.
 
         Raises:
-            OptionError: Neither the command nor a run's folder says which.
+            OptionError: Neither the command nor a run names the data.
+            DataError: The data cannot be read.
         """
         source = self.arguments.data or self._of_the_run("data", "init_args", "source")
         if source is None:
@@ -141,10 +147,10 @@ class Task:
 
     @property
     def sample(self) -> Pair:
-        """Image (...) and label, 0-dim, of ``--sample``.
+        """Image, (...), and label, 0-dim, of the sample that ``--sample`` names.
 
         Raises:
-            OptionError: There is none of this number.
+            OptionError: There is no sample of this number.
         """
         (x, y), index = self.data, self.arguments.sample
         if not 0 <= index < len(x):
@@ -153,20 +159,20 @@ class Task:
 
     @cached_property
     def norm(self) -> float:
-        """p of the ball: of the command, else of the run, else 2."""
+        """p of the ball: of the command, or else of the first run, or else 2."""
         given = self.arguments.norm
         return float(self._of_the_run("model", "norm", default=2) if given is None else given)
 
     def target_eps(self) -> dict[str, float]:
-        """Radius that each run was trained at."""
+        """Name -> radius at which a run was trained, for targets that are runs."""
         return {name: number(c["model"]["eps"], "model.eps") for name, c in self.configs.items() if "model" in c}
 
     @cached_property
     def levels(self) -> list[float]:
-        """Every eps: of the command, else that of the run.
+        """Every eps of the command, or else that of the first run.
 
         Raises:
-            OptionError: Neither says one.
+            OptionError: Neither the command nor a run gives an eps.
         """
         if self.arguments.eps:
             return list(self.arguments.eps)
@@ -177,7 +183,7 @@ class Task:
 
     @property
     def eps(self) -> float:
-        """The one eps.
+        """The eps of an analysis that takes a single one.
 
         Raises:
             OptionError: There are several.
@@ -188,7 +194,11 @@ class Task:
 
     @cached_property
     def ball(self) -> dict[str, Any]:
-        """norm, x_L and x_U, as the analyses take them."""
+        """Keyword arguments ``norm``, ``x_L`` and ``x_U`` of the analyses.
+
+        Raises:
+            DataError: The data range does not have two ends.
+        """
         given = self.arguments.data_range
         ends = self._of_the_run("model", "data_range", default=[0.0, 1.0]) if given is None else given
         if len(ends) not in (0, 2):
@@ -198,10 +208,10 @@ class Task:
 
     @cached_property
     def methods(self) -> dict[str, Any]:
-        """options and, if the command says any, methods, as the analyses take them.
+        """Keyword arguments ``options`` and, if the command gives methods, ``methods`` of the analyses.
 
         Raises:
-            OptionError: An option that is not METHOD.KEY=VALUE.
+            OptionError: An option is not METHOD.KEY=VALUE.
         """
         options: dict[str, dict[str, Any]] = {}
         for key, value in options_of(self.arguments.option).items():

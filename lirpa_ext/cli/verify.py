@@ -1,4 +1,4 @@
-"""``lirpa-ext verify``: a property of a network, from files."""
+"""``lirpa-ext verify``: verify a property of a network, both from files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_SHOWN = 16  # numbers of a witness
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
-    """Describe the subcommand's arguments."""
+    """Add the arguments of ``lirpa-ext verify``."""
     parser.set_defaults(run=_verify)
     parser.epilog = "exit status: 0 verified, 1 violated, 3 unknown, 2 error"
     parser.add_argument("model", help="a .onnx or .onnx.gz file")

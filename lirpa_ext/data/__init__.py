@@ -1,4 +1,4 @@
-"""Data: what `certify` accepts as a data set, and the files and folders that the command line reads."""
+"""Data sets in memory: loaded by name, from files and folders, or gathered from tensors, Datasets and DataLoaders."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 DATA: dict[str, Callable[[str], Any]] = {"digits": load_digits}
-"""Data sets by name: split -> inputs and labels, as `gather` takes them."""
+"""Name -> function of a split ("train" or "test") that gives the data in a form that `gather` takes."""
 
 SOURCES = (
     "digits or another registered name, module:function of a split, X.npz, X.npy,Y.npy, a folder of MNIST's IDX files, "
@@ -44,18 +44,19 @@ def load_data(source: str, split: str = "test", limit: int | None = None) -> Pai
     """Load a data set by name or path.
 
     Args:
-        source: ``digits`` or another name of `DATA`; ``package.module:function`` of a split; a ``.npz`` with x and y
-            (or images and labels); ``X.npy,Y.npy``; a folder of MNIST's IDX files, of CIFAR-10 or CIFAR-100 batches, of
-            SVHN's ``.mat`` files, STL-10's ``.bin`` files or Tiny-ImageNet as published, or of images,
-            ``[SPLIT/]CLASS/NAME.png``; a CIFAR batch.
-        split: "train" or "test" (default), where the source has both.
-        limit: Only the first so many samples; default all.
+        source: ``digits`` or another name of `DATA`; ``package.module:function``, whose argument is the split; a
+            ``.npz`` with x and y (or images and labels); ``X.npy,Y.npy``; a folder of MNIST's IDX files, of CIFAR-10 or
+            CIFAR-100 batches, of SVHN's ``.mat`` files, STL-10's ``.bin`` files or Tiny-ImageNet as published, or of
+            images, ``[SPLIT/]CLASS/NAME.png``; or a single CIFAR batch.
+        split: "train" or "test" (default); sources without splits ignore it.
+        limit: Number of samples to take from the start, default all.
 
     Returns:
-        x, float32, (N, C, H, W) for images, and y, int64, (N,). Bytes are scaled to [0, 1]; arrays keep their shape.
+        x, float32, (N, C, H, W) for images, and y, int64, (N,). Bytes are scaled to [0, 1]; arrays keep their shape. A
+        registered or user's function determines dtypes itself.
 
     Raises:
-        DataError: Nothing there, or it is corrupt, truncated or empty.
+        DataError: The source does not exist, or it is corrupt, truncated or empty.
     """
     if split not in ("train", "test"):
         raise DataError(f'split must be "train" or "test", got {split!r}')
@@ -87,12 +88,12 @@ def load_data(source: str, split: str = "test", limit: int | None = None) -> Pai
 
 
 def register_data(name: str, function: Callable[[str], Any], overwrite: bool = False) -> None:
-    """Add a data set, to be named wherever data are read.
+    """Add a data set to `DATA`, so that `load_data` and the command line can name it.
 
     Args:
-        name: Its name.
-        function: split ("train" or "test") -> (x, y), a Dataset, or a DataLoader.
-        overwrite: Replace one that exists.
+        name: Name of the data set.
+        function: Function of ``split`` ("train" or "test") that returns (x, y), a Dataset, or a DataLoader.
+        overwrite: Whether to replace a data set of this name, default False.
 
     Raises:
         RegistrationError: The name is taken.
@@ -101,7 +102,7 @@ def register_data(name: str, function: Callable[[str], Any], overwrite: bool = F
 
 
 def _names_a_function(source: str) -> bool:
-    """Whether it is package.module:function, not a path (C:\\data has no such module)."""
+    """Whether a source is package.module:function, and not a path such as C:\\data."""
     module, colon, name = source.partition(":")
     return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
 

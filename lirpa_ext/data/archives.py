@@ -1,4 +1,4 @@
-"""Data sets in the files that their authors publish: SVHN, STL-10 and Tiny-ImageNet."""
+"""Readers of SVHN, STL-10 and Tiny-ImageNet in the files that their authors publish."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from .folders import read_images
 from .reading import allowance, read_bytes, reading
 
 _STL_SIDE = 96
-_MOST_BYTES = 2**30  # for scipy to read SVHN's largest file, whose images are 225 MB
+_MOST_BYTES = 2**30  # limit on memory while scipy reads a file of SVHN; the images of the largest one have 225 MB
 
 
 def find_svhn(folder: Path, split: str) -> Path | None:
-    """The ``.mat`` file of a split of SVHN's cropped digits, if it is in the folder."""
+    """The ``.mat`` file of a split of SVHN's cropped digits in a folder; None if it is not there."""
     path = folder / f"{split}_32x32.mat"
     return path if path.is_file() else None
 
 
 def load_svhn(folder: str | Path, split: str = "test") -> Pair:
-    """SVHN's cropped digits, ``train_32x32.mat`` and ``test_32x32.mat``.
+    """Load SVHN's cropped digits, ``train_32x32.mat`` or ``test_32x32.mat``.
 
     Args:
-        folder: Where they are.
-        split: "train" or "test".
+        folder: Folder of the files.
+        split: "train" or "test" (default).
 
     Returns:
-        x, float32 in [0, 1], (N, 3, 32, 32), and y, int64, (N,), in which the file's 10 is 0.
+        x, float32 in [0, 1], (N, 3, 32, 32), and y, int64, (N,); the digit 0 is class 0 here, and 10 in the file.
 
     Raises:
-        DataError: The file is missing or corrupt, or scipy, which reads it, is.
+        DataError: The file is missing or corrupt, or scipy, which reads it, is not installed.
     """
     path = Path(folder) / f"{split}_32x32.mat"
     try:
@@ -51,20 +51,20 @@ def load_svhn(folder: str | Path, split: str = "test") -> Pair:
 
 
 def find_stl(folder: Path, split: str) -> Path | None:
-    """The folder of STL-10's binary files, if they are there."""
+    """The folder of STL-10's binary files of a split, this folder or one in it; None if they are not there."""
     places = (folder, folder / "stl10_binary")
     return next((place for place in places if (place / f"{split}_X.bin").is_file()), None)
 
 
 def load_stl(folder: str | Path, split: str = "test") -> Pair:
-    """STL-10, ``train_X.bin``, ``train_y.bin`` and so on.
+    """Load STL-10 from ``train_X.bin`` and ``train_y.bin``, or ``test_X.bin`` and ``test_y.bin``.
 
     Args:
-        folder: Where they are.
-        split: "train" or "test".
+        folder: Folder of the files.
+        split: "train" or "test" (default).
 
     Returns:
-        x, float32 in [0, 1], (N, 3, 96, 96), and y, int64 from 0, (N,).
+        x, float32 in [0, 1], (N, 3, 96, 96), and y, int64, (N,), from 0 on.
 
     Raises:
         DataError: A file is missing or truncated.
@@ -73,23 +73,23 @@ def load_stl(folder: str | Path, split: str = "test") -> Pair:
     x, y = (np.frombuffer(read_bytes(path), np.uint8) for path in (images, labels))
     if x.size != len(y) * 3 * _STL_SIDE**2:
         raise DataError(f"{images} is truncated: {x.size} bytes for {len(y)} images of {3 * _STL_SIDE**2}")
-    # Within a plane the file goes column by column.
+    # The file stores the pixels of a channel column by column.
     x = np.ascontiguousarray(x.reshape(-1, 3, _STL_SIDE, _STL_SIDE).transpose(0, 1, 3, 2))
     return as_tensors(x, y.astype(np.int64) - 1, str(folder))
 
 
 def is_tiny_imagenet(folder: Path) -> bool:
-    """Whether a folder is laid out as Tiny-ImageNet."""
+    """Whether a folder has the layout of Tiny-ImageNet."""
     return (folder / "wnids.txt").is_file()
 
 
 def load_tiny_imagenet(folder: str | Path, split: str = "test", limit: int | None = None) -> Pair:
-    """Tiny-ImageNet as published: classes in the order of ``wnids.txt``; its ``val`` part is the test split here.
+    """Load Tiny-ImageNet as published; classes are numbered in the order of ``wnids.txt``.
 
     Args:
-        folder: That of ``wnids.txt``.
-        split: "train" or "test"; the labels of the published test part are not public.
-        limit: Only the first so many, of all classes in turn.
+        folder: Folder that contains ``wnids.txt``.
+        split: "train", or "test" (default) for the published ``val`` part; the labels of the test part are not public.
+        limit: Number of samples to take, default all. Training samples are taken from all classes in turn.
 
     Returns:
         x, float32 in [0, 1], (N, 3, 64, 64), and y, int64, (N,).

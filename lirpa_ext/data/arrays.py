@@ -1,4 +1,4 @@
-"""Pairs of inputs and labels in memory, from whatever holds them."""
+"""Pairs of inputs and labels in memory, from tensors, Datasets, DataLoaders and numpy files."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Pair = tuple[Tensor, Tensor]
 
 
 def gather(data: Any) -> Pair:
-    """Inputs and labels of a whole data set, in memory.
+    """Collect the inputs and labels of a whole data set in memory.
 
     Args:
-        data: (x, y) as tensors or arrays, a torch Dataset of such pairs, or a DataLoader or another iterable
-            of batches of them.
+        data: (x, y) as tensors or arrays, a torch Dataset of (input, label), or a DataLoader or another iterable of
+            batches (inputs, labels).
 
     Returns:
-        x, (N, ...), floating point, and y, (N,), whole numbers.
+        x, floating point, (N, ...), and y, (N,).
 
     Raises:
-        DataError: There is no sample, x and y do not match, or what is iterated over are no pairs.
+        DataError: There is no sample, x and y differ in length, x is not floating point, or the data are no pairs.
     """
     if (
         isinstance(data, tuple | list)
@@ -56,13 +56,13 @@ def gather(data: Any) -> Pair:
 
 
 def load_arrays(source: str | Path) -> Pair:
-    """Arrays from a ``.npz`` with x and y (or images and labels), or from two files, ``X.npy,Y.npy``.
+    """Load arrays from a ``.npz`` with x and y (or images and labels), or from two files, ``X.npy,Y.npy``.
 
     Args:
-        source: The path, or both with a comma between.
+        source: Path of the ``.npz``, or two paths separated by a comma.
 
     Returns:
-        x, float32, of the shape that the file has, bytes scaled to [0, 1], and y, int64, (N,).
+        x, float32, in the shape of the file, bytes scaled to [0, 1], and y, int64, (N,).
 
     Raises:
         DataError: A file is missing, corrupt, or of the wrong kind.
@@ -102,14 +102,17 @@ def _load_npz(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_digits(split: str = "test", seed: int = 0) -> Pair:
-    """scikit-learn's bundled handwritten digits, 1797 images of 8 x 8, a fifth of each class for testing.
+    """Load the handwritten digits of scikit-learn, 1797 images of 8 x 8, with a fifth of each class for testing.
 
     Args:
-        split: "train" or "test".
-        seed: Of the split.
+        split: "train" or "test" (default).
+        seed: Seed of the split, default 0.
 
     Returns:
         x, float32 in [0, 1], (N, 1, 8, 8), and y, int64, (N,).
+
+    Raises:
+        DataError: scikit-learn is not installed.
     """
     try:
         from sklearn import datasets, model_selection
@@ -122,7 +125,19 @@ def load_digits(split: str = "test", seed: int = 0) -> Pair:
 
 
 def as_tensors(x: np.ndarray, y: np.ndarray, source: str) -> Pair:
-    """Arrays as tensors, checked: finite floats, or bytes that are scaled to [0, 1], and whole numbers from 0 on."""
+    """Check arrays of inputs and labels, and convert them to tensors.
+
+    Args:
+        x: Inputs, (N, ...), finite floats, or bytes that are scaled to [0, 1].
+        y: Labels, (N,), integers from 0 on.
+        source: Name of the data set, for error messages.
+
+    Returns:
+        x, float32, and y, int64.
+
+    Raises:
+        DataError: A type, a shape or a value is wrong.
+    """
     if x.dtype.kind not in "fu" or (x.dtype.kind == "u" and x.dtype != np.uint8):
         raise DataError(f"{source}: inputs must be floats, or bytes to be scaled to [0, 1], got {x.dtype}")
     if y.dtype.kind not in "iu":

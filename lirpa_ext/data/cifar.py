@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as their authors distribute them: python batches or binary ones."""
+"""Reader of CIFAR-10 and CIFAR-100 as their authors distribute them, in python or binary batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ _IMAGE = 3 * 32 * 32
 
 
 def find_cifar(path: Path, split: str) -> list[Path]:
-    """The batches of a split that lie in a folder, or one that is named; none if there are not all of them."""
+    """Find the batch files of a split.
+
+    Args:
+        path: Folder of the batches, the folder around it, or a single batch.
+        split: "train" or "test".
+
+    Returns:
+        All batches of the split, or the single one; empty if one is missing.
+    """
     if path.is_file():
         known = path.name in (*_TEN["train"], *_TEN["test"]) or path.suffix == ".bin"
         return [path] if known else []
@@ -34,17 +42,17 @@ def find_cifar(path: Path, split: str) -> list[Path]:
 
 
 def load_cifar(path: str | Path, split: str = "test") -> Pair:
-    """CIFAR-10 or CIFAR-100 (fine labels) from python or binary batches.
+    """Load CIFAR-10 or CIFAR-100 (fine labels) from python or binary batches.
 
     Args:
-        path: The folder of the batches, or the one around it; or one batch.
-        split: "train" or "test".
+        path: Folder of the batches, the folder around it, or a single batch.
+        split: "train" or "test" (default).
 
     Returns:
         x, float32 in [0, 1], (N, 3, 32, 32), and y, int64, (N,).
 
     Raises:
-        DataError: They are not there, truncated, or hold something else.
+        DataError: A batch is missing, truncated, or holds something else.
     """
     batches = find_cifar(Path(path), split)
     if not batches:
@@ -55,7 +63,7 @@ def load_cifar(path: str | Path, split: str = "test") -> Pair:
 
 
 def _read_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Records of one label (CIFAR-100: coarse and fine) and an image, in bytes."""
+    """Images (N, 3072) and labels (N,) of a binary batch: records of a label (CIFAR-100: coarse, fine) and an image."""
     content = np.frombuffer(read_bytes(path), np.uint8)
     labels = 1 if "batch" in path.name else 2
     if not content.size or content.size % (labels + _IMAGE):
@@ -77,11 +85,11 @@ def _read_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
         return x.value, np.array(labels, np.int64)
 
 
-# --- A pickle can run code, and numpy trusts what a pickle says of its arrays: so it builds none of numpy's own. ---
+# --- A pickle can run code, and numpy trusts the shapes in a pickle. So it is read with classes of our own. ---
 
 
 class _Type:
-    """Stands for a numpy.dtype: a number of 1 to 8 bytes."""
+    """Takes the place of numpy.dtype in a pickle; only numbers of 1 to 8 bytes are allowed."""
 
     def __init__(self, name: str | bytes, *_: object) -> None:
         self.name = name.decode() if isinstance(name, bytes) else name
@@ -95,7 +103,7 @@ class _Type:
 
 
 class _Array:
-    """Stands for a numpy.ndarray, made of exactly the bytes that the file has for it."""
+    """Takes the place of numpy.ndarray in a pickle; its size must be that of the bytes in the file."""
 
     value: np.ndarray
 
@@ -109,13 +117,13 @@ class _Array:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 keeps bytes in an old pickle."""
+    """Takes the place of _codecs.encode, by which Python 3 writes bytes into a pickle of an old protocol."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it encodes bytes by {encoding[:40]!r}")
     return text.encode("latin1")
 
 
-# All that a batch needs.
+# The only names that a batch may refer to.
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): _Array, ("numpy._core.multiarray", "_reconstruct"): _Array,
     ("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Type, ("_codecs", "encode"): _encode,
@@ -123,7 +131,7 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds arrays and plain values, nothing else."""
+    """Unpickler that builds arrays and plain values only."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:

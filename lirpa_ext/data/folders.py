@@ -1,4 +1,4 @@
-"""Images in folders: MNIST's IDX files, and one folder a class."""
+"""Readers of MNIST's IDX files, and of images with one folder for each class."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .reading import allowance, check_inside, check_size, read_bytes, reading
 _IDX_NAMES = {"train": "train", "test": "t10k"}
 _SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
-_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP", "TIFF")  # PIL knows others that run programs, as EPS does
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP", "TIFF")  # PIL runs programs for some others, such as EPS
 _MOST_PIXELS = 2**24  # of an image
 
 
 def load_idx(folder: str | Path, split: str = "test") -> Pair:
-    """MNIST-like IDX files, ``train-images-idx3-ubyte[.gz]`` and so on.
+    """Load a data set in the format of MNIST: ``train-images-idx3-ubyte[.gz]`` and so on.
 
     Args:
-        folder: Where they are.
-        split: "train" or "test".
+        folder: Folder of the files.
+        split: "train" or "test" (default), whose files begin with ``t10k``.
 
     Returns:
         x, float32 in [0, 1], (N, 1, H, W), and y, int64, (N,).
@@ -54,19 +54,19 @@ def _read_idx(folder: Path, name: str, axes: int) -> np.ndarray:
 
 
 def looks_like_images(folder: Path, split: str) -> bool:
-    """Whether a folder holds images in one folder a class."""
+    """Whether a folder holds images of a split with one folder for each class."""
     return bool(_classes(folder, split))
 
 
 def load_image_folder(folder: str | Path, split: str = "test", limit: int | None = None) -> Pair:
-    """Images of one size in one folder a class, ``[SPLIT/]CLASS/NAME.png``.
+    """Load images of one size with one folder for each class, ``[SPLIT/]CLASS/NAME.png``.
 
-    Classes are numbered in the order of their names, and take turns: so the first images are of every class.
+    Classes are numbered in the order of their names. The samples are taken from all classes in turn.
 
     Args:
-        folder: Where they are; a subfolder named after the split (for "test" also "val") is preferred.
-        split: "train" or "test".
-        limit: Only the first so many.
+        folder: Folder of the images; a subfolder named after the split is preferred (for "test" also "val").
+        split: "train" or "test" (default).
+        limit: Number of images to take, default all.
 
     Returns:
         x, float32 in [0, 1], (N, 1 or 3, H, W), and y, int64, (N,).
@@ -84,7 +84,7 @@ def load_image_folder(folder: str | Path, split: str = "test", limit: int | None
 
 
 def _classes(folder: Path, split: str) -> list[list[Path]]:
-    """Images of each class, sorted by name; none where the folder holds anything else."""
+    """Image files of each class, sorted by name; empty unless every subfolder holds images."""
     root = next((folder / name for name in _SPLITS[split] if (folder / name).is_dir()), folder)
     if not root.is_dir():
         return []
@@ -95,10 +95,17 @@ def _classes(folder: Path, split: str) -> list[list[Path]]:
 
 
 def read_images(paths: list[Path], folder: Path) -> np.ndarray:
-    """The bytes of image files of one size, (N, 1, H, W) if all are gray, else (N, 3, H, W).
+    """Read image files of one size.
+
+    Args:
+        paths: The files.
+        folder: Folder of the data set, in which all files must lie.
+
+    Returns:
+        uint8, (N, 1, H, W) if all images are gray, else (N, 3, H, W).
 
     Raises:
-        DataError: One cannot be read, lies outside of the folder or is of another size; or they are enormous.
+        DataError: A file cannot be read, lies outside of the folder or has another size; or the images are enormous.
     """
     for path in paths:
         with reading(path, "no image that can be read"):
@@ -120,7 +127,7 @@ def read_images(paths: list[Path], folder: Path) -> np.ndarray:
 
 
 def _read_image(path: Path) -> np.ndarray:
-    """The bytes of an image file, (H, W) or (H, W, 3)."""
+    """Pixels of an image file, uint8, (H, W) or (H, W, 3)."""
     from PIL import Image
 
     with reading(path, "no image that can be read"), Image.open(path, formats=_FORMATS) as image:

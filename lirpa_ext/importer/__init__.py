@@ -1,4 +1,4 @@
-"""ONNX networks as torch modules, checked: read, put in normal form, converted, compared with onnxruntime."""
+"""Import of ONNX networks as torch modules: read, brought into normal form, converted, compared with onnxruntime."""
 
 from __future__ import annotations
 
@@ -27,27 +27,29 @@ from .selection import Selection, select, single_precision
 
 __all__ = ["Check", "ImportedModel", "load_onnx", "register_lowering"]
 
-_ROUNDS = 8  # of rewriting; each needs the shapes that the one before it made
-_MOST_OPERATIONS = 1000  # in normal form; the engine takes 4 ms and more to build each, twice
+_ROUNDS = 8  # rounds of rewriting; each needs the shapes of the tensors that the previous one made
+_MOST_OPERATIONS = 1000  # operations in normal form; the engine takes at least 4 ms to build each, twice
 _LEAST_SECONDS, _SECONDS_FOR_MIB = 9.0, 0.25
 
 
 class ImportedModel(nn.Module):
-    """A network from an ONNX file, batches of `input_shape` to batches of `output_shape`, in float32 and eval mode.
+    """A network from an ONNX file, in float32 and eval mode: batches of `input_shape` to batches of `output_shape`.
+
+    `load_onnx` makes it.
 
     Attributes:
         network: The torch module.
         input_name: Name of the input in the file.
         output_name: Name of the output in the file.
         input_shape: Shape of one sample.
-        output_shape: Shape of its output.
-        layout: "NCHW", "NHWC" or "flat": where the channels of an image are.
-        opset: Version of the standard operations in the file.
-        producer: The exporter, as the file tells.
-        batch_size: 1 if the network takes one sample at a time; None if any number.
-        rewrites: What was rewritten.
-        check: How far onnxruntime, torch and the engine agree.
-        reference: The original in onnxruntime, arrays in and out.
+        output_shape: Shape of the output for one sample.
+        layout: Position of the channels of an image: "NCHW" or "NHWC"; "flat" for vectors, "other" for other ranks.
+        opset: Version of ONNX's standard operations in the file.
+        producer: Name and version of the exporter, as stated in the file.
+        batch_size: 1 if the network takes single samples only; None if it takes any batch size.
+        rewrites: Notes of the rewrites.
+        check: How closely onnxruntime, torch and the engine agree.
+        reference: The original network in onnxruntime, a function of numpy arrays, (B, ...) -> (B, ...).
     """
 
     def __init__(
@@ -62,7 +64,12 @@ class ImportedModel(nn.Module):
         self.batch_size, self.rewrites, self.check = batch_size, rewrites, check
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs of a batch; one by one where the network takes single samples."""
+        """Outputs of a batch, (B, ...) -> (B, ...); samples are computed one by one if `batch_size` is 1.
+
+        Raises:
+            InvalidInputError: The shape of a sample is not `input_shape`, or a network of single samples is traced with
+                a larger batch.
+        """
         batch, *sample = (int(size) for size in x.shape)
         if tuple(sample) != self.input_shape:
             raise InvalidInputError(
@@ -75,7 +82,7 @@ class ImportedModel(nn.Module):
         return torch.cat([self.network(one) for one in x.split(1)])
 
     def extra_repr(self) -> str:
-        """What the file is."""
+        """Shapes, opset and exporter, for the printed model."""
         return f"{self.input_shape} -> {self.output_shape}, opset {self.opset}, {self.producer or 'unknown exporter'}"
 
 
@@ -91,27 +98,29 @@ def load_onnx(
     max_bytes: int = 2**29,
     timeout: float | None = None,
 ) -> ImportedModel:
-    """Import a network from an ONNX file, and check that it is the same.
+    """Import a network from an ONNX file, and check that it computes the same function as the file in onnxruntime.
 
     Args:
         source: Path of a ``.onnx`` or ``.onnx.gz`` file, or its bytes.
-        batch_size: Batch size to check beside 1, default 3.
-        input: The input that varies, where there are several; default the only one that `fixed` leaves.
-        output: The output to import, where there are several.
-        fixed: Values of the other inputs, by name, with the axes that the file gives them.
-        input_shape: Shape of one sample, where the file leaves sizes beside the batch open.
-        logits: Cut a Softmax or LogSoftmax at the end off: the same classes are first, and bounds are tighter.
-        max_bytes: Cap on the size of the file, unpacked, default 512 MiB.
-        timeout: Seconds of processor time, default 9 and a quarter more for each MiB of the network. It is looked at
-            in every stage; one step of onnx or onnxruntime runs to its end.
+        batch_size: Batch size to check besides 1, default 3.
+        input: Name of the input that varies, if there are several; default the only one that is not in `fixed`.
+        output: Name of the output to import, if there are several.
+        fixed: Values of the other inputs, by name, in the shapes of the file.
+        input_shape: Shape of one sample, if the file leaves sizes other than the batch size open.
+        logits: Whether to cut off a Softmax or LogSoftmax at the end, default False. The predicted classes stay the
+            same, and bounds become tighter.
+        max_bytes: Largest allowed size of the file, unpacked, default 512 MiB.
+        timeout: Seconds of processor time, default 9 plus a quarter for each MiB of the network. The time is checked in
+            every stage, but not within a call of onnx or onnxruntime.
 
     Returns:
         The network, in eval mode.
 
     Raises:
-        DataError: There is no such file, or it is truncated, corrupt or too large.
-        OnnxError: The network cannot be imported; says which op and node, and the way out. Or that takes
-            longer than `timeout`, or has too many operations.
+        DataError: The file is missing, truncated, corrupt or too large.
+        OnnxError: The network cannot be imported; the message names the operation, the node and a way out. Or the
+            import takes longer than `timeout`, or the network has too many operations.
+        InvalidInputError: An argument is out of range, or names something that the file does not have.
 
     Example:
         >>> from lirpa_ext import BoundedModule, load_onnx
@@ -123,7 +132,7 @@ def load_onnx(
     if timeout is not None and not timeout > 0:
         raise InvalidInputError(f"timeout must be positive, in seconds, got {timeout}")
     load_extensions()
-    import_onnx2torch()  # seconds the first time, which are not the network's
+    import_onnx2torch()  # the first import takes seconds, which should not count
     deadline = Deadline(time.thread_time() + (timeout or math.inf), time.thread_time)
     try:
         with one_thread(), deadline:
@@ -181,7 +190,7 @@ def _import(
 
 
 def normalize(graph: Graph) -> list[str]:
-    """Bring a graph into the form that is converted; notes of what was done."""
+    """Bring a graph into the normal form that `convert` takes, and return notes of the rewrites."""
     notes: list[str] = []
     for _ in range(_ROUNDS):
         done = fold_shapes(graph) + lower(graph)

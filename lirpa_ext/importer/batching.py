@@ -1,4 +1,4 @@
-"""The batch axis: give one to networks that have none, free the batch size that an exporter baked in."""
+"""The batch axis: added to networks without one, and its size made free where an exporter fixed it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import OnnxError
 from .graph import Graph, Node
 from .reference import probe
 
-# Ops that act on each entry, whatever the axes; two perturbed inputs must have the same rank.
+# Operations that act on each entry, independent of the axes; two perturbed inputs must have the same rank.
 _NAMES = (
     "Abs Add Atan Cast Ceil Celu Clip Cos Div Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity LeakyRelu "
     "Log Max Mean Min Mish Mul Neg Pow PRelu Reciprocal Relu Round Selu Sigmoid Sign Sin Softplus Softsign Sqrt Sub "
@@ -20,18 +20,24 @@ _ELEMENTWISE = frozenset(_NAMES.split())
 
 
 def lacks_batch_axis(shape: tuple[int | None, ...]) -> bool:
-    """Whether an input of that shape is one sample: a vector, or a column."""
+    """Whether an input of this shape is a single sample without batch axis: a vector, or a column."""
     return len(shape) < 2 or (len(shape) == 2 and shape[1] == 1 and (shape[0] or 0) > 1)
 
 
 def free_batch(graph: Graph) -> bool:
-    """Free axis 0 of a graph that has a batch axis.
+    """Let a graph with a batch axis take batches of any size, if possible.
 
-    Reshapes to a constant shape that starts with the baked batch size take over their input's size; then the
-    graph is run on batches of one, two and three samples.
+    A Reshape to a constant shape that starts with the fixed batch size is changed to keep the batch size of its input.
+    Then the graph is run on batches of one, two and three samples.
+
+    Args:
+        graph: The graph, changed in place.
 
     Returns:
-        Whether any batch size will do; else axis 0 is of size 1, and `graph` as it was.
+        Whether the graph takes any batch size; if not, its batch size is 1, and its nodes are as before.
+
+    Raises:
+        OnnxError: The fixed batch size is not 1, and the graph does not run on other sizes.
     """
     baked = graph.input_shape[0] or 1
     before = [list(node.inputs) for node in graph.nodes], graph.input_shape
@@ -65,9 +71,9 @@ def _free_reshape(graph: Graph, node: Node, one: dict[str, np.ndarray], baked: i
     if shape[0] == baked and source[:1] == (baked,):
         if 0 in shape[1:] and node.get("allowzero", 0):
             return
-        shape[0] = 0  # whatever the input has
+        shape[0] = 0  # the size of the input's axis 0
     elif shape[0] > 0 and shape[0] % baked == 0 and -1 not in shape and source[:1] == (baked,):
-        shape[0] = -1  # batch and another axis in one
+        shape[0] = -1  # the batch axis is merged with another one
     else:
         return
     node.attributes.pop("allowzero", None)
@@ -75,10 +81,10 @@ def _free_reshape(graph: Graph, node: Node, one: dict[str, np.ndarray], baked: i
 
 
 def add_batch_axis(graph: Graph) -> None:
-    """Rewrite a graph whose input is one sample to one that takes a batch of them, axis 0 new.
+    """Rewrite a graph of a single sample, in place, so that it takes a batch along a new axis 0.
 
     Raises:
-        OnnxError: An op for which this is not known.
+        OnnxError: It is not known how to rewrite an operation.
     """
     shapes = {name: value.shape for name, value in probe(graph, 1).items()}
     graph.input_shape = (None, *graph.input_shape)
@@ -91,7 +97,7 @@ def add_batch_axis(graph: Graph) -> None:
 
 
 def add_output_axis(graph: Graph) -> None:
-    """Give a vector of outputs, one a sample, the second axis that the engine's backward bounds need."""
+    """Reshape the output (B,) of a graph to (B, 1), in place, as the engine's backward bounds need it."""
     column = graph.fresh(f"{graph.output}/column")
     shape = graph.add_constant([-1, 1], f"{column}/shape", np.int64)
     graph.nodes.append(Node("Reshape", [graph.output, shape], [column]))
@@ -140,7 +146,7 @@ def _with_batch(graph: Graph, node: Node, batched: set[str], shapes: dict[str, t
 
 
 def _matmul_left(graph: Graph, node: Node, rank: int) -> list[Node]:
-    """W x of a vector, or W X of a matrix: x W^T of each sample, and (X^T W^T)^T."""
+    """W x of a vector x becomes x W^T of a batch; W X of a matrix X becomes (X^T W^T)^T."""
     weight, x = node.inputs
     transposed = graph.add_constant(graph.constants[weight].T, f"{weight}/transposed")
     if rank == 1:
@@ -154,7 +160,7 @@ def _matmul_left(graph: Graph, node: Node, rank: int) -> list[Node]:
 
 
 def _gemm_left(graph: Graph, node: Node, batched: set[str], shapes: dict[str, tuple[int, ...]]) -> list[Node]:
-    """Gemm(W, X, b): MatMul and Add."""
+    """Gemm(W, X, b) with constant W becomes MatMul and Add."""
     weight = graph.constants[node.inputs[0]]
     weight = (weight.T if node.get("transA", 0) else weight) * weight.dtype.type(node.get("alpha", 1.0))
     bias = graph.optional(node, 2)
@@ -169,13 +175,16 @@ def _gemm_left(graph: Graph, node: Node, batched: set[str], shapes: dict[str, tu
 
 
 def fold_shapes(graph: Graph) -> list[str]:
-    """Replace what does not depend on the input's values by constants; sizes that follow the batch by -1.
+    """Replace tensors that do not depend on the input's values by constants, and sizes that follow the batch by -1.
 
-    Every tensor is computed for one sample and, where any batch will do, for two: what agrees on random inputs
-    of another size and cannot depend on the values is a constant.
+    Every tensor is computed for a batch of one and, if the graph takes any batch size, for a batch of two. A tensor
+    that is the same in both, and that is not computed from the input's values, is a constant.
+
+    Args:
+        graph: The graph, changed in place; its `shapes`, `shapes_of_two` and `types` are set.
 
     Returns:
-        Notes of what was done. `graph.shapes` and `graph.types` are set.
+        Notes of the rewrites.
     """
     values = probe(graph, 1)
     graph.shapes = {name: value.shape for name, value in values.items()}
@@ -184,7 +193,7 @@ def fold_shapes(graph: Graph) -> list[str]:
         graph.shapes[name], graph.types[name] = value.shape, value.dtype
     more = probe(graph, 2) if graph.input_shape[0] is None else values
     graph.shapes_of_two = {name: value.shape for name, value in more.items()}
-    # Values reach shapes only through Shape and Size; all else that the input feeds depends on its values.
+    # Only Shape and Size depend on the shape of the input alone; other nodes behind the input depend on its values.
     depends = {graph.input}
     folded = 0
     for node in graph.each():

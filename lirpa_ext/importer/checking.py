@@ -1,4 +1,4 @@
-"""Is the imported network the one in the file? Compared on inputs, never taken on trust."""
+"""Comparison of an imported network with the original file in onnxruntime, on a few inputs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SAMPLES = 5
 
 @dataclass(frozen=True)
 class Check:
-    """How far the parts agree.
+    """How closely torch and the engine agree with onnxruntime on an imported network.
 
     Attributes:
-        inputs: How many inputs were compared at each batch size.
+        inputs: Number of inputs that were compared at each batch size.
         batch_sizes: The batch sizes.
         torch_error: Largest difference of the torch module from onnxruntime, relative to the largest output.
-        engine_error: Likewise of the BoundedModule.
+        engine_error: Largest difference of the `BoundedModule` from onnxruntime, relative to the largest output.
     """
 
     inputs: int
@@ -39,10 +39,18 @@ class Check:
 
 
 def check(network: GraphModule, graph: Graph, reference: Reference, batch_sizes: tuple[int, ...], opset: int) -> Check:
-    """Compare onnxruntime, torch and BoundedModule, in shape and value.
+    """Compare a torch module and its `BoundedModule` with onnxruntime, in shape and value.
+
+    Args:
+        network: The torch module.
+        graph: The graph from which it was made.
+        reference: The original network in onnxruntime.
+        batch_sizes: Batch sizes to compare.
+        opset: Opset of the file, for messages.
 
     Raises:
-        OnnxError: They differ by more than 1e-4, with the first node that does; or the engine cannot trace it.
+        OnnxError: They differ by more than 1e-4 of the largest output (the message names the first node), the outputs
+            are not finite, or the engine cannot trace the network.
     """
     torch_error = engine_error = 0.0
     for batch in batch_sizes:
@@ -80,7 +88,7 @@ def _inputs(shape: tuple[int, ...], dtype: np.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     unit, normal = (torch.rand(shape, generator=generator) for _ in range(2)), torch.randn(shape, generator=generator)
     first, second = unit
-    if dtype.kind in "ui":  # whole numbers such as those of images
+    if dtype.kind in "ui":  # integers, such as the bytes of images
         largest = min(255, int(np.iinfo(dtype).max))
         return [(largest * torch.rand(shape, generator=generator)).round() for _ in range(SAMPLES)]
     return [first, second, 2 * first - 1, normal, torch.zeros(shape) + 0.5 * second.mean()]
@@ -127,7 +135,7 @@ def _say(actual: Tensor, expected: Tensor, error: float) -> str:
 
 
 def _first_difference(network: nn.Module, graph: Graph, reference: Reference, x: Tensor) -> str:
-    """The first node whose tensor differs, by running torch node by node beside onnxruntime."""
+    """The first node whose output differs from onnxruntime's, as text for messages; "" if none does."""
     expected = reference.values(x[0].numpy())
     names = iter(graph.nodes)
     seen: dict[torch.fx.Node, object] = {}
@@ -140,7 +148,7 @@ def _first_difference(network: nn.Module, graph: Graph, reference: Reference, x:
     try:
         with torch.no_grad():
             Recorder(network).run(x[:1])  # type: ignore[arg-type]
-    except Exception:  # the node after the last one recorded
+    except Exception:  # the node after the last recorded one fails; it is found below
         pass
     for fx_node in network.graph.nodes:  # type: ignore[union-attr]
         if fx_node.op != "call_module":

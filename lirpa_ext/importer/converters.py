@@ -1,4 +1,4 @@
-"""From a graph in normal form to a torch module, by onnx2torch and the converters that it lacks."""
+"""Conversion of a graph in normal form to a torch module, by onnx2torch with a few converters of our own."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .torchvision_repair import torchvision_or_placeholder
 
 
 def convert(graph: Graph) -> torch.fx.GraphModule:
-    """The torch module of a graph in opset 17.
+    """Convert a graph in opset 17 to a torch module, in eval mode and without gradients of its parameters.
 
     Raises:
-        OnnxError: An op that onnx2torch does not know, or a form of it.
+        OnnxError: onnx2torch does not know an operation, or cannot convert a node.
     """
     onnx2torch = import_onnx2torch()
     from onnx2torch.node_converters.registry import get_converter
@@ -46,7 +46,7 @@ def convert(graph: Graph) -> torch.fx.GraphModule:
 
 
 def _with_shapes(graph: Graph) -> onnx.ModelProto:
-    """The model with the shapes of its tensors, which onnx cannot infer behind ops of our own domain."""
+    """The model with the shapes of its tensors, which onnx cannot infer behind operations of our own domain."""
     model = graph.to_model()
     for name in {name for node in graph.nodes for name in node.outputs} - {"", graph.output}:
         shape, kind = graph.shapes.get(name), graph.types.get(name)
@@ -59,7 +59,10 @@ def _with_shapes(graph: Graph) -> onnx.ModelProto:
 
 
 def _fix_slice(graph: Graph, node: Node) -> None:
-    """A slice with constant ends is ours: onnx2torch indexes with a list, which torch is about to read otherwise."""
+    """Move a Slice with constant ends to our own domain, to be converted to our `Slice`.
+
+    onnx2torch indexes with a list of slices, whose meaning torch has announced to change.
+    """
     values = [graph.optional(node, index) for index in range(1, 5)]
     given = [graph.has(node, index) for index in range(1, 5)]
     known = all(value is not None for value, there in zip(values, given, strict=True) if there)
@@ -75,13 +78,21 @@ def _fix_slice(graph: Graph, node: Node) -> None:
 
 
 class Slice(nn.Module):
-    """x[start:end:step] along some axes."""
+    """x[start:end:step] along some axes.
+
+    Args:
+        axes: The axes.
+        starts: Start along each axis.
+        ends: End along each axis.
+        steps: Step along each axis, positive.
+    """
 
     def __init__(self, axes: list[int], starts: list[int], ends: list[int], steps: list[int]) -> None:
         super().__init__()
         self.slices = {axis: slice(*ends) for axis, *ends in zip(axes, starts, ends, steps, strict=True)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The slice of x."""
         index = [slice(None)] * x.dim()
         for axis, chosen in self.slices.items():
             index[axis] = chosen
@@ -89,7 +100,7 @@ class Slice(nn.Module):
 
 
 def _culprit(graph: Graph) -> Node | None:
-    """The first node that fails to convert by itself."""
+    """The first node that onnx2torch cannot convert on its own; None if there is none."""
     from onnx2torch.node_converters.registry import get_converter
     from onnx2torch.onnx_graph import OnnxGraph
 
@@ -97,16 +108,19 @@ def _culprit(graph: Graph) -> Node | None:
     for (_, onnx_node), node in zip(model.nodes.items(), graph.nodes, strict=True):
         try:
             get_converter(node.op, graph.opset if not node.domain else 1, node.domain)(onnx_node, model)
-        except Exception:  # the one we look for
+        except Exception:  # onnx2torch has no exception of its own
             return node
     return None
 
 
 def import_onnx2torch() -> Any:
-    """onnx2torch, with our converters registered.
+    """Import onnx2torch, and register our converters with it.
+
+    Returns:
+        The module onnx2torch.
 
     Raises:
-        DataError: It is not installed.
+        DataError: onnx2torch is not installed.
     """
     try:
         with torchvision_or_placeholder():

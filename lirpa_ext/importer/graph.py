@@ -13,22 +13,22 @@ from onnx import helper, numpy_helper
 from ..engine.limits import Deadline
 from .reading import opset_of
 
-OPSET = 17  # of the normal form, the newest that onnx2torch knows in full
+OPSET = 17  # opset of the normal form, the newest that onnx2torch supports in full
 IR_VERSION = 8
-DOMAIN = "lirpa_ext"  # of ops that opset 17 does not have, and `converters` does
+DOMAIN = "lirpa_ext"  # domain of operations that opset 17 lacks and that `converters` converts
 
 
 @dataclass(eq=False)
 class Node:
-    """One operation.
+    """One operation of a graph.
 
     Attributes:
-        op: Its type.
-        inputs: Names of what it reads; "" for an optional input that is absent.
-        outputs: Names of what it computes.
-        attributes: Plain values and arrays.
-        name: Its name, for messages.
-        domain: "" for the standard one.
+        op: Type of the operation, such as "Conv".
+        inputs: Names of the tensors that it reads; "" for an optional input that is absent.
+        outputs: Names of the tensors that it computes.
+        attributes: Attributes by name, plain values and arrays.
+        name: Name of the node, for messages.
+        domain: Domain of the operation; "" for the standard one.
     """
 
     op: str
@@ -40,11 +40,11 @@ class Node:
 
     @property
     def output(self) -> str:
-        """Name of its first output."""
+        """Name of the first output."""
         return self.outputs[0]
 
     def get(self, attribute: str, default: Any = None) -> Any:
-        """An attribute, or its default."""
+        """Value of an attribute, or `default` if the node does not have it."""
         return self.attributes.get(attribute, default)
 
     def __str__(self) -> str:
@@ -52,18 +52,20 @@ class Node:
 
 
 class Graph:
-    """Nodes in topological order, constants, one input, one output.
+    """A graph with one input and one output: nodes in topological order, and constants.
 
     Attributes:
         nodes: The operations.
         constants: Weights and constants by name.
         input: Name of the input.
-        input_shape: Its shape with the batch axis; None on axis 0 where any batch will do.
+        input_shape: Shape of the input with the batch axis; None on axis 0 if the graph takes any batch size.
+        input_type: Data type of the input.
         output: Name of the output.
-        shapes: Shape of every tensor for one sample, as far as it has been run (`reference.probe`).
-        shapes_of_two: Likewise for a batch of two, where the graph takes one.
-        types: Data types likewise.
-        deadline: Of the import; whatever works through the nodes looks at it.
+        opset: Version of ONNX's standard operations.
+        shapes: Name -> shape of each tensor for a batch of one; set by `batching.fold_shapes`.
+        shapes_of_two: Name -> shape of each tensor for a batch of two (of one, if the graph takes single samples).
+        types: Name -> data type of each tensor.
+        deadline: Time limit of the import, checked by `each`.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Graph:
 
     @classmethod
     def of(cls, model: onnx.ModelProto) -> Graph:
-        """View of a model with one input (beside its weights) and one output."""
+        """The graph of an ONNX model with one input (besides its weights) and one output."""
         constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         (value,) = (value for value in model.graph.input if value.name not in constants)
         nodes = []
@@ -104,7 +106,7 @@ class Graph:
         )  # fmt: skip
 
     def to_model(self, outputs: Iterable[str] = ()) -> onnx.ModelProto:
-        """The model again, with further outputs if asked for."""
+        """The graph as an ONNX model; `outputs` are names of tensors to add to its outputs."""
         shape = [size if size is not None else "batch" for size in self.input_shape]
         kind = helper.np_dtype_to_tensor_dtype(self.input_type)
         names: set[str] = set()
@@ -126,7 +128,7 @@ class Graph:
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
 
     def _known(self, name: str) -> onnx.ValueInfoProto:
-        """Shape and type of a tensor behind an op of our own, past which onnx cannot infer."""
+        """Shape and type of the output of an operation of our own domain, which onnx cannot infer."""
         one, two = self.shapes.get(name), self.shapes_of_two.get(name)
         if one is None or two is None or len(one) != len(two):
             return onnx.ValueInfoProto(name=name)
@@ -134,7 +136,7 @@ class Graph:
         return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(self.types[name]), dims)
 
     def producer(self, name: str) -> Node | None:
-        """The node that computes a tensor, None for input and constants."""
+        """The node that computes a tensor; None for the input and constants."""
         return next((node for node in self.nodes if name in node.outputs), None)
 
     def users(self, name: str) -> list[Node]:
@@ -142,24 +144,24 @@ class Graph:
         return [node for node in self.nodes if name in node.inputs]
 
     def only_user(self, name: str) -> Node | None:
-        """The node that reads a tensor, if nothing else does."""
+        """The only node that reads a tensor; None if there are several, or if the tensor is the output."""
         users = self.users(name)
         return users[0] if len(users) == 1 and name != self.output else None
 
     def constant(self, name: str) -> np.ndarray | None:
-        """Value of a constant, None for anything else."""
+        """Value of a constant tensor; None for any other tensor."""
         return self.constants.get(name)
 
     def optional(self, node: Node, index: int) -> np.ndarray | None:
-        """Value of a constant input, None where it is absent or no constant."""
+        """Value of the input of a node at an index; None if the input is absent or no constant."""
         return self.constants.get(node.inputs[index]) if index < len(node.inputs) else None
 
     def has(self, node: Node, index: int) -> bool:
-        """Whether an optional input is there."""
+        """Whether a node has an input at an index."""
         return index < len(node.inputs) and node.inputs[index] != ""
 
     def fresh(self, stem: str) -> str:
-        """A name that is not in use."""
+        """A name that is not in use, and that begins with `stem`."""
         name, count = stem, 0
         while name in self._names:
             count += 1
@@ -168,20 +170,20 @@ class Graph:
         return name
 
     def add_constant(self, value: Any, stem: str, dtype: Any = None) -> str:
-        """Keep a constant; its name."""
+        """Add a constant, and return its name, which begins with `stem`."""
         name = self.fresh(stem)
         self.constants[name] = np.asarray(value, dtype)
         return name
 
     def replace(self, node: Node, nodes: list[Node]) -> None:
-        """Put nodes in the place of one."""
+        """Replace a node by others, which must compute its outputs."""
         place = self.nodes.index(node)
         self.nodes[place : place + 1] = nodes
         if node not in nodes:
             self._replaced.add(node)
 
     def each(self) -> Iterator[Node]:
-        """The nodes as they are now, without those that are replaced before their turn.
+        """Iterate over the present nodes; a node that is replaced before its turn is skipped.
 
         Raises:
             OutOfTime: The deadline has passed.
@@ -192,14 +194,14 @@ class Graph:
                 yield node
 
     def redirect(self, old: str, new: str) -> None:
-        """Let whatever reads one tensor read another."""
+        """Let every node that reads the tensor `old` read `new`; the output is redirected likewise."""
         for node in self.nodes:
             node.inputs = [new if name == old else name for name in node.inputs]
         if self.output == old:
             self.output = new
 
     def prune(self) -> None:
-        """Drop what the output does not depend on."""
+        """Remove nodes and constants on which the output does not depend."""
         needed, kept = {self.output}, []
         for node in reversed(self.nodes):
             if needed.intersection(node.outputs):
@@ -210,7 +212,7 @@ class Graph:
 
 
 def shape_of(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
-    """Declared shape, None for sizes that are left open."""
+    """Declared shape of a tensor; None for sizes that the file leaves open."""
     dims = value.type.tensor_type.shape.dim
     return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims)
 

@@ -1,4 +1,4 @@
-"""`inspect_onnx`: what is in an ONNX file, what the importer makes of it, and which methods can bound it."""
+"""`inspect_onnx`: the content of an ONNX file, the result of its import, and the methods that can bound it."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from .graph import shape_of
 from .reading import opset_of, read_onnx
 
 METHODS = ("IBP", "CROWN-IBP", "CROWN", "lipschitz", "bcp", "bcp-crown")
-_EPS = 1e-3  # of the trial, in units of the input
+_EPS = 1e-3  # radius in a trial, in units of the input
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A method tried on a network.
+    """Trial of a bound method on a network, over a ball of radius 1e-3 around a random input.
 
     Attributes:
-        method: Its name.
-        norm: Of the perturbation set, 2 or inf.
-        bounded: Whether it gave finite bounds.
-        seconds: Wall time, the tracing not counted.
-        reason: Why it gave none.
-        fallbacks: Nodes that were bounded by interval arithmetic for want of a rule, class by name.
+        method: Name of the method.
+        norm: p of the ball, 2 or inf.
+        bounded: Whether the method gave finite bounds.
+        seconds: Wall time without tracing.
+        reason: Why the method gave no finite bounds, or "".
+        fallbacks: Name -> class of the nodes without a rule, which were bounded by interval arithmetic.
     """
 
     method: str
@@ -49,19 +49,19 @@ class Trial:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_onnx` found.
+    """Result of `inspect_onnx`.
 
     Attributes:
-        opset: Version of the standard operations.
-        producer: The exporter, as the file tells.
-        ops: Number of nodes by operation.
-        inputs: Shape by name, None for a size that the file leaves open.
-        outputs: Likewise.
-        nodes: (operation, name, shape of its first output where known) of every node.
+        opset: Version of ONNX's standard operations.
+        producer: Name and version of the exporter, as stated in the file.
+        ops: Operation -> number of nodes.
+        inputs: Name -> shape of each input; None for a size that the file leaves open.
+        outputs: Name -> shape of each output; None for a size that the file leaves open.
+        nodes: (operation, name, shape of the first output or None) of every node.
         parameters: Number of weights.
-        model: The imported network, None if it is refused.
-        refusal: Why it is.
-        trials: What each method made of it.
+        model: The imported network; None if the importer refuses it.
+        refusal: Why the importer refuses the network, or "".
+        trials: Trials of the bound methods.
     """
 
     opset: int
@@ -76,7 +76,7 @@ class Inspection:
     trials: tuple[Trial, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """In types that JSON has."""
+        """The inspection as a dict that JSON can hold."""
         names = ("opset", "producer", "ops", "inputs", "outputs", "nodes", "parameters", "refusal")
         report: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.model is not None:
@@ -94,20 +94,20 @@ def inspect_onnx(
     max_bytes: int = 2**29,
     **options: Any,
 ) -> Inspection:
-    """Look into an ONNX file, import it, and try methods on a small l2 and a small l-infinity ball.
+    """Read an ONNX file, import it, and try bound methods on a small l2 and a small l-infinity ball.
 
     Args:
-        source: As in `lirpa_ext.load_onnx`.
-        methods: To be tried; none for the file alone.
-        timeout: Seconds for each method and norm, default 30.
-        max_bytes: As in `lirpa_ext.load_onnx`.
-        **options: Further ones of `lirpa_ext.load_onnx`.
+        source: Path of a ``.onnx`` or ``.onnx.gz`` file, or its bytes.
+        methods: Bound methods to try, default `METHODS`; an empty sequence for no trial.
+        timeout: Seconds of wall time for each method and norm, default 30.
+        max_bytes: Largest allowed size of the file, unpacked, default 512 MiB.
+        **options: Further arguments of `lirpa_ext.load_onnx`.
 
     Returns:
-        What was found; a refusal by the importer is a part of that.
+        The inspection; a refusal of the importer is a part of it, not an error.
 
     Raises:
-        DataError: The file cannot be read at all.
+        DataError: The file cannot be read.
     """
     file = read_onnx(source, max_bytes)
     weights = {tensor.name for tensor in file.graph.initializer}
@@ -129,7 +129,7 @@ def inspect_onnx(
 def _nodes(file: onnx.ModelProto) -> list[tuple[str, str, tuple[int | None, ...] | None]]:
     try:
         inferred = onnx.shape_inference.infer_shapes(file).graph
-    except Exception:  # onnx has several; the shapes are then not told
+    except Exception:  # onnx raises several types; the shapes stay unknown
         inferred = file.graph
     shapes = {value.name: shape_of(value) for value in [*inferred.value_info, *inferred.output]}
     return [(node.op_type, node.name or node.output[0], shapes.get(node.output[0])) for node in file.graph.node]
@@ -152,7 +152,7 @@ def _try(model: ImportedModel, methods: Sequence[str], timeout: float) -> list[T
                     reason = "its bounds are not finite"
             except OutOfTime:
                 reason = f"took more than {timeout:g} s"
-                graph = BoundedModule(model, x)  # one that stopped half-way may hold anything
+                graph = BoundedModule(model, x)  # a graph that was interrupted is in an undefined state
             except Exception as error:  # the engine raises whatever comes
                 first = (str(error).splitlines() or [""])[0]
                 reason = f"{type(error).__name__}: {first}".rstrip(": ")[:300]

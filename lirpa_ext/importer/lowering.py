@@ -1,7 +1,8 @@
-"""Rewrites of single nodes into ones that torch and the engine treat rightly. Each is exact, or leaves the node.
+"""Lowerings: exact rewrites of single nodes into nodes that onnx2torch and the engine handle correctly.
 
-A rule takes the graph and a node and returns the nodes to put in its place, or None to leave it; the new nodes
-compute the same output names. `LOWERINGS` is the table; some are in `windows`, `shaping` and `normalizing`.
+A rule takes the graph and a node. It returns the nodes that replace the node and compute its outputs, or None to leave
+the node as it is. `LOWERINGS` is the table, operation -> rule; more rules are in `windows`, `shaping` and
+`normalizing`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from .shaping import reshape
 
 Lowering = Callable[[Graph, Node], "list[Node] | None"]
 _FLOATS = (np.float32, np.float64)
-_LARGE = 1e4  # in a + relu(b - a) a larger a costs b its last digits
+_LARGE = 1e4  # with a constant a above this, a + relu(b - a) loses digits of b
 
 
 def lower(graph: Graph) -> list[str]:
-    """Apply every rule once to every node, then merge neighbours; notes of what was done."""
+    """Apply the rule of each node's operation once, in place, and return notes of the rewrites.
+
+    Raises:
+        OnnxError: A node is malformed, or cannot be bounded.
+    """
     done: dict[str, int] = {}
     for node in graph.each():
         rule = LOWERINGS.get(node.op)
@@ -45,13 +50,13 @@ def lower(graph: Graph) -> list[str]:
 
 
 def _drop(graph: Graph, node: Node) -> list[Node]:
-    """A node that hands on its first input."""
+    """Remove a node whose output equals its first input."""
     graph.redirect(node.output, node.inputs[0])
     return []
 
 
 def _dropout(graph: Graph, node: Node) -> list[Node]:
-    """Identity in inference; its mask, if anything reads it, is all true."""
+    """Dropout is removed: it is the identity in inference. It stays if something reads its mask."""
     training = graph.optional(node, 2)
     if graph.has(node, 2) and (training is None or training.any()):
         raise OnnxError(f"{node} is in training mode: export the model in eval mode", node.op, node.name, graph.opset)
@@ -61,7 +66,7 @@ def _dropout(graph: Graph, node: Node) -> list[Node]:
 
 
 def _cast(graph: Graph, node: Node) -> list[Node] | None:
-    """Casts between floats, and from the integers of an input, keep the value up to rounding."""
+    """Casts between floats, and of an integer input to float, are removed: they change values by rounding only."""
     source, target = graph.types.get(node.inputs[0]), graph.types.get(node.output)
     from_input = node.inputs[0] == graph.input and source is not None and source.kind in "ui"
     if target in _FLOATS and (source in _FLOATS or from_input):
@@ -86,7 +91,7 @@ def _transpose(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _flatten(graph: Graph, node: Node) -> list[Node] | None:
-    """Of any axis but 1 the engine computes something else; the size before the axis goes with the batch."""
+    """Flatten as Reshape, since the engine is wrong for axes other than 1; axes before `axis` join the batch."""
     shape = graph.shapes.get(node.inputs[0])
     if shape is None:
         return None
@@ -100,7 +105,7 @@ def _flatten(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _reshape(graph: Graph, node: Node) -> list[Node] | None:
-    """A reshape to the shape that is there; two in a row; a flattening softmax of old opsets."""
+    """A Reshape to the present shape is removed; flatten, softmax, reshape (old opsets) become one softmax."""
     x, shape = node.inputs[0], graph.shapes.get(node.output)
     target = graph.optional(node, 1)
     if shape is None or target is None:
@@ -118,7 +123,7 @@ def _reshape(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _gemm(graph: Graph, node: Node) -> list[Node] | None:
-    """Into x W^T + b with alpha, beta and transB in the weights."""
+    """Gemm as x W^T + b, with alpha, beta and transB folded into the weights."""
     x, weight = node.inputs[0], graph.optional(node, 1)
     if weight is None or node.get("transA", 0):
         return None
@@ -135,14 +140,22 @@ def _gemm(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def dense(graph: Graph, node: Node, x: str, weight: np.ndarray, bias: np.ndarray) -> Node:
-    """x W^T + b with the outputs of `node`."""
+    """Gemm node for x W^T + b that computes the outputs of `node`.
+
+    Args:
+        graph: The graph, to which the constants are added.
+        node: The node to replace.
+        x: Name of the input, (B, in).
+        weight: W, (out, in).
+        bias: b, (out,).
+    """
     weight_name = graph.add_constant(np.ascontiguousarray(weight), f"{node.output}/weight")
     bias_name = graph.add_constant(np.ascontiguousarray(bias), f"{node.output}/bias")
     return Node("Gemm", [x, weight_name, bias_name], node.outputs, {"transB": 1}, node.name)
 
 
 def _matmul(graph: Graph, node: Node) -> list[Node] | None:
-    """x W of a matrix x and the Add after it become one dense layer; so does a weight on the left of a column."""
+    """x W of a matrix x (B, in), with an Add of a constant after it, as one dense layer."""
     x, weight = node.inputs[0], graph.optional(node, 1)
     if weight is None or weight.ndim != 2 or len(graph.shapes.get(x, ())) != 2:
         return None
@@ -161,7 +174,7 @@ def _matmul(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _batch_norm(graph: Graph, node: Node) -> list[Node] | None:
-    """Into the convolution or dense layer before it, else into a product and a sum."""
+    """BatchNormalization folded into the convolution or dense layer before it, or else as Mul and Add."""
     scale, offset, mean, variance = (graph.optional(node, i) for i in (1, 2, 3, 4))
     if scale is None or offset is None or mean is None or variance is None:
         return None
@@ -191,7 +204,7 @@ def _batch_norm(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _prelu(graph: Graph, node: Node) -> list[Node] | None:
-    """LeakyRelu where one slope in [0, 1] serves all; else relu(x) - slope relu(-x)."""
+    """PRelu as LeakyRelu if all slopes are equal and in [0, 1]; else as relu(x) - slope relu(-x)."""
     x, slope = node.inputs[0], graph.optional(node, 1)
     if slope is None:
         return None
@@ -206,7 +219,7 @@ def _prelu(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _celu(graph: Graph, node: Node) -> list[Node]:
-    """alpha Elu(x / alpha; 1)."""
+    """Celu as alpha Elu(x / alpha)."""
     x, alpha = node.inputs[0], node.get("alpha", 1.0)
     scaled, inner = graph.fresh(f"{node.output}/scaled"), graph.fresh(f"{node.output}/elu")
     name = graph.add_constant(alpha, "alpha", graph.types.get(x, np.float32))
@@ -217,7 +230,7 @@ def _celu(graph: Graph, node: Node) -> list[Node]:
 
 
 def _softsign(graph: Graph, node: Node) -> list[Node]:
-    """x / (1 + |x|)."""
+    """Softsign as x / (1 + |x|)."""
     x = node.inputs[0]
     size, more = graph.fresh(f"{node.output}/size"), graph.fresh(f"{node.output}/more")
     one = graph.add_constant(1, "one", graph.types.get(x, np.float32))
@@ -225,7 +238,7 @@ def _softsign(graph: Graph, node: Node) -> list[Node]:
 
 
 def _leaky_relu(graph: Graph, node: Node) -> list[Node] | None:
-    """Slopes outside of [0, 1], for which the engine's bounds do not hold, as those of PRelu."""
+    """LeakyRelu with a slope outside of [0, 1], for which the engine's bounds are wrong, rewritten as PRelu."""
     alpha = node.get("alpha", 0.01)
     if 0 <= alpha <= 1:
         return None
@@ -234,7 +247,10 @@ def _leaky_relu(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _clip(graph: Graph, node: Node) -> list[Node] | None:
-    """With one end, or one that is no number's limit, Max or Min; with ends that are computed, both."""
+    """Clip without ends is removed, and with one constant end it becomes Relu or a Clip with both ends.
+
+    The missing end is set to the largest float. A Clip with both ends stays.
+    """
     x, kind = node.inputs[0], graph.types.get(node.inputs[0], np.dtype(np.float32))
     if not graph.has(node, 1) and not graph.has(node, 2):
         return _drop(graph, node)
@@ -252,7 +268,7 @@ def _clip(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _div(graph: Graph, node: Node) -> list[Node] | None:
-    """By what is computed: a product with 1 / y, for 0.3's bounds of a quotient do not hold."""
+    """x / y with computed y as x (1 / y), because the bounds of auto_LiRPA 0.3 on a quotient are wrong."""
     x, y = node.inputs
     if y in graph.constants or graph.types.get(y) not in _FLOATS:
         return None
@@ -261,7 +277,7 @@ def _div(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _pow(graph: Graph, node: Node) -> list[Node] | None:
-    """The first power, and exponents that are whole numbers by type."""
+    """Pow with exponent 1 is removed; an exponent of another data type is cast to that of the base."""
     exponent, kind = graph.optional(node, 1), graph.types.get(node.inputs[0])
     if exponent is None or kind not in _FLOATS:
         return None
@@ -277,7 +293,7 @@ def _thresholded_relu(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _variadic(pair: str) -> Lowering:
-    """Of many inputs into pairs."""
+    """Rule for an operation of many inputs: a chain of operations `pair` of two inputs each."""
 
     def rule(graph: Graph, node: Node) -> list[Node] | None:
         if len(node.inputs) == 1:
@@ -295,7 +311,7 @@ def _variadic(pair: str) -> Lowering:
 
 
 def _extreme(graph: Graph, node: Node) -> list[Node] | None:
-    """max(a, b) = a + relu(b - a), which every engine relaxes; min(a, b) = a - relu(a - b)."""
+    """Max as a + relu(b - a), which every supported engine relaxes, and Min as a - relu(a - b)."""
     if len(node.inputs) != 2:
         return _variadic(node.op)(graph, node)
     a, b = node.inputs if graph.constant(node.inputs[0]) is not None else node.inputs[::-1]
@@ -310,7 +326,7 @@ def _extreme(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _limit(graph: Graph, node: Node, end: str, x: str, value: np.ndarray | None) -> list[Node] | None:
-    """Max or Min with a number that is so large that x would be lost in the difference: Clip."""
+    """Max or Min with a large constant as Clip, since a difference with the constant would lose digits of x."""
     if value is None or value.size != 1:
         return None
     kind = graph.types.get(x, np.dtype(np.float32))
@@ -321,7 +337,7 @@ def _limit(graph: Graph, node: Node, end: str, x: str, value: np.ndarray | None)
 
 
 def _reduce_min(graph: Graph, node: Node) -> list[Node]:
-    """-max(-x)."""
+    """ReduceMin as -max(-x)."""
     minus, largest = graph.fresh(f"{node.output}/minus"), graph.fresh(f"{node.output}/largest")
     return [
         Node("Neg", node.inputs[:1], [minus]),
@@ -337,7 +353,7 @@ def _mean(graph: Graph, node: Node) -> list[Node]:
 
 
 def _where(graph: Graph, node: Node) -> list[Node] | None:
-    """With a constant condition: products with masks, or torch's softplus."""
+    """Where with a constant condition as a sum of products with masks; else torch's softplus, if it is that."""
     chosen = graph.optional(node, 0)
     if chosen is None:
         return fuse_softplus(graph, node)
@@ -407,14 +423,14 @@ LOWERINGS: dict[str, Lowering] = {
 
 
 def register_lowering(op: str, lowering: Lowering, overwrite: bool = False) -> None:
-    """Add a rewrite of an ONNX operation into ones that are known.
+    """Add a lowering: a rewrite of an ONNX operation into operations that the importer knows.
 
     Args:
-        op: The operation, such as ``Celu``; of another domain than ONNX's, ``domain::Op``.
-        lowering: (graph, node) -> the nodes in its place, which compute the same outputs; None to leave it.
-        overwrite: Replace what there is.
+        op: Type of the operation, such as ``Celu``.
+        lowering: Function (graph, node) -> nodes that replace the node and compute its outputs, or None to leave it.
+        overwrite: Whether to replace the lowering of the operation, default False.
 
     Raises:
-        RegistrationError: The operation has a lowering.
+        RegistrationError: The operation has a lowering already.
     """
     add(LOWERINGS, "lowering of", op, lowering, overwrite)

@@ -1,4 +1,4 @@
-"""Functions that an exporter took apart, found again among their pieces."""
+"""Fusion of activations that an exporter decomposed: GELU, SiLU, Mish and softplus become single nodes again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .graph import DOMAIN, Graph, Node
 
 
 def fuse(graph: Graph) -> list[str]:
-    """GELU, SiLU and Mish, however their products are ordered, become one node each; notes of what was done."""
+    """Replace every decomposed GELU, SiLU and Mish by one node, for any order of the factors; notes of the rewrites."""
     count: dict[str, int] = {}
     for node in graph.each():
         found = _match_gelu(graph, node) if node.op == "Erf" else _match_gate(graph, node) if node.op == "Mul" else None
@@ -22,7 +22,7 @@ def fuse(graph: Graph) -> list[str]:
 
 
 def _match_gate(graph: Graph, product: Node) -> tuple[str, str, Node] | None:
-    """x sigmoid(x) and x tanh(softplus(x))."""
+    """Match SiLU, x sigmoid(x), and Mish, x tanh(softplus(x)): (operation, x, last node), or None."""
     for x, gate in (product.inputs, product.inputs[::-1]):
         node = graph.producer(gate)
         if node is not None and node.op == "Sigmoid" and node.inputs == [x]:
@@ -34,7 +34,17 @@ def _match_gate(graph: Graph, product: Node) -> tuple[str, str, Node] | None:
 
 
 def fuse_softplus(graph: Graph, node: Node) -> list[Node] | None:
-    """torch's softplus, x where x > threshold: beyond a threshold of 20 the two differ by less than 2.1e-9."""
+    """Replace Where(x > threshold, x, softplus(x)), torch's softplus, by Softplus, for thresholds of at least 20.
+
+    Above 20, the two differ by less than 2.1e-9.
+
+    Args:
+        graph: The graph.
+        node: A Where without constant condition.
+
+    Returns:
+        The new node, or None if the node is something else.
+    """
     condition, x, soft = node.inputs
     greater, softplus = graph.producer(condition), graph.producer(soft)
     if greater is None or greater.op != "Greater" or softplus is None or softplus.op != "Softplus":
@@ -78,7 +88,7 @@ def _match_gelu(graph: Graph, erf: Node) -> tuple[str, str, Node] | None:
 
 
 def _with_constant(graph: Graph, node: Node) -> tuple[str, float | None]:
-    """The other operand, and the value of the scalar constant operand."""
+    """(other operand, value of the scalar constant operand) of a node; (first operand, None) if none is constant."""
     for index, name in enumerate(node.inputs):
         value = graph.constant(name)
         if value is not None and value.size == 1:

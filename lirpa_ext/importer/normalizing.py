@@ -1,4 +1,4 @@
-"""Rewrites of norms, and of normalizations by statistics of the input itself, into powers, sums and products."""
+"""Rewrites of norms and of normalization layers (instance, layer, local response) into powers, sums and products."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from .graph import Graph, Node
 
 
 def square(graph: Graph, x: str, output: str) -> Node:
-    """x^2 as a power, which is not negative; of a product the engine does not know that."""
+    """Node for x^2 as a power; of a product x x the engine would not know that it is not negative."""
     return Node("Pow", [x, graph.add_constant(2.0, f"{output}/two", graph.types.get(x, np.float32))], [output])
 
 
 def norm(graph: Graph, node: Node) -> list[Node]:
-    """Sums of absolute values or of squares, and their root."""
+    """ReduceL1, ReduceL2 and ReduceSumSquare as sums of absolute values or squares, with a root for ReduceL2."""
     x, inner, total = node.inputs[0], graph.fresh(f"{node.output}/inner"), graph.fresh(f"{node.output}/sum")
     first = Node("Abs", [x], [inner]) if node.op == "ReduceL1" else square(graph, x, inner)
     attributes = {key: value for key, value in node.attributes.items() if key != "axes"}
@@ -26,20 +26,20 @@ def norm(graph: Graph, node: Node) -> list[Node]:
 
 
 def reduce_mean(graph: Graph, x: str, axes: list[int], output: str) -> Node:
-    """Mean over axes that stay with size 1; where the axes are told changed with opset 18."""
+    """Node for the mean over axes, which stay with size 1; since opset 18 the axes are an input, not an attribute."""
     if graph.opset < 18:
         return Node("ReduceMean", [x], [output], {"axes": axes, "keepdims": 1})
     return Node("ReduceMean", [x, graph.add_constant(axes, f"{output}/axes", np.int64)], [output], {"keepdims": 1})
 
 
 def instance_norm(graph: Graph, node: Node) -> list[Node] | None:
-    """Over the axes after the channels."""
+    """InstanceNormalization, over the axes after the channels; None if its rank is below 3 or unknown."""
     rank = len(graph.shapes.get(node.inputs[0], ()))
     return _standardize(graph, node, list(range(2, rank)), (1, -1, *[1] * (rank - 2))) if rank > 2 else None
 
 
 def layer_norm(graph: Graph, node: Node) -> list[Node] | None:
-    """Over the last axes."""
+    """LayerNormalization, over the last axes; None if another output than the first is used, or for axis 0."""
     rank = len(graph.shapes.get(node.inputs[0], ()))
     if not rank or any(graph.users(name) for name in node.outputs[1:]):
         return None
@@ -48,7 +48,10 @@ def layer_norm(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _standardize(graph: Graph, node: Node, axes: list[int], shape: tuple[int, ...] | None) -> list[Node] | None:
-    """(x - mean) / sqrt(variance + eps) * scale + bias; as a product, for 0.3 guesses at a quotient by a root."""
+    """(x - mean) / sqrt(variance + eps) * scale + bias over axes, with the quotient as a product with the reciprocal.
+
+    auto_LiRPA 0.3 matches a quotient by a root heuristically, and can misread it.
+    """
     x, scale, bias = node.inputs[0], graph.optional(node, 1), graph.optional(node, 2)
     if scale is None or (graph.has(node, 2) and bias is None):
         return None
@@ -75,7 +78,7 @@ def _standardize(graph: Graph, node: Node, axes: list[int], shape: tuple[int, ..
 
 
 def local_response(graph: Graph, node: Node) -> list[Node] | None:
-    """x (bias + alpha / size * the squares of `size` neighbouring channels, summed)^-beta."""
+    """LRN, x (bias + alpha / size * s)^-beta with s the sum of squares over `size` neighbouring channels."""
     x, shape, size = node.inputs[0], graph.shapes.get(node.inputs[0]), node.get("size")
     if not shape or len(shape) != 4:
         return None
@@ -97,7 +100,7 @@ def local_response(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def unit_length(graph: Graph, node: Node) -> list[Node]:
-    """x / its norm along an axis."""
+    """LpNormalization, x divided by its l1 or l2 norm along an axis."""
     length = graph.fresh(f"{node.output}/length")
     axes = graph.add_constant([node.get("axis", -1)], f"{node.output}/axes", np.int64)
     norm = "ReduceL1" if node.get("p", 2) == 1 else "ReduceL2"

@@ -1,4 +1,4 @@
-"""One version of every op: a graph of any opset from 7 on becomes one of opset 17, with the same meaning."""
+"""Conversion of opsets: a graph of any opset from 7 on becomes an equivalent graph of opset 17."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import OnnxError
 from .graph import DOMAIN, IR_VERSION, OPSET, Graph, Node
 from .reading import opset_of
 
-# Ops whose later versions differ in data types only, or in options whose default is the old meaning.
+# Operations whose versions after opset 17 add only data types, or options whose default is the old meaning.
 _NAMES = (
     "Acos Acosh Asin Asinh Atan Atanh AveragePool Cast Constant ConstantOfShape Conv ConvTranspose Cos Cosh "
     "DepthToSpace Dropout Einsum Elu Equal Flatten GlobalAveragePool GlobalMaxPool HardSigmoid HardSwish Identity "
@@ -24,10 +24,10 @@ _SAME = frozenset(_NAMES.split())
 
 
 def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model in opset 17, if it is older.
+    """Convert a model of an older opset to opset 17; any other model is returned as it is.
 
     Raises:
-        OnnxError: onnx's version converter cannot.
+        OnnxError: onnx's version converter fails.
     """
     if opset_of(model) >= OPSET:
         return model
@@ -43,10 +43,10 @@ def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def downgrade(graph: Graph) -> list[str]:
-    """Bring a graph of a later opset to opset 17; notes of what was done.
+    """Convert a graph of a later opset to opset 17, in place, and return notes of the rewrites.
 
     Raises:
-        OnnxError: An op that opset 17 cannot say.
+        OnnxError: An operation cannot be expressed in opset 17.
     """
     opset = graph.opset
     if opset <= OPSET:
@@ -68,7 +68,7 @@ def downgrade(graph: Graph) -> list[str]:
 
 
 def _reduce(graph: Graph, node: Node) -> list[Node] | None:
-    """Axes moved from an attribute to an input at opset 18; ReduceSum did at 13."""
+    """Reductions: since opset 18 the axes are an input, in opset 17 an attribute (except for ReduceSum)."""
     axes = graph.optional(node, 1)
     if graph.has(node, 1) and axes is None:
         return None
@@ -83,13 +83,13 @@ def _reduce(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _split(graph: Graph, node: Node) -> list[Node] | None:
-    """`num_outputs` came with opset 18; without sizes opset 17 splits evenly, as 18 does where it can."""
+    """Split without ``num_outputs``, which is new in opset 18; without sizes opset 17 splits evenly."""
     node.attributes.pop("num_outputs", None)
     return [node]
 
 
 def _pad(graph: Graph, node: Node) -> list[Node] | None:
-    """`axes` came with opset 18, mode "wrap" with 19; other axes have no padding."""
+    """Pad with pads for all axes in place of the input ``axes``, which is new in opset 18; others get no padding."""
     if graph.has(node, 3):
         axes, pads, rank = graph.optional(node, 3), graph.optional(node, 1), len(graph.shapes.get(node.inputs[0], ()))
         if axes is None or pads is None or not rank:
@@ -101,12 +101,12 @@ def _pad(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _ours(graph: Graph, node: Node) -> list[Node] | None:
-    """Gelu and Mish, of opsets 20 and 18, are kept under our own domain."""
+    """Gelu (opset 20) and Mish (opset 18) in our own domain, for `converters`."""
     return [Node(node.op, node.inputs, node.outputs, node.attributes, node.name, DOMAIN)]
 
 
 def _swish(graph: Graph, node: Node) -> list[Node] | None:
-    """x sigmoid(alpha x), op of opset 24."""
+    """Swish (opset 24) as x sigmoid(alpha x)."""
     x, scaled, gate = node.inputs[0], graph.fresh(f"{node.output}/scaled"), graph.fresh(f"{node.output}/gate")
     alpha = graph.add_constant(node.get("alpha", 1.0), "alpha", graph.types.get(x, np.float32))
     return [Node("Mul", [x, alpha], [scaled]), Node("Sigmoid", [scaled], [gate]), Node("Mul", [x, gate], node.outputs)]

@@ -1,4 +1,4 @@
-"""An ONNX file, from wherever, as a model that is safe to work on: parsed, bounded in size, sorted, complete."""
+"""Safe reading of untrusted ONNX files: the model is parsed, limited in size, inlined, sorted, and complete."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from onnx import external_data_helper, inliner, numpy_helper
 from ..errors import DataError, OnnxError
 
 OLDEST_OPSET = 7
-MOST_NODES = 2000  # after inlining; the largest of 170 networks of the field has 1,500
+MOST_NODES = 2000  # after inlining; the largest of 170 networks from the literature has 1,500
 _LONGEST = 4096  # characters of a name
 _STANDARD = ("", "ai.onnx")
-_FREE, _RATIO = 2**27, 32  # of gzip: bytes that any file may unpack to, and beyond that times its size
+_FREE, _RATIO = 2**27, 32  # a gzip file may unpack to so many bytes, or to this multiple of its size if that is more
 _MOST_VALUES = 5 * MOST_NODES
-_Call = tuple[str, str, str]  # domain, name and overload of an op or a function
+_Call = tuple[str, str, str]  # domain, name and overload of an operation or a function
 
 
 def read_onnx(source: str | Path | bytes, max_bytes: int) -> onnx.ModelProto:
-    """Read and examine an ONNX file.
+    """Read and check an ONNX file.
 
     Args:
         source: Path of a ``.onnx`` or ``.onnx.gz`` file, or its bytes.
-        max_bytes: Cap on its size, unpacked, external data included.
+        max_bytes: Largest allowed size of the file, unpacked, and of its external data.
 
     Returns:
-        The model: weights inside, local functions inlined, nodes in topological order.
+        The model, which contains its weights, with local functions inlined and nodes in topological order.
 
     Raises:
-        DataError: No such file, truncated, not ONNX, too large, or its external data is missing.
-        OnnxError: An opset, a domain, an op or a weight that cannot be worked with.
+        DataError: The file is missing, truncated, not ONNX or too large, or its external data are missing.
+        OnnxError: The model has an opset, a domain, an operation or weights that are not supported, or too many nodes.
     """
     folder = None
     if not isinstance(source, bytes):
@@ -64,15 +64,21 @@ def read_onnx(source: str | Path | bytes, max_bytes: int) -> onnx.ModelProto:
 
 
 def opset_of(model: onnx.ModelProto) -> int:
-    """Version of the standard domain."""
+    """Version of ONNX's standard operations that a model uses; 0 if it has none."""
     return next((entry.version for entry in model.opset_import if entry.domain in _STANDARD), 0)
 
 
 def unpack(data: bytes, max_bytes: int, where: str) -> bytes:
-    """The bytes, unzipped if they are gzip.
+    """Unzip bytes if they are gzip; other bytes are returned as they are.
+
+    Args:
+        data: Content of a file.
+        max_bytes: Largest allowed number of bytes, unpacked.
+        where: Name of the file, for messages.
 
     Raises:
-        DataError: They are truncated, more than the cap, or a bomb: over 128 MiB and 32 times what they were.
+        DataError: The gzip data are corrupt, the result has more than `max_bytes`, or gzip data unpack to more than
+            128 MiB and more than 32 times their size.
     """
     if data[:2] == b"\x1f\x8b":
         most = min(max_bytes, max(_FREE, _RATIO * len(data)))
@@ -107,7 +113,7 @@ def _parse(data: bytes, where: str) -> onnx.ModelProto:
 
 
 def _names(graph: onnx.GraphProto) -> Iterator[str]:
-    """Every name that the graph is put together by; protobuf does not see to it that they are text."""
+    """All names in a graph; protobuf does not check that they are valid text."""
     for node in graph.node:
         yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
         yield from (attribute.name for attribute in node.attribute)
@@ -164,7 +170,7 @@ def _check_opset(model: onnx.ModelProto, where: str) -> None:
 
 
 def _inline(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
-    """The model without local functions; counted first, as those that call each other twice grow exponentially."""
+    """Inline the local functions of a model. Nodes are counted before, since inlining can grow exponentially."""
     bodies = {_called(function, function.name): _calls(function.node) for function in model.functions}
     if len(bodies) < len(model.functions):
         raise DataError(f"{where} is corrupt: it has two functions of one name")
@@ -199,11 +205,11 @@ def _inline(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
 
 
 def _called(node: onnx.NodeProto | onnx.FunctionProto, name: str) -> _Call:
-    return node.domain, name, getattr(node, "overload", "")  # which came with onnx 1.16
+    return node.domain, name, getattr(node, "overload", "")  # overload is new in onnx 1.16
 
 
 def _calls(nodes: Iterable[onnx.NodeProto]) -> list[_Call]:
-    """What nodes call, those of branches and loops in them included."""
+    """Operations and functions that nodes call, including nodes inside of branches and loops."""
     return [_called(node, node.op_type) for node in _all_nodes(nodes)]
 
 
@@ -216,7 +222,7 @@ def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
 
 
 def _sort(graph: onnx.GraphProto, where: str) -> None:
-    """Put the nodes in topological order, or say what is missing or circular."""
+    """Put the nodes of a graph in topological order; DataError if a tensor is missing or there is a cycle."""
     known = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer} | {""}
     if len({tensor.name for tensor in graph.initializer}) < len(graph.initializer):
         raise DataError(f"{where} is corrupt: it has two weights of one name")
@@ -233,7 +239,7 @@ def _sort(graph: onnx.GraphProto, where: str) -> None:
             readers.setdefault(name, []).append(index)
     ready, ordered = [index for index, names in lacks.items() if not names], []
     while ready:
-        node = graph.node[heapq.heappop(ready)]  # as they stand in the file, where that is an order
+        node = graph.node[heapq.heappop(ready)]  # the heap keeps the order of the file where it is topological
         ordered.append(node)
         for name in filter(None, node.output):
             known.add(name)
@@ -256,14 +262,14 @@ def _sort(graph: onnx.GraphProto, where: str) -> None:
 
 
 def _name_splits(graph: onnx.GraphProto) -> None:
-    """Name the parts of splits that nothing reads: onnxruntime crashes on a Split with an absent output."""
+    """Name the unused outputs of Split nodes, because onnxruntime crashes on a Split with an absent output."""
     for index, node in enumerate(graph.node):
         if node.op_type == "Split":
             node.output[:] = [name or f"split/{index}/{part}" for part, name in enumerate(node.output)]
 
 
 def describe(node: onnx.NodeProto) -> str:
-    """A node as error messages name it."""
+    """Operation and name of a node, for error messages."""
     return f"{node.op_type} node {node.name or (node.output[0] if node.output else '')!r}"
 
 
@@ -292,7 +298,7 @@ def _check_node(node: onnx.NodeProto, opset: int) -> None:
 
 
 def _all_tensors(part: Message) -> Iterator[onnx.TensorProto]:
-    """Every tensor anywhere in a part of a model: weights, attributes, those of functions, branches, sparse ones."""
+    """All tensors in a part of a model, including those of attributes, functions, branches and sparse tensors."""
     for field, value in part.ListFields():
         if field.message_type is None:
             continue

@@ -1,4 +1,4 @@
-"""onnxruntime: what the original file computes, and what the tensors of a graph look like."""
+"""The original network in onnxruntime, and the values and shapes of all tensors of a graph."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from ..engine.limits import memory_limit
 from ..errors import OnnxError
 from .graph import Graph, shape_of
 
-# Caps on one run; a corrupt pad or kernel size asks for more than a machine has.
-_MOST_ELEMENTS = 2**27  # of all tensors
-_MOST_PRODUCTS = 2**36  # a batch of three of VGG-16 is 2**35.4
-_MOST_BYTES = 2**30  # where onnx cannot tell how large the tensors are
+# Limits on one run; a corrupt pad or kernel size could ask for more than a machine has.
+_MOST_ELEMENTS = 2**27  # elements of all tensors
+_MOST_PRODUCTS = 2**36  # multiplications; VGG-16 on a batch of three takes 2**35.4
+_MOST_BYTES = 2**30  # bytes of memory, if onnx cannot infer the size of every tensor
 
 
 def session(model: onnx.ModelProto | bytes, optimize: bool = True) -> Any:
-    """onnxruntime session on one thread that logs nothing.
+    """Make an onnxruntime session on one CPU thread, without logging.
+
+    Args:
+        model: The model, or its bytes.
+        optimize: Whether onnxruntime optimizes the graph, default True; without it every tensor can be an output.
 
     Raises:
         OnnxError: onnxruntime refuses the model.
@@ -35,20 +39,20 @@ def session(model: onnx.ModelProto | bytes, optimize: bool = True) -> Any:
     data = model if isinstance(model, bytes) else model.SerializeToString()
     try:
         return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has a family of its own
+    except Exception as error:  # onnxruntime's exceptions have no common base class
         raise OnnxError(f"onnxruntime refuses the network: {_first_line(error)}") from error
 
 
 class Reference:
-    """The original network in onnxruntime, sample by sample, whatever batch the file was exported for.
+    """The original network in onnxruntime, run sample by sample, for any batch size of the file.
 
     Args:
         model: The model.
         input: Name of the input that varies.
         output: Name of the output.
-        fixed: Values of the other inputs.
+        fixed: Values of the other inputs by name.
         sample_shape: Shape of one sample, without the batch axis.
-        batched: Whether the file's input has a batch axis.
+        batched: Whether the input in the file has a batch axis.
     """
 
     def __init__(
@@ -72,14 +76,18 @@ class Reference:
         return self.__dict__ | {"_session": None}  # sessions can be neither copied nor pickled
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Outputs of a batch, (B, *sample_shape) -> (B, ...), at least two axes."""
+        """Outputs of a batch, ``(B, *sample_shape)`` -> (B, ...), with at least two axes.
+
+        Raises:
+            OnnxError: onnxruntime fails.
+        """
         self._session = self._session or session(self.model)
         outputs = [run(self._session, [self.output], self._feed(sample))[0] for sample in x]
         stacked = np.stack([self._of_sample(output) for output in outputs])
         return stacked if stacked.ndim > 1 else stacked[:, None]
 
     def values(self, sample: np.ndarray) -> dict[str, np.ndarray]:
-        """Every tensor of the original file for one sample, with the batch axis the file gives it."""
+        """Name -> value of every tensor of the file for one sample of `sample_shape`, with the file's batch axis."""
         model = onnx.ModelProto.FromString(self.model)
         names = [name for node in model.graph.node for name in node.output if name]
         known = {value.name for value in model.graph.output}
@@ -97,22 +105,37 @@ class Reference:
 
 
 def run(session: Any, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Outputs of a session.
+    """Run a session.
+
+    Args:
+        session: Session of onnxruntime.
+        outputs: Names of the outputs to compute.
+        feed: Name -> value of each input.
+
+    Returns:
+        Value of each output.
 
     Raises:
         OnnxError: onnxruntime fails.
     """
     try:
         return session.run(outputs, feed)
-    except Exception as error:  # onnxruntime has a family of its own
+    except Exception as error:  # onnxruntime's exceptions have no common base class
         raise OnnxError(f"onnxruntime cannot run the network: {_first_line(error)}") from error
 
 
 def probe(graph: Graph, batch: int) -> dict[str, np.ndarray]:
-    """Every tensor of a graph for a batch of random samples.
+    """Compute every tensor of a graph for a batch of random samples.
+
+    Args:
+        graph: The graph.
+        batch: Number of samples.
+
+    Returns:
+        Name -> value of each tensor, the input included.
 
     Raises:
-        OnnxError: It does not run, a value is no tensor, or a tensor would be enormous.
+        OnnxError: The graph does not run, a value is no tensor, or a tensor would be enormous.
     """
     graph.deadline.check()
     names = [name for node in graph.nodes for name in node.outputs if name]
@@ -130,7 +153,7 @@ def probe(graph: Graph, batch: int) -> dict[str, np.ndarray]:
 
 
 def _check_size(model: onnx.ModelProto, batch: int) -> bool:
-    """Raise OnnxError for tensors or products that are enormous; whether the size of every tensor is known."""
+    """Whether onnx infers the size of every tensor; OnnxError for enormous tensors or too many multiplications."""
     try:
         inferred = shape_inference.infer_shapes(model)
     except Exception as error:  # onnx has several
@@ -159,7 +182,7 @@ def _check_size(model: onnx.ModelProto, batch: int) -> bool:
 
 
 def _products(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Number of multiplications of a convolution, a matrix product or a pool; 1 an element of any other node."""
+    """Number of multiplications of a convolution, matrix product or pool; of any other node, its output's elements."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute if a.name in ("kernel_shape", "transA")}
     first, second = ([shapes.get(name, ()) for name in node.input] + [(), ()])[:2]
     elements = math.prod(shapes.get(node.output[0], ()))

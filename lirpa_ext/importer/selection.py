@@ -1,4 +1,4 @@
-"""Which input varies and which output counts; everything else is fixed or dropped."""
+"""Reduction of a model to one input and one output: other inputs get fixed values, other outputs are dropped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ _FLOAT = onnx.TensorProto.FLOAT
 
 @dataclass
 class Selection:
-    """A model with one input and one output, and how it came from the file."""
+    """A model with one input and one output, and how it was made from the file.
+
+    Attributes:
+        model: The reduced model.
+        input: Name of the input.
+        output: Name of the output.
+        fixed: Values of the other inputs by name.
+        input_shape: Shape of the input, with a batch axis if it has one; None for an open batch size.
+        notes: Notes of the changes.
+    """
 
     model: onnx.ModelProto
     input: str
@@ -37,11 +46,23 @@ def select(
     input_shape: tuple[int, ...] | None,
     logits: bool,
 ) -> tuple[onnx.ModelProto, Selection]:
-    """The model as `Reference` runs it, and reduced to one input and one output.
+    """Reduce a model to one input and one output. The arguments are those of `lirpa_ext.load_onnx`.
+
+    Args:
+        model: The model of the file; with `logits`, the input of the last softmax is added to its outputs.
+        input: Name of the input that varies; None for the only one that is not fixed.
+        output: Name of the output; None for the only one.
+        fixed: Values of the other inputs by name.
+        input_shape: Shape of one sample, if the file leaves sizes open.
+        logits: Whether to cut off a Softmax or LogSoftmax at the end.
+
+    Returns:
+        The original model, for `Reference`, and the reduced one.
 
     Raises:
-        OnnxError: Several inputs or outputs and no word which; open sizes; a last op that is not there.
-        InvalidInputError: A name or a shape that the file does not have.
+        OnnxError: The input or the output is ambiguous, sizes are open, a data type is not supported, or the output
+            does not depend on the input.
+        InvalidInputError: The file does not have a name or a shape that is given.
     """
     graph, opset, notes = model.graph, opset_of(model), []
     weights = {tensor.name for tensor in graph.initializer}
@@ -133,7 +154,7 @@ def _fix_inputs(
 
 
 def _prune(graph: onnx.GraphProto, chosen: str, output: str) -> bool:
-    """Drop what the output does not need; whether it needs the input."""
+    """Remove nodes and weights that the output does not need; whether it depends on the input."""
     needed, kept = {output}, []
     for node in reversed(graph.node):
         if needed.intersection(node.output):
@@ -148,7 +169,14 @@ def _prune(graph: onnx.GraphProto, chosen: str, output: str) -> bool:
 
 
 def single_precision(graph: Graph) -> list[str]:
-    """Float64 weights, inputs and casts become float32, integer inputs floats; notes of what was done."""
+    """Convert weights, input and casts of float64, and an integer input that is cast, to float32, in place.
+
+    Returns:
+        Notes of the changes.
+
+    Raises:
+        OnnxError: A node takes the integers of the input without a cast.
+    """
     notes = []
     if graph.input_type != np.float32:
         whole = graph.input_type.kind in "ui"

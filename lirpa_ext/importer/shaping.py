@@ -1,4 +1,4 @@
-"""Rewrites of nodes that move or choose entries: reshapes, slices, copies, and the largest of some."""
+"""Rewrites of nodes that move, select or copy entries: reshapes, slices, gathers, tiles; and of maxima over axes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from . import windows
 from .graph import Graph, Node
 
 _FLOATS = (np.float32, np.float64)
-_MOST_COPIES = 64  # that an Expand or Tile is taken apart to
+_MOST_COPIES = 64  # an Expand or Tile with more copies is left as it is
 
 
 def reshape(graph: Graph, x: str, sample: tuple[int, ...], outputs: list[str]) -> Node:
-    """Reshape to (batch, *sample)."""
+    """Node that reshapes x to (batch, *sample)."""
     return Node("Reshape", [x, graph.add_constant([0, *sample], f"{outputs[0]}/shape", np.int64)], outputs)
 
 
 def as_reshape(graph: Graph, node: Node) -> list[Node] | None:
-    """Squeeze and Unsqueeze behind the batch axis."""
+    """Squeeze and Unsqueeze of axes behind the batch axis as Reshape; None for other axes."""
     out, two = graph.shapes.get(node.output), graph.shapes_of_two.get(node.output)
     source, before = graph.shapes.get(node.inputs[0]), graph.shapes_of_two.get(node.inputs[0])
     if not (out and two and source and before) or (out[0], two[0]) != (source[0], before[0]) or out[1:] != two[1:]:
@@ -26,7 +26,7 @@ def as_reshape(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def reduce_max(graph: Graph, node: Node) -> list[Node] | None:
-    """A pool over windows that are whole rows, for which CROWN has bounds, unlike ReduceMax."""
+    """ReduceMax as a MaxPool over whole rows, because CROWN has bounds for MaxPool only; None along the batch axis."""
     x, shape, out = node.inputs[0], graph.shapes.get(node.inputs[0]), graph.shapes.get(node.output)
     axes = graph.optional(node, 1) if graph.has(node, 1) else node.get("axes")
     if not shape or out is None or axes is None or not len(axes):
@@ -47,7 +47,7 @@ def reduce_max(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def gather(graph: Graph, node: Node) -> list[Node] | None:
-    """At constant places behind the batch axis: a row of places that are counted from the front."""
+    """Gather at constant indices behind the batch axis, with a vector of indices that are not negative."""
     shape, out, index = graph.shapes.get(node.inputs[0]), graph.shapes.get(node.output), graph.optional(node, 1)
     if not shape or out is None or index is None:
         return None
@@ -61,7 +61,7 @@ def gather(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def strided_slice(graph: Graph, node: Node) -> list[Node] | None:
-    """With a step other than 1: a Gather along one axis, which both engines bound."""
+    """Slice with steps other than 1 as a Gather along each axis, which all supported engines bound."""
     starts, ends, steps = (graph.optional(node, index) for index in (1, 2, 4))
     shape = graph.shapes.get(node.inputs[0])
     if shape is None or starts is None or ends is None or steps is None or (steps == 1).all():
@@ -79,7 +79,7 @@ def strided_slice(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def repeat(graph: Graph, node: Node) -> list[Node] | None:
-    """Tile and Expand along axes behind the batch: copies side by side."""
+    """Tile and Expand along axes behind the batch axis as concatenations of copies."""
     x, shape, out = node.inputs[0], graph.shapes.get(node.inputs[0]), graph.shapes.get(node.output)
     two = graph.shapes_of_two.get(node.output), graph.shapes_of_two.get(x)
     if not shape or out is None or len(shape) != len(out) or shape[0] != out[0] or not two[0] or not two[1]:
@@ -98,7 +98,7 @@ def repeat(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def split(graph: Graph, node: Node) -> list[Node] | None:
-    """Into slices, so that each node has one output."""
+    """Split as slices, so that each node has one output."""
     axis, size = node.get("axis", 0), [graph.shapes.get(name, ()) for name in node.outputs]
     if not all(size):
         return None
@@ -110,7 +110,7 @@ def split(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def depth_to_space(graph: Graph, node: Node) -> list[Node] | None:
-    """Reshape, transpose, reshape."""
+    """DepthToSpace and SpaceToDepth as Reshape, Transpose and Reshape."""
     shape = graph.shapes.get(node.inputs[0])
     if shape is None or len(shape) != 4:
         return None

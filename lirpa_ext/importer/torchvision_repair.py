@@ -1,4 +1,4 @@
-"""A placeholder for torchvision where it cannot be imported, while onnx2torch is."""
+"""A placeholder for torchvision while onnx2torch is imported, if torchvision cannot be imported."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def torchvision_or_placeholder() -> Iterator[None]:
-    """Let onnx2torch be imported where there is no torchvision, or one that cannot be repaired.
+    """Context in which onnx2torch can be imported without torchvision, or with one that cannot be repaired.
 
-    onnx2torch needs it for two operators of object detectors alone. A placeholder stands in during that import
-    and is gone after it; a network that has one of those operators gets the cause as its error.
+    onnx2torch uses torchvision only for operations of object detectors. A placeholder takes its place during the
+    ``with``; a network with one of these operations raises ImportError with the cause.
     """
     try:
         importlib.import_module("torchvision")

@@ -1,4 +1,4 @@
-"""Rewrites of convolutions and pools: explicit padding, and what the engine would drop (dilation, ceil_mode)."""
+"""Rewrites of convolutions, pools, pads and resizes, without features that the engine ignores (dilation, ceil_mode)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NOT_NEGATIVE = ("Relu", "Sigmoid", "Abs", "Softplus", "Exp", "Softmax")
 
 
 def _per_axis(node: Node, kernel: list[int], shape: tuple[int, ...]) -> tuple[list[int], list[int], list[list[int]]]:
-    """Strides, dilations and (begin, end) pads for each axis, `auto_pad` resolved."""
+    """Strides, dilations and (begin, end) pads for each spatial axis, with ``auto_pad`` resolved."""
     axes = len(kernel)
     strides, dilations = node.get("strides", [1] * axes), node.get("dilations", [1] * axes)
     auto = node.get("auto_pad", "NOTSET")
@@ -40,14 +40,14 @@ def _zero_pad(graph: Graph, x: str, pads: list[list[int]], output: str) -> Node:
 
 
 def slice_node(graph: Graph, x: str, axis: int, start: int, end: int, output: str) -> Node:
-    """x[start:end] along an axis."""
+    """Slice node for x[start:end] along an axis, named by its output."""
     names = [graph.add_constant([value], f"{output}/{stem}", np.int64)
              for value, stem in ((start, "start"), (end, "end"), (axis, "axis"))]  # fmt: skip
     return Node("Slice", [x, *names], [output])
 
 
 def convolution(graph: Graph, node: Node) -> list[Node] | None:
-    """One that sees all of its input is a dense layer; uneven padding is a node of its own."""
+    """Conv over its whole input as a dense layer; uneven padding as a separate Pad node."""
     x, weight, bias = node.inputs[0], graph.optional(node, 1), graph.optional(node, 2)
     shape, out = graph.shapes.get(x), graph.shapes.get(node.output)
     if weight is None or shape is None or out is None or (graph.has(node, 2) and bias is None):
@@ -88,7 +88,7 @@ def _end_pads(
     shape: tuple[int, ...], out: tuple[int, ...], kernel: list[int], strides: list[int], dilations: list[int],
     pads: list[list[int]],
 ) -> list[list[int]]:  # fmt: skip
-    """Pads with which windows that are all complete give the output's size (ceil_mode runs over the end)."""
+    """Pads with which complete windows give the size of the output; with ceil_mode, windows exceed the input."""
     return [
         [begin, max((o - 1) * s + (k - 1) * d + 1 - size - begin, 0)]
         for size, o, k, s, d, (begin, _) in zip(shape[2:], out[2:], kernel, strides, dilations, pads, strict=True)
@@ -96,7 +96,7 @@ def _end_pads(
 
 
 def average_pool(graph: Graph, node: Node) -> list[Node] | None:
-    """With uneven pads, pads that do not count, dilation or ceil_mode: a sum by convolution, over the counts."""
+    """AveragePool with uneven or excluded pads, dilation or ceil_mode, as a summing convolution divided by counts."""
     x = node.inputs[0]
     shape, out = graph.shapes.get(x), graph.shapes.get(node.output)
     if shape is None or out is None:
@@ -130,7 +130,11 @@ def average_pool(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def max_pool(graph: Graph, node: Node) -> list[Node] | None:
-    """Padding repeats the border, which never changes a maximum; dilated windows are gathered by a convolution."""
+    """MaxPool with other than even pads, or with ceil_mode or dilation, in terms of a plain MaxPool.
+
+    Pads repeat the border, which does not change a maximum, or are zeros behind a function that is not negative.
+    Dilated windows are gathered by a convolution.
+    """
     x = node.inputs[0]
     shape, out = graph.shapes.get(x), graph.shapes.get(node.output)
     if shape is None or out is None or (len(node.outputs) > 1 and graph.users(node.outputs[1])):
@@ -164,7 +168,7 @@ def max_pool(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _in_two_dimensions(graph: Graph, node: Node, shape: tuple[int, ...], out: tuple[int, ...]) -> list[Node]:
-    """Pools along one axis, for which not every engine has bounds, along the last of two."""
+    """A pool along one axis as a pool along the last of two axes, because not every engine bounds the former."""
     wide, pooled = graph.fresh(f"{node.output}/wide"), graph.fresh(f"{node.output}/pooled")
     one = {"kernel_shape": [1], "strides": [1], "dilations": [1]}
     attributes = {
@@ -179,7 +183,7 @@ def _in_two_dimensions(graph: Graph, node: Node, shape: tuple[int, ...], out: tu
 
 
 def pad(graph: Graph, node: Node) -> list[Node] | None:
-    """Reflected, repeated and wrapped borders are slices side by side; so is what negative pads leave."""
+    """Pad with reflected, repeated or wrapped borders, or with negative pads, as concatenated slices."""
     x, amounts = node.inputs[0], graph.optional(node, 1)
     shape, mode = graph.shapes.get(x), node.get("mode", "constant")
     if amounts is None or shape is None or graph.has(node, 3):
@@ -223,7 +227,7 @@ def _cropped(size: int, begin: int, end: int) -> list[tuple[int, int]] | None:
 
 
 def _repeat_border(graph: Graph, x: str, shape: tuple[int, ...], pads: list[list[int]], output: str) -> list[Node]:
-    """Every window that reaches into the padding also has the border, so a repeated border is never larger."""
+    """Pad by repeating the border. It keeps maxima: every window that reaches into the pads contains the border too."""
     nodes: list[Node] = []
     moved = [axis for axis, pair in enumerate(pads, 2) if any(pair)]
     for axis in moved:
@@ -243,7 +247,7 @@ def _gather_windows(
     graph: Graph, node: Node, x: str, channels: int, out: tuple[int, ...], kernel: list[int], strides: list[int],
     dilations: list[int],
 ) -> list[Node]:  # fmt: skip
-    """One channel for each place in the window, by a convolution that copies; then the maximum over them."""
+    """Dilated MaxPool: a convolution copies each place of a window to a channel, then a MaxPool over these channels."""
     places = math.prod(kernel)
     copies = np.tile(np.eye(places).reshape(places, 1, *kernel), (channels, *[1] * (len(kernel) + 1)))
     weight = graph.add_constant(copies, f"{node.output}/copies", graph.types.get(node.inputs[0], np.float32))
@@ -260,7 +264,7 @@ def _gather_windows(
 
 
 def global_max_pool(graph: Graph, node: Node) -> list[Node] | None:
-    """A pool with one window."""
+    """GlobalMaxPool as a MaxPool with a single window."""
     shape = graph.shapes.get(node.inputs[0])
     if shape is None:
         return None
@@ -269,7 +273,7 @@ def global_max_pool(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def resize(graph: Graph, node: Node) -> list[Node] | None:
-    """Nearest neighbour by a whole factor: a transposed convolution with ones."""
+    """Resize and Upsample to the nearest neighbour by an integer factor, as a transposed convolution with ones."""
     x = node.inputs[0]
     shape, out = graph.shapes.get(x), graph.shapes.get(node.output)
     if shape is None or out is None or node.get("mode", "nearest") != "nearest" or len(shape) < 3:

@@ -51,7 +51,7 @@ def cap(
         OptionError: `projections` is not a whole number from 1, or both `generator` and `seed` are given.
     """
     if projections is not None and (isinstance(projections, bool) or not projections >= 1):
-        raise OptionError(f"projections must be a whole number from 1, the source takes 50, got {projections}")
+        raise OptionError(f"projections must be a whole number from 1, Lee (2021) takes 50, got {projections}")
     context = problem.context("bound", False if projections else outward)
     order = engine.ancestors_in_order(problem.final)
     activations = [node for node in order if type(node).__name__ in ACTIVATIONS and node.perturbed]

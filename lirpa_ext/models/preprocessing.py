@@ -113,7 +113,7 @@ class Preprocessed(nn.Module):
         self.input_shape = shape
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs of the network for raw samples, (B, ...)."""
+        """Outputs of the network for raw samples, ``(B, *sample_shape)``."""
         x = self.normalization(x)
         if self.permutation is not None:
             x = x.permute(self.permutation)

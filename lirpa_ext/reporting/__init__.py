@@ -1,1 +1,1 @@
-"""What all that reports shares: tables, figures with their words, and files of results."""
+"""Shared by everything that reports: tables, figures with alt texts, and the safe writing of files."""

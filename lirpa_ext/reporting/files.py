@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and a lock that lets one process at a time write to a place."""
+"""Writing of files that are complete or do not change, and locks that let one process at a time write."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ PathLike = str | os.PathLike[str]
 
 @contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[Path]:
-    """A path to write to, which becomes `path` at the end of the ``with``, unless that ends with an error.
+    """Context that yields a temporary path, which replaces `path` at the end of the ``with`` if there is no error.
+
+    Args:
+        path: File to write; a link stays a link, and a device such as /dev/stdout is written to directly.
 
     Raises:
-        ResultsError: It cannot be written: a full disk, a folder that is read-only or not there.
+        ResultsError: The file cannot be written: the disk is full, or the folder is read-only or missing.
     """
-    target = Path(os.path.realpath(path))  # a link stays one
-    special = target.exists() and not target.is_file()  # /dev/stdout
+    target = Path(os.path.realpath(path))
+    special = target.exists() and not target.is_file()
     part = target if special else target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield part
@@ -50,17 +53,21 @@ def replacing(path: PathLike) -> Iterator[Path]:
 
 
 def write_whole(path: PathLike, content: bytes | memoryview | str) -> None:
-    """Write a file, on disk before this returns; whoever is killed meanwhile leaves the file as it was.
+    """Write a file; it is on disk when this returns, and unchanged if the process is killed before.
+
+    Args:
+        path: File to write.
+        content: Bytes, or text, which is encoded as UTF-8.
 
     Raises:
-        ResultsError: It cannot be written.
+        ResultsError: The file cannot be written.
     """
     with replacing(path) as part:
         part.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def write_tensors(path: PathLike, content: Any) -> None:
-    """Write what `torch.load` reads.
+    """Write content, such as a state dict, in the format of ``torch.save``; the file is replaced as a whole.
 
     Raises:
         ResultsError: The file cannot be written.
@@ -71,10 +78,10 @@ def write_tensors(path: PathLike, content: Any) -> None:
 
 
 def make_folder(path: PathLike) -> None:
-    """Make a folder and those above it, where they are not there yet.
+    """Make a folder and its parents, unless they exist.
 
     Raises:
-        ResultsError: It cannot be made.
+        ResultsError: The folder cannot be made.
     """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -83,7 +90,12 @@ def make_folder(path: PathLike) -> None:
 
 
 def write_csv(path: PathLike, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one line a row, in the order of the columns; what a row lacks is left empty.
+    """Write a CSV file with a header and one line for each row; the file is replaced as a whole.
+
+    Args:
+        path: File to write.
+        columns: Keys of the rows, in the order of the columns.
+        rows: One mapping for each row; a missing key leaves the cell empty.
 
     Raises:
         ResultsError: The file cannot be written.
@@ -96,19 +108,19 @@ def write_csv(path: PathLike, columns: Sequence[str], rows: Iterable[Mapping[str
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what killed processes left of files that they were writing."""
+    """Remove the temporary files that killed processes left in a folder."""
     for part in folder.glob(".*.part"):
         part.unlink(missing_ok=True)
 
 
 def unwritable(path: PathLike, error: Exception) -> ResultsError:
-    """The error of a file that cannot be written."""
+    """The `ResultsError` for a file that cannot be written because of an error."""
     return ResultsError(f"{path} cannot be written: {error}. Free the disk, or give another path")
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file or folder, see `acquire`."""
+    """Context that holds the lock of a file or folder, see `acquire`."""
     lock = acquire(path)
     try:
         yield
@@ -117,16 +129,22 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def acquire(path: Path) -> FileLock | None:
-    """Take the lock ``PATH.lock``; None where the file system has none.
+    """Acquire the lock ``PATH.lock``, without waiting.
+
+    Args:
+        path: The file or folder to lock; its folder must exist.
+
+    Returns:
+        The lock, for `release`; None if the file system has no locks, which logs a warning.
 
     Raises:
-        ResultsError: Another process or thread holds it.
+        ResultsError: Another process or thread holds the lock.
     """
     file = path.with_name(f"{path.name}.lock")
     lock = FileLock(file, timeout=0)
     try:
         lock.acquire()
-        while not file.exists():  # another run took it away as it ended
+        while not file.exists():  # another run removed the lock file as it ended
             lock.release()
             lock.acquire()
     except Timeout as error:
@@ -138,7 +156,7 @@ def acquire(path: Path) -> FileLock | None:
 
 
 def release(lock: FileLock | None) -> None:
-    """Give the lock back."""
+    """Release a lock of `acquire`, and remove its file; nothing happens for None."""
     if lock is not None:
-        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held; `acquire` looks for that
+        Path(lock.lock_file).unlink(missing_ok=True)  # removed while the lock is held; `acquire` checks for this
         lock.release()

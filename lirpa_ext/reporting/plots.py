@@ -1,6 +1,6 @@
-"""One style for all plots: colours safe for colour blindness, told apart by line and marker too, with an alt text.
+"""One style for all plots, and figures with alt texts. Lines differ in colour (safe for colour blindness) and dash.
 
-Figures are made without pyplot: no global state, no backend but Agg, SVG or PDF at the time of saving.
+Figures are made without pyplot, so that there is no global state and no graphical backend.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COLORS", "SIZE", "alt_text", "describe", "figure", "image_size", "read_alt", "save", "style", "svg"]
 
-# M. Okabe, K. Ito: Color universal design (2008). Their yellow is left out: as a line on white it is not seen.
+# M. Okabe, K. Ito: Color universal design (2008), without the yellow, which is not visible as a line on white.
 COLORS = {
     "blue": "#0072B2",
     "vermillion": "#D55E00",
@@ -32,23 +32,26 @@ COLORS = {
 _LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
-SIZE = (5.4, 3.8)  # inches: the words stay readable where a phone shows it 340 points wide
+SIZE = (5.4, 3.8)  # inches; the text stays readable on a phone, 340 points wide
 
 
 def figure(
     alt: str, rows: int = 1, columns: int = 1, size: tuple[float, float] | None = None, **options: Any
 ) -> tuple[Figure, np.ndarray]:
-    """A figure and its axes, with a light grid and without a frame at the top and on the right.
+    """Make a figure and its axes, with a light grid and without a frame at the top and on the right.
 
     Args:
-        alt: What a reader who cannot see it should know: kind of plot, axes, what it shows. `describe` changes it.
-        rows: Rows of axes, default 1.
-        columns: Columns of axes, default 1.
-        size: Width and height in inches, default `SIZE`, higher for more rows and wider for more columns.
-        **options: Of matplotlib's ``Figure.subplots``, such as ``sharex=True``.
+        alt: Alt text, for readers who cannot see the figure: kind of plot, axes, result. `describe` changes it.
+        rows: Number of rows of axes, default 1.
+        columns: Number of columns of axes, default 1.
+        size: Width and height in inches, default `SIZE`, scaled with the rows and columns.
+        **options: Options of matplotlib's ``Figure.subplots``, such as ``sharex=True``.
 
     Returns:
         The figure, and an array of axes of shape (rows, columns).
+
+    Raises:
+        InvalidInputError: The alt text is empty.
     """
     from matplotlib.figure import Figure  # slow to import
 
@@ -64,11 +67,11 @@ def figure(
 
 
 def style(number: int, markers: bool = True) -> dict[str, Any]:
-    """Keyword arguments of the line of a number: no two of the first 7 share colour, dash or marker.
+    """Keyword arguments for matplotlib of a line in a plot; no two of the first 7 share colour, dash or marker.
 
     Args:
-        number: Counted from 0; from 7 on colours come again with other dashes.
-        markers: Whether to have a marker, default yes; not for lines of hundreds of points.
+        number: Number of the line, from 0; from 7 on, colours are repeated with other dashes.
+        markers: Whether the line has markers, default True; pass False for lines of hundreds of points.
     """
     names, count = list(COLORS), len(COLORS)
     line = {"color": COLORS[names[number % count]], "linestyle": _LINES[(number + number // count) % count]}
@@ -76,10 +79,10 @@ def style(number: int, markers: bool = True) -> dict[str, Any]:
 
 
 def describe(drawn: Figure, alt: str) -> None:
-    """Give a figure its alt text.
+    """Set the alt text of a figure.
 
     Raises:
-        InvalidInputError: It is empty.
+        InvalidInputError: The alt text is empty.
     """
     if not alt.strip():
         raise InvalidInputError("a figure needs an alt text: say what it shows")
@@ -87,15 +90,19 @@ def describe(drawn: Figure, alt: str) -> None:
 
 
 def alt_text(drawn: Figure) -> str:
-    """The alt text of a figure, "" if it has none."""
+    """The alt text of a figure; "" if it has none."""
     return str(drawn.get_label() or "")
 
 
 def save(drawn: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure as PNG, SVG or PDF, with its alt text in the file (`read_alt`).
+    """Write a figure, with its alt text in the file's meta data (`read_alt`); the folder is made if needed.
+
+    Args:
+        drawn: The figure.
+        path: File to write, ``.png``, ``.svg`` or ``.pdf``.
 
     Raises:
-        InvalidInputError: It has no alt text.
+        InvalidInputError: The figure has no alt text.
         ResultsError: The file cannot be written, or its suffix is unknown.
     """
     if not alt_text(drawn):
@@ -111,7 +118,7 @@ def save(drawn: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def svg(drawn: Figure) -> str:
-    """A figure as the text of an SVG file, letters as outlines, the same whenever it is drawn."""
+    """A figure as the text of an SVG file, with letters as outlines; the same figure always gives the same text."""
     from matplotlib import rc_context
 
     written = io.StringIO()
@@ -121,7 +128,7 @@ def svg(drawn: Figure) -> str:
 
 
 def read_alt(path: str | os.PathLike[str]) -> str:
-    """The alt text that `save` put into a PNG file, "" if there is none.
+    """The alt text that `save` put into a PNG file; "" if there is none.
 
     Raises:
         ResultsError: The file is no image, or cannot be read.

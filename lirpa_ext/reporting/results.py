@@ -1,4 +1,4 @@
-"""What an analysis returns: numbers as rows, for a table, a JSON and a CSV file."""
+"""`Result`, the base class of what analyses return: numbers as rows, with a text table, a JSON and a CSV file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMAT = "lirpa-ext analysis 1"
 
 
 class Result(ABC):
-    """Numbers of one analysis. A subclass is a frozen dataclass that says what its rows are.
+    """Numbers of one analysis. A subclass is a frozen dataclass that implements `rows`.
 
     Example:
         >>> from dataclasses import dataclass
@@ -40,26 +40,28 @@ class Result(ABC):
 
     @abstractmethod
     def rows(self) -> list[Row]:
-        """One dict for each row, of plain numbers and words, all with the same keys."""
+        """One dict for each row: plain numbers and strings, all rows with the same keys."""
 
     def details(self) -> list[Row]:
-        """What the rows were made of, such as one row a sample; default nothing."""
+        """Rows of the single values behind `rows`, such as one for each sample; default none."""
         return []
 
     def summary(self) -> str:
-        """What the numbers say, in a sentence or two; default nothing. Also a good alt text of the plot."""
+        """The result in a sentence or two, also used as alt text of the plot; default ""."""
         return ""
 
     def table(self) -> str:
-        """The rows as text."""
+        """The rows as a text table."""
         return text_table(self.rows())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ``path`` with the suffixes ``.json`` (format, name of the class, summary, rows) and ``.csv`` (rows).
+        """Write ``PATH.json`` (format, name of the class, summary, rows) and ``PATH.csv`` (rows).
 
-        The details, if there are any, go to ``PATH_details.csv``.
+        The details, if there are any, go to ``PATH_details.csv``. A number that is not finite is null in JSON and empty
+        in CSV.
 
-        What is not finite is null in JSON and empty in CSV.
+        Args:
+            path: Path of the files; its suffix is replaced, and its folder is made if needed.
 
         Raises:
             ResultsError: A file cannot be written.
@@ -76,7 +78,13 @@ class Result(ABC):
 
 
 def read_result(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What `Result.save` wrote: format, analysis, summary, rows. None for a JSON file of something else.
+    """Read the JSON file of `Result.save`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Dict with format, analysis, summary and rows; None for a JSON file with other content.
 
     Raises:
         ResultsError: The file cannot be read, or is no JSON.
@@ -89,10 +97,10 @@ def read_result(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def text_table(rows: Sequence[Row]) -> str:
-    """Rows as text: words to the left, numbers to the right, four significant digits.
+    """Rows as a text table: strings aligned left, numbers aligned right with four significant digits.
 
     Args:
-        rows: Dicts with the same keys.
+        rows: Dicts with the same keys; the first row determines the columns.
     """
     if not rows:
         return ""
@@ -121,7 +129,7 @@ def _shown(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON has: numbers of torch and numpy become Python's, what is not finite None."""
+    """A value that JSON can hold: a number of numpy becomes one of Python, a number that is not finite None."""
     if isinstance(value, bool | str) or value is None:
         return value
     if isinstance(value, numbers.Integral):

@@ -1,1 +1,1 @@
-"""Properties of networks: VNN-LIB, falsification, methods in turn, and splitting of the input."""
+"""Verification of properties: VNN-LIB files, counterexamples, bound methods in turn, and branch and bound."""

@@ -1,4 +1,4 @@
-"""What is known of a case of a property: the bounds that methods claim, and the points that could refute them."""
+"""Evidence about a case of a property: bounds claimed by methods, and values at points that could refute them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .vnnlib import Case
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """What a method says of a case.
+    """Bounds on a case by one method.
 
     Attributes:
-        method: Its name, or "split".
-        sources: The methods, in lower case, whose bounds it rests on.
-        lower: Lower bounds of the goal's rows, (U,); -inf where it says nothing.
-        margin: Lower bound of the case's margin, where it says that alone; -inf otherwise.
+        method: Name of the method, or "split" for branch and bound.
+        sources: Names, in lower case, of all methods whose bounds the claim uses.
+        lower: Lower bounds of the goal's rows, (U,); -inf for a row without bound.
+        margin: Lower bound of the case's margin, for a claim of "split"; -inf otherwise.
     """
 
     method: str
@@ -35,15 +35,19 @@ class Claim:
 class Evidence:
     """Claims about a case, and values of the network at points of its box.
 
+    Args:
+        case: The case.
+        dtype: torch dtype in which the bounds are computed.
+
     Attributes:
-        goal: What is to be shown.
-        claims: Of methods that were not caught with a wrong bound, in their order.
-        lower: The best bounds of the goal's rows, of all claims together, (U,).
-        margin: The case's margin: what the claims say, or what a point has if that is less.
-        method: The method that was needed last to make the margin positive, or "".
-        least: Least value of each row at a point of the box so far, (U,); NaN once a value was not finite.
-        worst: Least margin of such a point; one that is not positive is unsafe.
-        noise: What rounding errors scale with (`guard.noise`), of the points looked at so far.
+        goal: The rows of the case's polytopes.
+        claims: Claims of methods that no point has refuted, in the order in which they were made.
+        lower: Best lower bounds of the goal's rows over all claims, (U,).
+        margin: Margin of the case: the lower bound by the claims, or the least margin of a point if that is smaller.
+        method: Method whose claim made the margin positive, or "".
+        least: Least value of each row at the points so far, (U,); NaN once a value was not finite.
+        worst: Least margin of the points so far; a point without positive margin is unsafe.
+        noise: Scale of the rounding errors (`guard.noise`) at the points so far.
     """
 
     def __init__(self, case: Case, dtype: torch.dtype) -> None:
@@ -61,9 +65,13 @@ class Evidence:
         return not np.isnan(self.least).any()
 
     def see(self, outputs: Tensor) -> np.ndarray:
-        """Take the outputs (P, outputs) of points of the box, in float64; gives the margin of each, (P,).
+        """Add the network's outputs at points of the box.
 
-        A margin that is not positive says that the point is unsafe, as far as float64 can tell.
+        Args:
+            outputs: Outputs at P points, (P, outputs), float64.
+
+        Returns:
+            Margin of each point, (P,); a point without positive margin is unsafe, up to rounding in float64.
         """
         values = self.goal.values(outputs)
         self.least = np.minimum(self.least, values.min(0))  # NaN stays
@@ -74,29 +82,35 @@ class Evidence:
         return margins
 
     def claim(self, method: str, index: np.ndarray, lower: np.ndarray) -> None:
-        """Take a method's bounds (S,) of the rows of some indices (S,)."""
+        """Add the bounds of a method on some rows.
+
+        Args:
+            method: Name of the method.
+            index: Indices of rows of the goal, (S,).
+            lower: Lower bounds of these rows, (S,).
+        """
         every = np.full(len(self.goal.rows), -np.inf)
         every[index] = lower
         self._add(Claim(method, frozenset({method.lower()}), every))
 
     def claim_margin(self, margin: float, method: str) -> None:
-        """Take the margin of a branch and bound, by a method, that started from the bounds so far."""
+        """Add the margin of a branch and bound by a method; it started from all claims so far, and rests on them."""
         sources = frozenset({method.lower()}).union(*(claim.sources for claim in self.claims))
         self._add(Claim("split", sources, np.full(len(self.goal.rows), -np.inf), margin))
 
     def drop(self, method: str) -> None:
-        """Forget what rests on bounds of a method."""
+        """Remove all claims that use bounds of a method."""
         self.claims = [claim for claim in self.claims if method.lower() not in claim.sources]
         self._weigh()
 
     def refuted(self, lower: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Which bounds (..., U) are above values of the same rows by more than rounding."""
+        """Which lower bounds of the rows, (..., U), are above values of the rows, (..., U), by more than rounding."""
         bounds = torch.from_numpy(np.asarray(lower)).to(self.dtype)
         slack = guard.slack(torch.tensor(self.noise), torch.from_numpy(self._weights), bounds).double().numpy()
         return (lower > -np.inf) & ~(lower <= values + np.where(np.isfinite(lower), slack, 0))
 
     def refutations(self, where: str) -> dict[str, str]:
-        """The methods with a bound that a point refutes, and what is to be said of that bound."""
+        """Method -> message, for every method with a bound that a point refutes; `where` names the case."""
         found: dict[str, str] = {}
         if not self.finite:
             return found
@@ -114,7 +128,7 @@ class Evidence:
         self._weigh()
 
     def _weigh(self) -> None:
-        """What all claims together say."""
+        """Combine all claims: set `lower`, `margin` and `method`."""
         self.lower = np.full(len(self.goal.rows), -np.inf)
         self.margin, self.method = -math.inf, ""
         for claim in self.claims:
@@ -127,7 +141,12 @@ class Evidence:
 
 
 def looking(evidence: Evidence, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function, whose outputs at points of the case's box become evidence."""
+    """Wrap a network so that its outputs at points of the case's box are added to the evidence.
+
+    Args:
+        evidence: Evidence about the case.
+        function: The network in float64, (P, inputs) -> (P, outputs).
+    """
 
     def looked(points: Tensor) -> Tensor:
         outputs = function(points)

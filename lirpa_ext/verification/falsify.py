@@ -1,4 +1,4 @@
-"""Counterexamples to a property: projected gradient descent on the unsafe polytopes, and the check of what it finds."""
+"""Search for counterexamples to a property by projected gradient descent, and the exact check of a candidate."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .vnnlib import Case, Polytope
 
 Function = Callable[[Tensor], Tensor]  # (B, inputs) -> (B, outputs), float64
 
-_MOST_POINTS = 128  # at once
-_MOST_ELEMENTS = 2**20  # of their inputs
+_MOST_POINTS = 128  # points that are moved together
+_MOST_ELEMENTS = 2**20  # numbers of their inputs
 
 
 @dataclass(frozen=True, eq=False)
 class Witness:
-    """An input of a case's box with an unsafe output.
+    """A counterexample: an input of a case's box with an unsafe output.
 
     Attributes:
-        input: Shape of one sample, float64.
-        output: What the network as it runs gives for it, (outputs,).
+        input: The input, in the shape of one sample, float64.
+        output: Output of the network as it runs (`Judge`), (outputs,), float64.
         case: Index of the case.
     """
 
@@ -33,11 +33,11 @@ class Witness:
 
 
 class Judge:
-    """Says whether a point is a counterexample: in the box exactly, and unsafe in float64 and as the network runs.
+    """Decides whether a point is a counterexample: exactly in the box, and unsafe in float64 and as the network runs.
 
     Args:
-        function: The network in float64.
-        original: The network as it runs, on one sample: the file in onnxruntime, or the module in float32.
+        function: The network in float64, (B, inputs) -> (B, outputs).
+        original: The network as it runs, of one sample: the file in onnxruntime, or the module in float32.
         input_shape: Shape of one sample.
     """
 
@@ -47,10 +47,18 @@ class Judge:
         self.function, self.original, self.input_shape = function, original, input_shape
 
     def witness(self, index: int, case: Case, point: np.ndarray) -> Witness | None:
-        """The float32 point of the box next to `point`, (inputs,), if it is a counterexample.
+        """Round a point to float32 within the box, and check whether it is a counterexample.
 
-        Where the box holds no float32 (an input fixed to 0.1), that input is the box's float64, and the network
-        runs on the float32 nearest to it.
+        Where an input's interval contains no float32 (an input fixed to 0.1), the input is a float64 of the interval,
+        and the network runs on the float32 nearest to it.
+
+        Args:
+            index: Index of the case.
+            case: The case.
+            point: The point, (inputs,).
+
+        Returns:
+            The counterexample, or None.
         """
         x = _single(case, point)
         if not ((case.inner_lower <= x) & (x <= case.inner_upper)).all():
@@ -65,7 +73,7 @@ class Judge:
 
 
 def _single(case: Case, point: np.ndarray) -> np.ndarray:
-    """The float32 nearest to a point, in the inner box wherever that has one."""
+    """The float32 nearest to a point (inputs,) in the inner box; a float64 where an interval contains no float32."""
     with np.errstate(over="ignore"):
         low, high = (end.astype(np.float32) for end in (case.inner_lower, case.inner_upper))
         low = np.where(low < case.inner_lower, np.nextafter(low, np.float32(np.inf)), low).astype(np.float64)
@@ -84,19 +92,23 @@ def falsify(
     seed: int,
     function: Function | None = None,
 ) -> Witness | None:
-    """Search the box for a counterexample: PGD on the largest a.y - b of each polytope, by the gradient's sign.
+    """Search the box of a case for a counterexample by PGD.
 
-    A. Madry et al., Towards deep learning models resistant to adversarial attacks, ICLR 2018.
+    Each run minimizes the largest a.y - b over the rows of one polytope, by steps in the direction of the gradient's
+    sign. A. Madry et al., Towards deep learning models resistant to adversarial attacks, ICLR 2018.
 
     Args:
-        judge: Has the network, and the last word.
+        judge: Decides whether a point is a counterexample.
         index: Index of the case.
-        case: The box.
-        unsafe: The polytopes to reach.
+        case: The case, whose inner box is searched.
+        unsafe: Polytopes of unsafe outputs to reach.
         steps: Steps of a run.
         restarts: Runs for each polytope: the first from the center, the others from random points.
-        seed: Of the random points.
-        function: The network that is followed, default the judge's: one may look at what the points give.
+        seed: Seed of the random points.
+        function: The network whose gradient is followed, (B, inputs) -> (B, outputs); default that of the judge.
+
+    Returns:
+        The first counterexample, or None.
     """
     function = function or judge.function
     generator = torch.Generator().manual_seed(seed)
@@ -120,13 +132,13 @@ def falsify(
                 found = judge.witness(index, case, points[reached].numpy())
                 if found is not None:
                     return found
-            # Long steps first, to cross the box; short ones at the end.
+            # The first steps cross the box, the last ones are short.
             points = points - width * (0.5 * (1 - step / (steps + 1)) ** 2) * gradient.nan_to_num().sign()
     return None
 
 
 def _padded(polytopes: Sequence[Polytope]) -> tuple[Tensor, Tensor]:
-    """Rows (P, R, outputs) and limits (P, R) of polytopes, the first row of each repeated to fill up."""
+    """Rows (P, R, outputs) and limits (P, R) of P polytopes; fewer rows than R are padded with the first row."""
     most = max(len(polytope.limits) for polytope in polytopes)
     index = [[i if i < len(polytope.limits) else 0 for i in range(most)] for polytope in polytopes]
     rows = np.stack([polytope.rows[chosen] for polytope, chosen in zip(polytopes, index, strict=True)])

@@ -1,4 +1,4 @@
-"""What a verifier has to show of a case, and the bounds by which it does."""
+"""The goal of verifying a case, as rows to bound from below, and the lower bounds of these rows."""
 
 from __future__ import annotations
 
@@ -16,15 +16,22 @@ from ..module.bounded_module import BoundedModule
 from .vnnlib import Case
 from .vnnlib_terms import neighbours
 
-_ROUNDING = 64  # units in the last place taken off a bound for the arithmetic of the last steps
-_MOST_ROWS = 1024  # of one pass
+_ROUNDING = 64  # units in the last place subtracted from a bound for the rounding of the last steps
+_MOST_ROWS = 1024  # rows bounded in one pass
 
 
 class Goal:
-    """The rows of a case's polytopes, each once: a polytope is out of reach if one row's minimum is above its limit.
+    """The distinct rows of a case's polytopes, and the polytopes in terms of them.
+
+    A polytope {y : rows @ y <= limits} is out of reach if the minimum of one of its rows is above the row's limit.
+
+    Args:
+        case: The case.
 
     Attributes:
         rows: Distinct rows, (U, outputs).
+        members: For each of the D polytopes, the indices of its rows.
+        limits: For each polytope, the limits of its rows, rounded up.
     """
 
     def __init__(self, case: Case) -> None:
@@ -34,19 +41,26 @@ class Goal:
         self.limits = [np.array([neighbours(limit)[1] for limit in p.limits]) for p in case.unsafe]
 
     def margins(self, lower: np.ndarray) -> np.ndarray:
-        """Margin of each polytope, (..., D): max over its rows of (lower bound of a.y - b), from bounds (..., U)."""
+        """Margin of each polytope: the maximum over its rows of (lower bound of a.y) - b.
+
+        Args:
+            lower: Lower bounds of the rows, (..., U).
+
+        Returns:
+            Margins, (..., D); a polytope with positive margin is out of reach.
+        """
         return np.stack(
             [(lower[..., rows] - limit).max(-1) for rows, limit in zip(self.members, self.limits, strict=True)], -1
         )
 
     def values(self, outputs: Tensor) -> np.ndarray:
-        """Values of the rows at outputs (..., outputs) in float64, (..., U); NaN where an output is not finite."""
+        """Values of the rows at outputs (..., outputs), float64, (..., U); NaN where an output is not finite."""
         y = outputs.numpy()
         finite = np.isfinite(y).all(-1, keepdims=True)
         return np.where(finite, np.where(finite, y, 0.0) @ self.rows.T, np.nan)
 
     def name(self, row: int) -> str:
-        """A row as people write it."""
+        """A row as text, such as ``Y_0 -2*Y_1``, for messages."""
         terms = [(value, f"Y_{i}") for i, value in enumerate(self.rows[row].tolist()) if value]
         if len(terms) > 4:
             return f"a row of {len(terms)} outputs"
@@ -57,14 +71,24 @@ class Goal:
         return " ".join(words).removeprefix("+") or "0"
 
     def open_rows(self, lower: np.ndarray) -> np.ndarray:
-        """Indices of the rows of the polytopes that bounds (U,) leave in reach."""
+        """Indices of the rows of all polytopes that lower bounds (U,) do not show to be out of reach."""
         margins = self.margins(lower)
         return np.unique(
             np.concatenate([rows for rows, margin in zip(self.members, margins, strict=True) if not margin > 0])
         )
 
     def weakest(self, lower: np.ndarray) -> np.ndarray:
-        """Of bounds (B, U), the row by which each one's weakest polytope is closest to being out of reach, (B,)."""
+        """The decisive row of each of B boxes.
+
+        It is the row of largest margin of the polytope of least margin: the polytope is out of reach as soon as the
+        row's bound is above its limit.
+
+        Args:
+            lower: Lower bounds of the rows, (B, U).
+
+        Returns:
+            Indices of rows, (B,).
+        """
         polytope = self.margins(lower).argmin(-1)
         return np.array(
             [
@@ -78,7 +102,7 @@ class Bounder:
     """Lower bounds of rows times outputs over boxes of inputs.
 
     Args:
-        network: (B, *input_shape) -> (B, outputs), in `dtype`.
+        network: Function ``(B, *input_shape)`` -> (B, outputs), in `dtype`.
         input_shape: Shape of one sample.
         dtype: torch.float64 or torch.float32.
         batched: Whether the network takes several samples at once.
@@ -89,21 +113,27 @@ class Bounder:
         self._graphs: dict[int, BoundedModule] = {}
 
     def lower(self, method: str, lower: np.ndarray, upper: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Lower bounds of rows @ f(x) over boxes, (B, S), float64; -inf where the method gave none.
+        """Lower bounds of rows @ f(x) over boxes.
 
-        A few units in the last place of the largest term are taken off, for rounding; what rounding does inside of
-        the network is the method's business.
+        A few units in the last place of the largest term are subtracted for the rounding of the last steps; the
+        rounding inside of the network is left to the method.
 
         Args:
             method: A method of `BoundedModule.compute_bounds`.
-            lower: Lower ends, (B, inputs).
-            upper: Upper ends, (B, inputs).
-            rows: (S, outputs).
+            lower: Lower ends of the boxes, (B, inputs).
+            upper: Upper ends of the boxes, (B, inputs).
+            rows: Rows, (S, outputs), float64.
+
+        Returns:
+            Lower bounds, (B, S), float64; -inf where the bound is not finite.
+
+        Raises:
+            InvalidInputError: float32 does not represent a coefficient of a row.
         """
         batch = len(lower)
         if not self.batched and batch > 1:
             return np.concatenate([self.lower(method, lower[i, None], upper[i, None], rows) for i in range(batch)])
-        size = 1 << (batch - 1).bit_length()  # a graph serves one size
+        size = 1 << (batch - 1).bit_length()  # a graph is for one batch size, so sizes are rounded up to powers of 2
         index = np.minimum(np.arange(size), batch - 1)
         x_L, x_U = self._outward(lower[index]), self._outward(upper[index], up=True)
         center = torch.minimum(torch.maximum(x_L + (x_U - x_L) / 2, x_L), x_U)
@@ -134,7 +164,7 @@ class Bounder:
         return bound.detach()
 
     def _outward(self, ends: np.ndarray, up: bool = False) -> Tensor:
-        """The ends in the network's dtype and shape, rounded outward."""
+        """Ends (B, inputs) of boxes in the network's dtype and shape, rounded down, or up if `up`."""
         exact = torch.from_numpy(ends)
         cast = exact.to(self.dtype)
         away = torch.full_like(cast, torch.inf if up else -torch.inf)

@@ -1,4 +1,4 @@
-"""Branch and bound on the input: boxes that a method leaves open are halved, the weakest first."""
+"""Branch and bound on the input: boxes that are not verified are halved, the one of least margin first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .falsify import Judge, Witness
 from .goals import Bounder
 from .vnnlib import Case
 
-MOST_INPUTS = 12  # that vary; the number of boxes grows exponentially with it
+MOST_INPUTS = 12  # varying inputs; the number of boxes grows exponentially with them
 _MOST_BOXES = 2**18
 _BATCH = 128  # boxes halved at once
 
@@ -27,13 +27,13 @@ _Seen = list[tuple[np.ndarray, np.ndarray]]  # points (B, inputs), one of each b
 
 
 class Split(NamedTuple):
-    """What halving boxes gave.
+    """Result of a branch and bound.
 
     Attributes:
-        margin: The least margin of all boxes that were made: a lower bound of the case's.
-        witness: A counterexample, if one was met.
-        boxes: How many were bounded.
-        cause: Why it stopped before all were settled, or "".
+        margin: Least margin over the boxes that cover the case's box: a lower bound of the case's margin.
+        witness: A counterexample, or None.
+        boxes: Number of boxes that were bounded.
+        cause: Why the search stopped before all boxes were verified, or "".
     """
 
     margin: float
@@ -43,18 +43,22 @@ class Split(NamedTuple):
 
 
 def split(bounder: Bounder, judge: Judge, index: int, case: Case, evidence: Evidence, method: str) -> Split:
-    """Halve boxes until each is settled: its margin is positive, hence that of the box that they cover.
+    """Halve the box of a case until the margin of every part is positive, or a counterexample or a limit is met.
 
-    Before a box is settled its bounds are held against the network at points of the box: its center, its corner where
-    the gradient takes the weakest row for the least, a random corner, and such points of the box that it is a half of.
+    Before a box counts as verified, its bounds are compared with the network at the box's center, at the corner where
+    the gradient predicts the least value of the decisive row (`Goal.weakest`), at a random corner, and at such points
+    of the box of which it is a half.
 
     Args:
-        bounder: Gives the bounds.
-        judge: Judges the points.
+        bounder: Computes the bounds.
+        judge: Decides whether a point is a counterexample.
         index: Index of the case.
-        case: The box to start with.
-        evidence: What is to be shown, and the bounds to start with; takes what the points give.
-        method: Of the bounder.
+        case: The case.
+        evidence: The goal, and the bounds to start with; values at points are added.
+        method: Bound method for the boxes.
+
+    Returns:
+        Margin, counterexample, number of boxes, and why the search stopped early.
 
     Raises:
         SoundnessError: A point refutes a bound.
@@ -87,7 +91,7 @@ def split(bounder: Bounder, judge: Judge, index: int, case: Case, evidence: Evid
             bounds = np.maximum(bounds, np.concatenate([known, known]))  # what holds on a box holds on its halves
             margins = goal.margins(bounds).min(-1)
             done = margins > 0
-            if done.any():  # the others' points are looked at when they are halved
+            if done.any():  # the points of the other boxes are evaluated when they are halved
                 points.of(low[done], high[done], bounds[done])
                 if points.witness is not None:
                     return Split(weakest, points.witness, boxes, "")
@@ -103,10 +107,10 @@ def split(bounder: Bounder, judge: Judge, index: int, case: Case, evidence: Evid
 
 
 class _Points:
-    """Looks at points of boxes: holds bounds against them, and judges those that are unsafe.
+    """Evaluates the network at points of boxes, compares bounds with the values, and checks unsafe points.
 
     Attributes:
-        witness: A counterexample, once one was met.
+        witness: The first counterexample, or None.
     """
 
     def __init__(self, judge: Judge, index: int, case: Case, evidence: Evidence, method: str) -> None:
@@ -115,12 +119,21 @@ class _Points:
         self.random = np.random.default_rng(0)
 
     def of(self, low: np.ndarray, high: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, _Seen]:
-        """Hold bounds (B, U) of boxes against some of their points.
+        """Compare bounds of boxes with the network at some of their points.
+
+        Args:
+            low: Lower ends of the boxes, (B, inputs).
+            high: Upper ends of the boxes, (B, inputs).
+            bounds: Lower bounds of the rows, (B, U).
 
         Returns:
-            How much each input moves the box's weakest row at the center, (B, inputs); and what was seen.
+            Absolute gradient of the decisive row at the center of each box, (B, inputs); and the points with the values
+            of the rows there.
+
+        Raises:
+            SoundnessError: A point refutes a bound.
         """
-        # The case's ends are rounded outward: only what is inside of them as they are written is a point of the box.
+        # The case's ends are rounded outward; the points must lie in the exact box of the file.
         low, high = (np.clip(end, self.case.inner_lower, self.case.inner_upper) for end in (low, high))
         center = np.clip(low + (high - low) / 2, low, high)
         values, gradient = self._values_and_gradient(center, bounds)
@@ -134,7 +147,7 @@ class _Points:
         return np.abs(gradient), seen
 
     def hold(self, bounds: np.ndarray, low: np.ndarray, high: np.ndarray, seen: _Seen) -> None:
-        """Hold bounds (2 B, U) of all left halves, then all right ones, against the points seen in the whole boxes."""
+        """Compare bounds (2 B, U) of all left, then all right halves with the points `seen` in the whole boxes."""
         for point, values in seen:
             point, values = np.concatenate([point, point]), np.concatenate([values, values])
             inside = ((low <= point) & (point <= high)).all(1)
@@ -158,7 +171,7 @@ class _Points:
         return self.evidence.goal.values(outputs)
 
     def _values_and_gradient(self, points: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Values of the rows, (B, U), and the gradient of the weakest row of each box, (B, inputs)."""
+        """Values of the rows, (B, U), and gradient of the decisive row of each box, (B, inputs), at points."""
         goal = self.evidence.goal
         x = torch.from_numpy(points).requires_grad_()
         with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""The answer of `verify`."""
+"""`Verdict`, the result of `verify`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from .falsify import Witness
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What became of a case of the property.
+    """Result for one case of a property.
 
     Attributes:
         status: "verified", "violated" or "unknown".
-        margin: The least over its polytopes of the largest over their rows of (lower bound of a.y - b), in units of
-            the outputs; at most what a point of the box has; -inf where no method gave a bound.
-        method: What settled it: a method or "split"; of a violation "PGD", "corner" or "split"; "" if nothing did.
+        margin: Minimum over the case's polytopes of the maximum over their rows of (lower bound of a.y) - b, in units
+            of the outputs; not above the margin of any point that was evaluated; -inf if no method gave a bound.
+        method: Method that settled the case: a bound method or "split"; for a violation "PGD", "corner" or "split"; ""
+            for an unknown case.
     """
 
     status: str
@@ -27,17 +28,17 @@ class CaseResult:
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """The answer of `verify`.
+    """Result of `verify`.
 
     Attributes:
-        status: "verified": no input of the property's boxes has an unsafe output. "violated": the witness has.
+        status: "verified": no input of the property's boxes has an unsafe output. "violated": the witness has one.
             "unknown": neither was shown.
-        margin: The least of the cases': positive if and only if every one is verified; inf without any.
+        margin: Least margin of the cases: positive if and only if every case is verified; inf if there is no case.
         seconds: Wall time.
-        method: The last method that was needed to settle a case, or "".
+        method: The last of the methods that settled a case, or the one that found the witness; "" if unknown.
         witness: The counterexample, or None.
-        cases: What became of each case.
-        reasons: Why a method was left for the next one, or nothing more was tried; a sentence each.
+        cases: Result for each case.
+        reasons: Messages: why methods failed or were distrusted, and why the search ended.
     """
 
     status: str
@@ -49,7 +50,7 @@ class Verdict:
     reasons: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The verdict in types that JSON has; an infinite margin is None."""
+        """The verdict as a dict that JSON can hold; an infinite margin becomes None."""
         report = {name: getattr(self, name) for name in ("status", "margin", "seconds", "method")}
         report["reasons"] = list(self.reasons)
         report["cases"] = [asdict(case) for case in self.cases]

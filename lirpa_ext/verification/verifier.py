@@ -1,4 +1,4 @@
-"""The work behind `verify`: the cases, what is known of each, and the methods that are tried on those left open."""
+"""The work behind `verify`: cases with their evidence, and the methods and attacks that are tried on open cases."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from .vnnlib import Case, Specification
 
 _SPLIT_METHOD = "CROWN"
 _RESTARTS = 3
-_MOST_BOXES = 64  # bounded at once
-_MOST_ELEMENTS = 2**14  # of their inputs
-# Wrong arguments: the next method would meet them too.
+_MOST_BOXES = 64  # boxes bounded together
+_MOST_ELEMENTS = 2**14  # numbers of their inputs
+# Wrong arguments: these errors would occur with every method.
 _ARGUMENTS = (EstimateError, InvalidInputError, OptionError, TrainModeError, UnknownMethodError)
 
 
 class _Open:
-    """A case, what is known of it, and the counterexample if there is one."""
+    """A case with its evidence, and a counterexample if one was found."""
 
     def __init__(self, index: int, case: Case, dtype: torch.dtype) -> None:
         self.index, self.case, self.evidence = index, case, Evidence(case, dtype)
@@ -47,11 +47,11 @@ class _Open:
         self.inner = case.inner_lower, case.inner_upper
         self.center = np.clip(case.inner_lower + (case.inner_upper - case.inner_lower) / 2, *self.inner)
         self.witness: Witness | None = None
-        self.falsifier = ""  # what found it
+        self.falsifier = ""  # name of the attack that found the witness
 
     @property
     def open_rows(self) -> np.ndarray:
-        """Indices of the rows that are still needed."""
+        """Indices of the rows of polytopes that are not yet shown to be out of reach."""
         return self.evidence.goal.open_rows(self.evidence.lower)
 
     @property
@@ -65,7 +65,27 @@ class _Open:
 
 
 class Verifier:
-    """One call of `verify`: the network in the forms that are needed, the cases, and what is told of them."""
+    """One call of `verify`: the network in float64 and float32, the cases, and the messages.
+
+    Args:
+        model: The network, (B, ...) -> (B, outputs). It is copied, not changed.
+        specification: The property.
+        shape: Shape of one sample.
+        dtype: torch dtype of the bounds.
+        methods: Bound methods and "split", in this order.
+        max_memory: Bytes that bounding may take beyond what the process has; None for no limit.
+        end: Time (`time.monotonic`) at which to stop; inf for none.
+        seed: Seed of the attack.
+
+    Attributes:
+        cases: The cases with their evidence.
+        distrusted: Methods, in lower case, of which a point refuted a bound.
+        reasons: Messages so far.
+
+    Raises:
+        DataError: Numbers of inputs or outputs of the property and the network differ.
+        InvalidInputError: The network cannot be copied, or fails on an input.
+    """
 
     def __init__(
         self,
@@ -114,14 +134,21 @@ class Verifier:
         self.single = single
         self.bounder = Bounder(networks[dtype], shape, dtype, getattr(model, "batch_size", None) is None)
         self.cases = [_Open(index, case, dtype) for index, case in enumerate(specification.cases)]
-        self.distrusted: set[str] = set()  # methods that were caught with a wrong bound
+        self.distrusted: set[str] = set()
         self.methods, self.max_memory, self.end, self.seed = methods, max_memory, end, seed
         self.reasons: list[str] = []
         if specification.vacuous:
             self.reasons.append(f"{specification.vacuous} disjuncts of the property have an empty box and hold of it")
 
     def all_methods(self, attack: int) -> None:
-        """Bound by the first method, attack, bound by the others, until every case is settled or one is violated."""
+        """Bound by the first method, attack, then bound by the others, until all cases are settled or one is violated.
+
+        Args:
+            attack: Steps of PGD; 0 for no attack.
+
+        Raises:
+            LirpaExtError: The arguments of a method are wrong.
+        """
         while True:
             distrusted = set(self.distrusted)
             self._bound_all(self.methods[:1])
@@ -130,10 +157,10 @@ class Verifier:
             self._bound_all(self.methods[1:])
             if self.distrusted == distrusted:
                 return
-            # What a method had settled that was caught since is open again, for those that are left.
+            # Cases settled by a method that was refuted since are open again, so the other methods are tried anew.
 
     def verdict(self, seconds: float) -> Verdict:
-        """The outcome so far."""
+        """The verdict from the evidence so far, with the wall time of the call in seconds."""
         results = tuple(case.result() for case in self.cases)
         statuses = {result.status for result in results}
         status = next((status for status in ("violated", "unknown") if status in statuses), "verified")
@@ -158,7 +185,7 @@ class Verifier:
         )
 
     def _open(self) -> list[_Open]:
-        """The cases still to be settled: none once one is violated."""
+        """The cases that are not settled; none as soon as one case is violated."""
         if any(case.witness for case in self.cases):
             return []
         return [case for case in self.cases if not case.settled]
@@ -175,7 +202,7 @@ class Verifier:
             if method == "split":
                 self._split()
                 continue
-            groups: dict[bytes, list[_Open]] = {}  # what asks for the same rows is bounded together
+            groups: dict[bytes, list[_Open]] = {}  # cases with the same open rows are bounded together
             for case in self._open():
                 groups.setdefault(case.evidence.goal.rows[case.open_rows].tobytes(), []).append(case)
             most = max(1, min(_MOST_BOXES, _MOST_ELEMENTS // math.prod(self.judge.input_shape)))
@@ -184,7 +211,7 @@ class Verifier:
                 continue
 
     def _bound(self, method: str, cases: list[_Open]) -> bool:
-        """Bound some cases that have the same open rows; False if the method is to be left."""
+        """Bound cases that have the same open rows; False if the method should not be tried on further cases."""
         index = [case.open_rows for case in cases]
         rows = cases[0].evidence.goal.rows[index[0]]
         lower, upper = (np.stack(ends) for ends in zip(*((c.case.lower, c.case.upper) for c in cases), strict=True))
@@ -200,7 +227,7 @@ class Verifier:
                     self._look_at_corners([cases[i] for i in settled], rows, bounds[settled])
                     self._check(cases)
         except (Exception, OutOfTime) as error:  # the engine raises whatever comes
-            for case in cases:  # what was not held against the corners does not count
+            for case in cases:  # bounds that were not compared with the corners do not count
                 case.evidence.drop(method)
             if isinstance(error, _ARGUMENTS) and not is_out_of_memory(error):
                 raise
@@ -215,7 +242,7 @@ class Verifier:
         return method.lower() not in self.distrusted and not any(case.witness for case in cases)
 
     def _look_at_centers(self, cases: list[_Open]) -> None:
-        """Take the values at the centers of boxes as evidence, and how far rounding moves them, once for each case."""
+        """Add the outputs at the centers of boxes to the evidence, and the scale of rounding errors; once per case."""
         cases = [case for case in cases if not case.evidence.noise]
         if not cases:
             return
@@ -229,7 +256,7 @@ class Verifier:
             case.evidence.see(output.unsqueeze(0))
 
     def _look_at_corners(self, cases: list[_Open], rows: np.ndarray, bounds: np.ndarray) -> None:
-        """Take the values at corners of boxes that could refute bounds (B, S) of rows (S, outputs)."""
+        """Add the outputs at corners of boxes that are likely to refute bounds (B, S) of rows (S, outputs)."""
         centers = torch.from_numpy(np.stack([case.center for case in cases]))
         ends = [torch.from_numpy(np.stack(end)) for end in zip(*(case.inner for case in cases), strict=True)]
         matrix = torch.from_numpy(rows).T
@@ -250,13 +277,13 @@ class Verifier:
                     return
 
     def _check(self, cases: Sequence[_Open]) -> None:
-        """Drop the methods with a bound that a point refutes."""
+        """Distrust every method with a bound that a point refutes."""
         for case in cases:
             for method, why in case.evidence.refutations(case.name).items():
                 self._distrust(method, why)
 
     def _distrust(self, method: str, why: str) -> None:
-        """Note a defect of a method; none of its bounds counts, of whatever case."""
+        """Record that a bound of a method was refuted, and drop all its bounds, of all cases."""
         if method.lower() not in self.distrusted:
             self.distrusted.add(method.lower())
             self.reasons.append(why)
@@ -264,7 +291,7 @@ class Verifier:
             case.evidence.drop(method)
 
     def _attack(self, steps: int) -> None:
-        """PGD on every open case, for a quarter of the time at most."""
+        """Run PGD on every open case, for at most a quarter of the remaining time."""
         now = time.monotonic()
         end = now + (self.end - now) / 4
         for case in self._open():
@@ -304,7 +331,7 @@ class Verifier:
             except (Exception, OutOfTime) as error:  # the engine raises whatever comes
                 if isinstance(error, _ARGUMENTS) and not is_out_of_memory(error):
                     raise
-                if isinstance(error, SoundnessError):  # of the bounds to start with, or of those of the halves
+                if isinstance(error, SoundnessError):  # a bound of the case or of a half was refuted
                     self._check([case])
                     self._distrust(_SPLIT_METHOD, f"split of {case.name}: {error}")
                 else:
@@ -322,7 +349,7 @@ class Verifier:
         case.witness, case.falsifier = witness, by
 
     def _tell(self, what: str, error: BaseException, end: float | None = None) -> None:
-        """Note why something stopped."""
+        """Append a message with the cause of an error: out of time, out of memory, or its text."""
         if isinstance(error, OutOfTime) or time.monotonic() > (end or self.end):
             cause = "out of time"
         elif is_out_of_memory(error):
@@ -333,7 +360,7 @@ class Verifier:
 
 
 class _Rows(nn.Module):
-    """A network whose outputs are made a vector."""
+    """A network whose output for a sample is flattened to a vector."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`verify`: does a network have a property? Attack, then bound by one method after the other, the cheapest first."""
+"""`verify`: decide whether a network has a property, by attacks and by bound methods, the cheapest first."""
 
 from __future__ import annotations
 
@@ -36,42 +36,43 @@ def verify(
 ) -> Verdict:
     """Verify a property of a network, or find a counterexample.
 
-    The first method bounds every case; what it leaves open is attacked by PGD; what that does not break goes through
-    the other methods. Bounds of different methods on the same case are combined, row by row. A polytope that is a
-    conjunction of rows is out of reach if one row is. "split" halves the boxes of cases with at most 12 inputs that
-    vary, bounding them by CROWN.
+    The first method bounds every case, PGD attacks the cases that are not verified, and the other methods bound those
+    for which PGD finds no counterexample. Bounds of different methods on a case are combined row by row. A polytope is
+    out of reach if the lower bound of one of its rows is above the row's limit. "split" is a branch and bound for cases
+    with at most 12 varying inputs: it halves boxes, and bounds them by CROWN.
 
-    Before a case is settled, the bounds of all its rows are held against the network at the box's center, at corners
-    (random ones, and those where the gradients take the rows for the least) and at every point that the attack visited.
-    A bound that a point refutes is a defect of its method: all bounds of that method are dropped, those of other cases
-    and earlier ones too, and `reasons` has the method, case, row, bound and value.
+    Before a case counts as verified, the bounds of all its rows are compared with the network at the box's center, at
+    corners (random ones, and those where the gradient predicts the least values) and at every point of the attack. A
+    bound that a point refutes is a defect of its method: all bounds of the method, on all cases, are dropped, and
+    ``reasons`` names the method, case, row, bound and value.
 
     *verified* holds for every real input of the boxes as the file states them, and for the network in real arithmetic
-    up to what the methods' own floating-point rounding loses; a few units in the last place are taken off each bound,
-    and a margin of 0 or NaN verifies nothing. *violated* means that the witness lies in the box exactly, and is unsafe
-    both in float64 and as the network runs: in onnxruntime for one of `lirpa_ext.load_onnx`, else in float32.
+    up to the floating-point rounding of the methods; a few units in the last place are subtracted from each bound, and
+    a margin of 0 or NaN verifies nothing. *violated* means that the witness lies exactly in the box, and is unsafe both
+    in float64 and as the network runs: in onnxruntime for a network of `lirpa_ext.load_onnx`, else in float32.
 
     Args:
         model: The network, (B, ...) -> (B, outputs); in eval mode. It is copied, not changed.
-        specification: From `lirpa_ext.load_vnnlib`. X counts the inputs of one sample in C order.
-        input_shape: Shape of one sample; default the model's `input_shape`, else (inputs,).
-        timeout: Seconds of wall time, default no limit. It is looked at between any two torch functions of the
-            search, not while a graph is built.
-        methods: Of `BoundedModule.compute_bounds`, and "split"; the cheapest first.
+        specification: The property, from `lirpa_ext.load_vnnlib`. X numbers the inputs of one sample in C order.
+        input_shape: Shape of one sample; default the model's ``input_shape``, else (inputs,).
+        timeout: Seconds of wall time, default no limit. The time is checked between torch functions of the search, but
+            not while a graph is built.
+        methods: Methods of `BoundedModule.compute_bounds`, and "split", the cheapest first; default `METHODS`.
         attack: Steps of PGD, default 40; 0 for no attack.
-        dtype: Of the bounds: torch.float64, or torch.float32, in whose rounding a small margin means little.
-        max_memory: Bytes that bounding may take beyond what the process has, default half of what is free. A method
-            that asks for more is left for the next one.
-        seed: Of the attack.
+        dtype: torch.float64 (default) or torch.float32, of the bounds; in float32 a small margin may be due to
+            rounding.
+        max_memory: Bytes that bounding may take beyond what the process has, default half of the free memory. A method
+            that needs more is skipped.
+        seed: Seed of the attack, default 0.
 
     Returns:
         The verdict.
 
     Raises:
-        DataError: Numbers of inputs or outputs of property and network differ.
+        DataError: Numbers of inputs or outputs of the property and the network differ.
         InvalidInputError: The network fails on an input of that shape, or an argument is out of range.
-        UnknownMethodError: There is no such method.
-        OptionError, TrainModeError: A method needs an option, or the network another mode.
+        UnknownMethodError: A method is unknown.
+        OptionError, TrainModeError: A method lacks a required option, or the network is in train mode.
 
     Example:
         >>> from lirpa_ext import load_vnnlib

@@ -1,8 +1,8 @@
-"""VNN-LIB 1.0, the format of verification properties, read exactly: every rounding enlarges the unsafe set.
+"""Reader of VNN-LIB 1.0, the format of verification properties. Numbers are read exactly, and boxes rounded outward.
 
-A file declares inputs X_i and outputs Y_j and asserts what a counterexample satisfies: `<=` and `>=` of linear
-terms, under any nesting of `and` and `or`. It is brought into disjunctive normal form: unions of boxes on the
-inputs, and for each box a disjunction of polytopes of outputs that are unsafe.
+A file declares inputs X_i and outputs Y_j, and asserts constraints on a counterexample: ``<=`` and ``>=`` of linear
+terms, under any nesting of ``and`` and ``or``. The reader brings them into disjunctive normal form: a union of boxes of
+inputs, and for each box a union of polytopes of unsafe outputs.
 
 C. Barrett et al., The SMT-LIB Standard, 2017; S. Demarchi et al., Supporting Standardization of Neural Networks
 Verification with VNN-LIB and CoCoNet, FoMLAS 2023.
@@ -32,23 +32,23 @@ _VARIABLE = re.compile(r"([XY])_(0|[1-9]\d{0,8})")
 _IGNORED = frozenset({"set-logic", "set-info", "set-option", "check-sat", "get-model", "exit"})
 _MOST_VARIABLES = 2**20
 _MOST_ATOMS = 2**22  # constraints after normalization
-_MOST_ELEMENTS = 2**25  # of all boxes, and of all rows
+_MOST_ELEMENTS = 2**25  # numbers in all boxes, and in all rows
 
 
 @dataclass(frozen=True, eq=False)
 class Polytope:
-    """Outputs {y : rows @ y <= limits}.
+    """A polytope of outputs, {y : rows @ y <= limits}.
 
     Attributes:
-        rows: Coefficients, (R, outputs), float64 and exact: a row such as 0.1 Y_0 is multiplied by 10.
-        limits: Right-hand sides, exact.
+        rows: Coefficients, (R, outputs), float64 and exact: a row such as 0.1 Y_0 <= 1 is stored as Y_0 <= 10.
+        limits: Right-hand sides, R exact fractions.
     """
 
     rows: np.ndarray
     limits: tuple[Fraction, ...]
 
     def contains(self, y: np.ndarray) -> bool:
-        """Whether the output, (outputs,), is in the set, in exact arithmetic; an output with NaN is not."""
+        """Whether an output y, (outputs,), is in the polytope, in exact arithmetic; False if it is not finite."""
         if not np.isfinite(y).all():
             return False
         return all(
@@ -59,15 +59,16 @@ class Polytope:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A box of inputs, and the outputs that are unsafe on it.
+    """A box of inputs, and the outputs that are unsafe for them.
 
     Attributes:
         lower: Lower end of the box, (inputs,), float64, rounded down.
-        upper: Upper end, rounded up.
-        inner_lower: Lower end rounded up: what lies in the inner box lies in the set. Where there is no float64
-            between the ends (an input fixed to 0.1), both are the float64 nearest to them.
-        inner_upper: Upper end rounded down.
-        unsafe: A disjunction: the union of these polytopes is unsafe.
+        upper: Upper end of the box, (inputs,), float64, rounded up.
+        inner_lower: Lower end of the inner box, (inputs,), rounded up; every point of the inner box lies in the exact
+            box. An input whose interval contains no float64 (fixed to 0.1) has the float64 nearest to its lower end as
+            both ends.
+        inner_upper: Upper end of the inner box, (inputs,), rounded down.
+        unsafe: Polytopes whose union is the set of unsafe outputs.
     """
 
     lower: np.ndarray
@@ -79,14 +80,14 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Specification:
-    """A property: it holds where no input of a case's box has an output in one of the case's polytopes.
+    """A property of a network: no input of a case's box has an output in one of the case's polytopes.
 
     Attributes:
         inputs: Number of inputs X.
         outputs: Number of outputs Y.
         cases: Boxes with their unsafe outputs.
-        vacuous: Number of disjuncts left out because their box is empty (a lower end above the upper one); the
-            property holds on an empty box.
+        vacuous: Number of disjuncts left out because their box is empty (a lower end above the upper end); the property
+            holds on an empty box.
     """
 
     inputs: int
@@ -111,7 +112,7 @@ class _Row(NamedTuple):
 
 
 _Atom = _Bound | _Row
-_Disjunction = list[tuple[_Atom, ...]]  # of conjunctions
+_Disjunction = list[tuple[_Atom, ...]]  # a disjunction of conjunctions of atoms
 
 
 def load_vnnlib(
@@ -119,23 +120,24 @@ def load_vnnlib(
 ) -> Specification:
     """Read a VNN-LIB 1.0 property.
 
-    Constants are read exactly. Boxes are rounded outward to float64, so that what is verified holds for the decimal
-    numbers in the file. Every X needs both bounds; a constraint on inputs has one X. A constraint on outputs may mix
-    several Y by +, -, * and / with constants.
+    Constants are read exactly. Boxes are rounded outward to float64, so that a verified property holds for the decimal
+    numbers in the file. Every X needs a lower and an upper bound, and a constraint on inputs has one X. A constraint on
+    outputs is linear: several Y, combined by +, - and by * and / with constants.
 
     Args:
         source: Path of a ``.vnnlib`` or ``.vnnlib.gz`` file; its bytes; or its text, which starts with "(" or ";".
-        max_bytes: Cap on the size, unpacked, default 32 MiB.
-        max_disjuncts: Cap on the disjuncts after normalization, whose number is exponential in that of the asserts.
-        timeout: Seconds of processor time, default 9: a few MiB of text.
+        max_bytes: Largest allowed size, unpacked, default 32 MiB.
+        max_disjuncts: Largest allowed number of disjuncts in normal form, default 65536; the number can be exponential
+            in that of the assertions.
+        timeout: Seconds of processor time, default 9, which suffice for a few MiB of text.
 
     Returns:
         The property.
 
     Raises:
-        DataError: There is no such file; it is truncated, malformed, too large or not VNN-LIB 1.0; an input has no
-            bounds; a constraint mixes inputs with inputs or outputs; nothing is asserted of the outputs; text follows
-            ``(exit)``; or it takes longer than `timeout`.
+        DataError: The file is missing, truncated, malformed, too large or not VNN-LIB 1.0; an input lacks a bound; a
+            constraint mixes an input with other inputs or outputs; no assertion is about outputs; text follows
+            ``(exit)``; or reading takes longer than `timeout`.
 
     Example:
         >>> text = '''(declare-const X_0 Real) (declare-const Y_0 Real)
@@ -162,7 +164,7 @@ def load_vnnlib(
 
 
 def _read(source: str | Path | bytes, max_bytes: int) -> tuple[str, str]:
-    """The text, and what to call it."""
+    """The text of a property, and its name for messages."""
     where = "the property"
     if isinstance(source, str) and source.lstrip().startswith(("(", ";")):
         source = source.encode()
@@ -182,18 +184,26 @@ def _read(source: str | Path | bytes, max_bytes: int) -> tuple[str, str]:
 
 
 class _Reader:
-    """What the forms read so far say."""
+    """Collects the declarations and assertions of a file, and makes the property of them.
+
+    Attributes:
+        variables: Name -> kind ("X" or "Y") and number of each declared variable.
+        counts: Kind -> number of declared variables.
+        fixed: Constraints that hold in every disjunct.
+        branches: Disjunctions of the assertions, one for each assertion with several disjuncts.
+        ended: Whether ``(exit)`` was read.
+    """
 
     def __init__(self, max_disjuncts: int, deadline: Deadline) -> None:
         self.max_disjuncts, self.tick = max_disjuncts, deadline.check
         self.ended = False
         self.variables: dict[str, tuple[str, int]] = {}
         self.counts = {"X": 0, "Y": 0}
-        self.fixed: list[_Atom] = []  # what holds in every disjunct
+        self.fixed: list[_Atom] = []
         self.branches: list[_Disjunction] = []
 
     def add(self, form: list[Any]) -> None:
-        """Take a form: a declaration or an assertion."""
+        """Add a form of the file: a declaration, an assertion, or a command that is ignored."""
         self.tick()
         if self.ended:
             raise Malformed(f"{show(form)} comes after (exit), which ends the file")
@@ -246,9 +256,9 @@ class _Reader:
                     self._check_size(len(terms), 0)
                 return terms
             case [("<=" | ">=") as relation, str(name), str(word)] if name[0] == "X" and word not in self.variables:
-                return [(_Bound(self._variable(name)[1], relation == ">=", number(word)),)]  # most of a file
+                return [(_Bound(self._variable(name)[1], relation == ">=", number(word)),)]  # fast path: most of a file
             case [("<=" | ">=") as relation, str(name), str(word)] if name[0] == "Y" and self._bounds_one(name, word):
-                sign = 1 if relation == "<=" else -1  # and most of a long disjunction
+                sign = 1 if relation == "<=" else -1  # fast path: most of a long disjunction
                 return [(_Row(((self._variable(name)[1], Fraction(sign)),), sign * number(word)),)]
             case [("<=" | ">=") as relation, first, second, *more]:
                 sides = [linear(side, self.variables, self.tick) for side in (first, second, *more)]
@@ -279,7 +289,7 @@ class _Reader:
             )
 
     def _atom(self, left: Linear) -> _Disjunction:
-        """What the linear form <= 0 says: one constraint, or true or false where no variable is left."""
+        """The constraint "linear form <= 0" as an atom; true or false if the form has no variable."""
         constant = left.pop("", Fraction(0))
         terms = [(*self.variables[name], value) for name, value in left.items() if value]
         if not terms:
@@ -345,7 +355,7 @@ class _Reader:
         return Polytope(np.stack([known[row][0] for row in ordered]), tuple(known[row][1] for row in ordered))
 
     def _dense(self, row: _Row) -> tuple[np.ndarray, Fraction]:
-        """Coefficients that float64 holds exactly, by clearing denominators where needed."""
+        """Coefficients as exact float64 (denominators are cleared where needed), (outputs,), and the limit."""
         scale = 1
         if not all(is_float(value) for _, value in row.terms):
             scale = math.lcm(*(value.denominator for _, value in row.terms))
@@ -361,7 +371,7 @@ _Box = dict[tuple[int, bool], Fraction]  # (index, is lower) -> end
 
 
 def _intersection(bounds: Iterable[_Bound], base: _Box | None = None) -> _Box:
-    """The ends of those inputs that are bounded here, within `base`."""
+    """Intersect `bounds` with the box `base`; only the inputs in `bounds` are returned."""
     box: _Box = {}
     base = base or {}
     for index, is_lower, value in bounds:
@@ -386,5 +396,5 @@ def _write(ends: np.ndarray, box: _Box) -> None:
         else:
             ends[1, index], ends[3, index] = up, down
     for index, is_lower in box:
-        if is_lower and ends[2, index] > ends[3, index]:  # no float64 between
+        if is_lower and ends[2, index] > ends[3, index]:  # the interval contains no float64
             ends[2:, index] = nearest(box[index, True])

@@ -1,4 +1,4 @@
-"""The words of VNN-LIB: s-expressions, numbers and linear terms, in exact arithmetic."""
+"""Parser of VNN-LIB's s-expressions, numbers and linear terms, in exact arithmetic."""
 
 from __future__ import annotations
 
@@ -15,17 +15,28 @@ Linear = dict[str, Fraction]  # coefficients of variables, and "" for the consta
 
 _TOKEN = re.compile(r";[^\n]*|[()]|[^\s();]+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
-_DEEPEST = 64  # parentheses; so that what follows may recurse
+_DEEPEST = 64  # nested parentheses; the limit bounds the recursion over a form
 _LONGEST = 400  # characters of a number
 _MOST_BITS = 2**14  # of a constant that is computed
 
 
 class Malformed(Exception):
-    """What is wrong with a form, to be told with its line."""
+    """A form is wrong; the reader adds the line and raises `DataError`."""
 
 
 def forms(text: str, where: str) -> Iterator[tuple[int, list[Any]]]:
-    """The s-expressions of the text, each a nested list of words, with its offset."""
+    """Split a text into its s-expressions.
+
+    Args:
+        text: Text of the file; comments begin with ";".
+        where: Name of the file, for messages.
+
+    Yields:
+        Offset in the text, and the s-expression as a nested list of words.
+
+    Raises:
+        DataError: Parentheses do not match, or are nested too deeply.
+    """
     stack: list[list[Any]] = []
     offset = 0
     for match in _TOKEN.finditer(text):
@@ -52,7 +63,19 @@ def forms(text: str, where: str) -> Iterator[tuple[int, list[Any]]]:
 
 
 def linear(form: Any, variables: Container[str], tick: Callable[[], None] = lambda: None) -> Linear:
-    """A linear term as coefficients of its variables, and "" for the constant; `tick` is called for each part."""
+    """Read a linear term.
+
+    Args:
+        form: The term, a word or a nested list of words.
+        variables: Names of the declared variables.
+        tick: Called for each part, to check the time; default nothing.
+
+    Returns:
+        Coefficient of each variable; "" is the key of the constant.
+
+    Raises:
+        Malformed: The term is not linear, or has an undeclared variable.
+    """
     tick()
     match form:
         case str(name) if name in variables:
@@ -75,7 +98,11 @@ def linear(form: Any, variables: Container[str], tick: Callable[[], None] = lamb
 
 @functools.lru_cache(2**14)
 def number(word: str) -> Fraction:
-    """A finite decimal number, exactly."""
+    """Read a finite decimal number exactly.
+
+    Raises:
+        Malformed: The word is no such number, or is beyond the range of float64.
+    """
     if len(word) > _LONGEST or not _NUMBER.fullmatch(word):
         raise Malformed(f"{word[:40]!r} is neither a declared variable nor a finite decimal number")
     value = Fraction(word)
@@ -84,7 +111,7 @@ def number(word: str) -> Fraction:
 
 
 def add(terms: Iterable[tuple[Linear, int]]) -> Linear:
-    """Sum of linear terms, each with its sign."""
+    """Sum of linear terms, each multiplied by its sign, 1 or -1."""
     total: Linear = {}
     for term, sign in terms:
         for name, value in term.items():
@@ -93,7 +120,7 @@ def add(terms: Iterable[tuple[Linear, int]]) -> Linear:
 
 
 def _scaled(left: Linear, right: Linear, form: list[Any]) -> Linear:
-    """Product or quotient of two linear terms, of which one is constant (the divisor, not zero)."""
+    """Product or quotient of two linear terms; one factor, or the divisor, must be constant, and the divisor not 0."""
     operator = form[0]
     if operator == "*" and not left.keys() - {""}:
         left, right = right, left
@@ -110,7 +137,7 @@ def _small(value: Fraction) -> Fraction:
 
 
 def show(form: Any) -> str:
-    """The start of a form, for messages."""
+    """The start of a form as text, for messages."""
     if isinstance(form, str):
         return repr(form[:40])
     return (

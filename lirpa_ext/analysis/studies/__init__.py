@@ -1,6 +1,6 @@
-"""Studies of randomized models (S. Lee, 2021, chapter 2): functions that return numbers, and plots of them.
+"""Studies of randomized models (S. Lee, 2021, chapter 2): functions that return numbers, and functions that plot them.
 
-Each takes models by name, to compare; ``lirpa-ext study`` runs them on the folders of `lirpa-ext fit`.
+Each compares several models, given by name. ``lirpa-ext study`` runs them on the folders of ``lirpa-ext fit``.
 """
 
 from __future__ import annotations

@@ -17,22 +17,22 @@ __all__ = ["GradientConcentration"]
 
 
 class GradientConcentration(EveryEpoch):
-    """Records concentration measures after each epoch: ``concentration.json``, ``.csv`` and ``.png``.
+    """Records the concentration of gradients after each epoch: ``concentration.json``, ``.csv`` and ``.png``.
 
-    On the clean images of the epoch's last batch, each time with the same draws. In a configuration::
+    It is measured on the clean images of the epoch's last batch, each time with the same draws. In a configuration::
 
         trainer:
           callbacks:
             - class_path: lirpa_ext.analysis.studies.GradientConcentration
 
-    Cost: `draws` gradients of `samples` images an epoch.
+    The cost is `draws` gradients of `samples` images for each epoch.
 
     Args:
         draws: Gradients of each image, default 10.
-        samples: Images at most, default 64.
+        samples: Largest number of images, default 64.
 
     Raises:
-        ConfigError: `draws` is below 2 or `samples` below 1; when training starts: the network is not randomized.
+        ConfigError: `draws` is below 2 or `samples` below 1; or, when training starts, the network is not randomized.
     """
 
     KIND = ConcentrationTrace
@@ -46,10 +46,10 @@ class GradientConcentration(EveryEpoch):
         self.draws, self.samples = draws, samples
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check what is trained.
+        """Check the module that is trained.
 
         Raises:
-            ConfigError: It is no CertifiedClassifier, or not randomized.
+            ConfigError: The module is no `CertifiedClassifier`, or its network is not randomized.
         """
         super().setup(trainer, pl_module, stage)
         assert isinstance(pl_module, CertifiedClassifier)
@@ -57,6 +57,6 @@ class GradientConcentration(EveryEpoch):
             raise ConfigError("GradientConcentration records a randomized network, and this one draws nothing")
 
     def measured(self, module: CertifiedClassifier, model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[Row]:
-        """The measures."""
+        """Concentration of the gradients, see `lirpa_ext.analysis.studies.training.concentration_record`."""
         generator = torch.Generator().manual_seed(module.seed)
         return [concentration_record(model, x[: self.samples], y[: self.samples], self.draws, generator)]

@@ -1,4 +1,4 @@
-"""How the loss gradients of a randomized model scatter: Fig. 2.4, 2.6 and 2.9 of S. Lee's dissertation (2021)."""
+"""Scatter of the loss gradients of a randomized model: Fig. 2.4, 2.6 and 2.9 of S. Lee's dissertation (2021)."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ __all__ = [
     "plot_scatter",
 ]
 
-_MOST_ROWS = 1024  # of a batch of all draws together
+_MOST_ROWS = 1024  # samples times draws in a batch
 
 
 @dataclass(frozen=True)
 class GradientScatter(Result):
-    """Directions of gradients, projected onto a plane (Fig. 2.4).
+    """Result of `gradient_scatter`: directions of gradients, projected onto a plane (Fig. 2.4).
 
     Attributes:
-        points: Model -> coordinates of each of its directions, (n, 2); within the unit circle.
-        means: Model -> coordinates of their mean.
-        lengths: Model -> length of the mean before the projection, the mean resultant length rho.
+        points: Model -> coordinates of its n directions, (n, 2), within the unit circle.
+        means: Model -> coordinates of the mean direction, (2,).
+        lengths: Model -> length of the mean direction before the projection, the mean resultant length rho.
     """
 
     points: dict[str, list[tuple[float, float]]]
@@ -48,14 +48,14 @@ class GradientScatter(Result):
     lengths: dict[str, float]
 
     def rows(self) -> list[Row]:
-        """One row a model: rho, and where its mean lies."""
+        """One row for each model: rho, and the coordinates of the mean."""
         return [
             {"model": name, "draws": len(self.points[name]), "rho": self.lengths[name], "mean_1": a, "mean_2": b}
             for name, (a, b) in self.means.items()
         ]
 
     def details(self) -> list[Row]:
-        """One row a gradient."""
+        """One row for each gradient."""
         return [
             {"model": name, "draw": number, "coordinate_1": a, "coordinate_2": b}
             for name, points in self.points.items()
@@ -63,7 +63,7 @@ class GradientScatter(Result):
         ]
 
     def summary(self) -> str:
-        """The mean resultant lengths."""
+        """The mean resultant length of each model, in words."""
         told = ", ".join(f"{length:.4g} ({name})" for name, length in self.lengths.items())
         return f"Gradients of one sample, projected onto a plane; mean resultant length {told}."
 
@@ -71,20 +71,21 @@ class GradientScatter(Result):
 def gradient_scatter(
     models: Mapping[str, nn.Module], x: Tensor, y: Tensor, draws: int = 100, seed: int = 0
 ) -> GradientScatter:
-    """Directions of the loss gradients at one sample, in a plane in which the means can be compared (Fig. 2.4).
+    """Directions of the loss gradients at one sample, projected onto a plane to compare their means (Fig. 2.4).
 
-    The plane is spanned by the mean directions of the first two models, whose lengths it keeps; for a single model, or
-    where both are parallel, by its mean and the direction in which its own gradients vary most.
+    The plane is spanned by the mean directions of the first two models, so that their lengths are kept. For a single
+    model, or parallel means, it is spanned by the mean of the first model and the direction in which its gradients vary
+    most.
 
     Args:
-        models: Randomized classifiers by name.
+        models: Name -> randomized classifier, (B, ...) -> (B, classes).
         x: The sample, (...).
-        y: Its label, 0-dim.
+        y: Label of the sample, 0-dim.
         draws: Gradients of each model, default 100.
-        seed: Of the draws; all models have the same.
+        seed: Seed of the draws, the same for all models; default 0.
 
     Raises:
-        InvalidInputError: No model, one that is not randomized, or fewer than two draws.
+        InvalidInputError: There is no model, a model is not randomized, or `draws` is below 2.
     """
     sampled = {name: _of_one(model, x, y, draws, seed) for name, model in _checked(models).items()}
     tiny = torch.finfo(torch.float64).tiny
@@ -108,7 +109,12 @@ def gradient_scatter(
 
 
 def plot_scatter(result: GradientScatter, axes: Axes) -> None:
-    """Dots in the unit circle, and a line from its center to each mean."""
+    """Plot the directions as dots in the unit circle, and a line from the center to each mean.
+
+    Args:
+        result: Result of `gradient_scatter`.
+        axes: Axes to draw on.
+    """
     angles = torch.linspace(0, 2 * torch.pi, 200)
     axes.plot(angles.cos().tolist(), angles.sin().tolist(), color="#888888", linewidth=0.8)
     for number, (name, points) in enumerate(result.points.items()):
@@ -124,20 +130,20 @@ def plot_scatter(result: GradientScatter, axes: Axes) -> None:
 
 @dataclass(frozen=True)
 class CosineMatrix(Result):
-    """Cosines of all pairs of gradients of one sample (Fig. 2.9).
+    """Result of `cosine_matrix`: cosines of all pairs of gradients of one sample (Fig. 2.9).
 
     Attributes:
-        cosines: Model -> matrix (n, n), the diagonal 1.
+        cosines: Model -> matrix of cosines of its n gradients, (n, n).
     """
 
     cosines: dict[str, list[list[float]]]
 
     def rows(self) -> list[Row]:
-        """One row a model: mean, least and largest cosine of two different gradients."""
+        """One row for each model: mean, least and largest cosine of two different gradients."""
         return [{"model": name, "draws": len(matrix), **_spread(matrix)} for name, matrix in self.cosines.items()]
 
     def details(self) -> list[Row]:
-        """One row an entry."""
+        """One row for each entry of a matrix."""
         return [
             {"model": name, "row": i, "column": j, "cosine": value}
             for name, matrix in self.cosines.items()
@@ -146,7 +152,7 @@ class CosineMatrix(Result):
         ]
 
     def summary(self) -> str:
-        """The mean cosines."""
+        """The mean cosine of each model, in words."""
         told = ", ".join(f"{row['mean']:.4g} ({row['model']})" for row in self.rows())
         return f"Cosines of all pairs of loss gradients of one sample; mean of different pairs {told}."
 
@@ -157,26 +163,26 @@ def cosine_matrix(
     """Cosines of all pairs of loss gradients at one sample (Fig. 2.9).
 
     Args:
-        models: Randomized classifiers by name.
+        models: Name -> randomized classifier, (B, ...) -> (B, classes).
         x: The sample, (...).
-        y: Its label, 0-dim.
+        y: Label of the sample, 0-dim.
         draws: Gradients of each model, default 100.
-        seed: Of the draws.
+        seed: Seed of the draws, the same for all models; default 0.
 
     Raises:
-        InvalidInputError: No model, one that is not randomized, or fewer than two draws.
+        InvalidInputError: There is no model, a model is not randomized, or `draws` is below 2.
     """
     found = {name: cosines(_of_one(model, x, y, draws, seed)) for name, model in _checked(models).items()}
     return CosineMatrix({name: matrix[0].tolist() for name, matrix in found.items()})
 
 
 def plot_cosines(result: CosineMatrix, axes: Axes, model: str | None = None) -> None:
-    """The matrix of one model, dark where gradients point the same way.
+    """Plot the matrix of one model as an image.
 
     Args:
-        result: The numbers.
-        axes: Where to.
-        model: Which, default the first.
+        result: Result of `cosine_matrix`.
+        axes: Axes to draw on.
+        model: Name of the model, default the first.
     """
     name = next(iter(result.cosines)) if model is None else model
     image = axes.imshow(result.cosines[name], cmap="cividis", vmin=-1, vmax=1, interpolation="nearest")
@@ -187,13 +193,13 @@ def plot_cosines(result: CosineMatrix, axes: Axes, model: str | None = None) -> 
 
 @dataclass(frozen=True)
 class Concentrations(Result):
-    """Concentration of the gradients of every sample (Fig. 2.6).
+    """Result of `concentrations`: concentration of the gradients of every sample (Fig. 2.6).
 
     Attributes:
         draws: Gradients of each sample.
         rho: Model -> mean resultant length of each sample.
-        printed: Model -> kappa-hat of each sample as printed in (2.2.10), without unit.
-        banerjee: Model -> kappa-hat by A. Banerjee et al. (2005).
+        printed: Model -> estimate kappa-hat of each sample as printed in (2.2.10) of Lee (2021).
+        banerjee: Model -> estimate kappa-hat of each sample by A. Banerjee et al. (2005).
     """
 
     draws: int
@@ -202,7 +208,7 @@ class Concentrations(Result):
     banerjee: dict[str, list[float]]
 
     def rows(self) -> list[Row]:
-        """One row a model: means and medians over the samples."""
+        """One row for each model: means and medians over the samples."""
         return [
             {
                 "model": name,
@@ -216,7 +222,7 @@ class Concentrations(Result):
         ]
 
     def details(self) -> list[Row]:
-        """One row a sample."""
+        """One row for each model and sample."""
         return [
             {"model": name, "sample": i, "rho": rho, "kappa_printed": self.printed[name][i]}
             | {"kappa_banerjee": self.banerjee[name][i]}
@@ -225,7 +231,7 @@ class Concentrations(Result):
         ]
 
     def summary(self) -> str:
-        """The medians."""
+        """The median kappa-hat of each model, in words."""
         told = ", ".join(f"{row['median_printed']:.4g} ({row['model']})" for row in self.rows())
         return f"Density of the estimated concentration of each sample's gradients; median kappa-hat {told}."
 
@@ -233,17 +239,17 @@ class Concentrations(Result):
 def concentrations(
     models: Mapping[str, nn.Module], x: Tensor, y: Tensor, draws: int = 100, seed: int = 0
 ) -> Concentrations:
-    """Concentration of the loss gradients of each sample, of many draws (Fig. 2.6).
+    """Concentration of the loss gradients of each sample over many draws (Fig. 2.6).
 
     Args:
-        models: Randomized classifiers by name.
+        models: Name -> randomized classifier, (B, ...) -> (B, classes).
         x: Samples, (B, ...).
         y: Labels, (B,).
         draws: Gradients of each sample, default 100.
-        seed: Of the draws.
+        seed: Seed of the draws, the same for all models; default 0.
 
     Raises:
-        InvalidInputError: No model, one that is not randomized, or fewer than two draws.
+        InvalidInputError: There is no model, a model is not randomized, or `draws` is below 2.
     """
     found: dict[str, dict[str, list[float]]] = {"rho": {}, "printed": {}, "banerjee": {}}
     for name, model in _checked(models).items():
@@ -257,11 +263,11 @@ def concentrations(
 
 
 def plot_concentrations(result: Concentrations, axes: Axes, form: str = "printed") -> None:
-    """A density, by a histogram, for each model.
+    """Plot the density of a concentration measure over the samples, one histogram for each model.
 
     Args:
-        result: The numbers.
-        axes: Where to.
+        result: Result of `concentrations`.
+        axes: Axes to draw on.
         form: "printed" (default), "banerjee", or "rho".
     """
     label = "mean resultant length ρ" if form == "rho" else f"estimated concentration κ ({form})"
@@ -269,12 +275,12 @@ def plot_concentrations(result: Concentrations, axes: Axes, form: str = "printed
 
 
 def densities(values: Mapping[str, Sequence[float]], axes: Axes, label: str) -> None:
-    """Histograms of several models over the same bins, as densities.
+    """Plot histograms of several models over the same bins, as densities.
 
     Args:
         values: Model -> values.
-        axes: Where to.
-        label: Of the horizontal axis.
+        axes: Axes to draw on.
+        label: Label of the horizontal axis.
     """
     import numpy as np
 
@@ -289,7 +295,7 @@ def densities(values: Mapping[str, Sequence[float]], axes: Axes, label: str) -> 
 
 
 def _gradients(model: nn.Module, x: Tensor, y: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Loss gradients of fresh draws, (n, B, d)."""
+    """Loss gradients of n = `draws` new draws, (n, B, d)."""
     if draws < 2:
         raise InvalidInputError(f"directions scatter from 2 draws on, got draws = {draws}")
     return gradients(model, x, y, draws, generator, create_graph=False)

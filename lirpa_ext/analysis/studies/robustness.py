@@ -1,4 +1,4 @@
-"""What attacks do to randomized models: Fig. 2.5, 2.7, 2.8 and A.5 and Table 2.1 of S. Lee's dissertation (2021)."""
+"""Randomized models under attack: Fig. 2.5, 2.7, 2.8 and A.5 and Table 2.1 of S. Lee's dissertation (2021)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class AccuracyStudy(Result):
-    """Accuracy of several models under EOT attacks with several numbers of draws (Table 2.1, Fig. 2.7, A.5).
+    """Result of `accuracy_study`: accuracy of models under EOT attacks with different draws (Table 2.1, Fig. 2.7, A.5).
 
     Attributes:
         found: (model, draws of the attack) -> accuracies at each eps.
@@ -57,7 +57,7 @@ class AccuracyStudy(Result):
         ]
 
     def table(self) -> str:
-        """Ensemble accuracies in percent, a column for each eps, as in Table 2.1."""
+        """Ensemble accuracies in percent as a text table, a column for each eps, as in Table 2.1."""
         return text_table(
             [
                 {"model": name, "n": draws}
@@ -67,7 +67,7 @@ class AccuracyStudy(Result):
         )
 
     def summary(self) -> str:
-        """How it was measured."""
+        """How the accuracies were measured, in words."""
         first = next(iter(self.found.values()))
         return f"Ensemble accuracy in %, with {first.summary()}"
 
@@ -91,22 +91,23 @@ def accuracy_study(
     """Accuracy over eps, for several numbers n of draws of the EOT attack.
 
     Args:
-        models: Classifiers by name. A deterministic one is attacked once, for all n are the same.
-        data: Samples and labels.
-        eps: Radii; 0 is the clean accuracy.
-        draws: n, the draws of each gradient, default 5, 10 and 20.
-        attack: Within the EOT, default `lirpa_ext.certification.robust_accuracy.source_attack`.
-        norm: p of the ball, default inf.
+        models: Name -> classifier, (B, ...) -> (B, classes). A deterministic one is attacked once only.
+        data: Samples, (N, ...), and labels, (N,).
+        eps: Radii in units of the input; 0 gives the clean accuracy.
+        draws: Numbers n of draws of each gradient, default 5, 10 and 20.
+        attack: Attack inside of the EOT, default `lirpa_ext.certification.robust_accuracy.source_attack`.
+        norm: p of the lp ball, default inf.
         x_L: Lower end of the data range, default 0; None for none.
-        x_U: Upper end, default 1.
-        average: Of the EOT.
-        keep: Of the EOT.
-        ensemble: Fresh draws that judge, default 20.
-        batch_size: Samples at a time.
-        seed: Of all draws.
+        x_U: Upper end of the data range, default 1; None for none.
+        average: What the EOT averages, "gradients" (default) or "outputs".
+        keep: Which points the EOT keeps, "best" or "final"; default as `lirpa_ext.attacks.EOT`.
+        ensemble: Number of networks drawn to judge the examples, default 20.
+        batch_size: Samples at a time, default 100.
+        seed: Seed of all draws, default 0.
 
     Raises:
-        InvalidInputError: No model, no number of draws, or as `lirpa_ext.certification.evaluate`.
+        InvalidInputError: There is no model or no number of draws; or as
+            `lirpa_ext.certification.robust_accuracy.evaluate`.
     """
     if not models or not draws:
         raise InvalidInputError("give at least one model, and one number of draws")
@@ -122,11 +123,11 @@ def accuracy_study(
 
 
 def plot_accuracy(result: AccuracyStudy, axes: Axes, over: str = "eps") -> None:
-    """Ensemble accuracy with its intervals, over eps (Fig. 2.7) or over the draws of the attack (Fig. A.5).
+    """Plot the ensemble accuracy with its intervals, over eps (Fig. 2.7) or over the draws of the attack (Fig. A.5).
 
     Args:
-        result: The numbers.
-        axes: Where to.
+        result: Result of `accuracy_study`.
+        axes: Axes to draw on.
         over: "eps" (default): a line for each model and number of draws; "draws": a line for each model and eps.
 
     Raises:
@@ -150,13 +151,13 @@ def plot_accuracy(result: AccuracyStudy, axes: Axes, over: str = "eps") -> None:
 
 @dataclass(frozen=True)
 class LossIncrease(Result):
-    """What an attack adds to the expected loss of each sample (Fig. 2.5).
+    """Result of `loss_increase`: expected loss of each sample with and without an attack (Fig. 2.5).
 
     Attributes:
-        clean: Model -> mean cross entropy over fresh draws of each sample.
-        attacked: Model -> the same of the adversarial example.
-        attack: The attack, in words.
-        eps: Radius.
+        clean: Model -> mean cross entropy over draws, for each sample.
+        attacked: Model -> mean cross entropy over draws, for the adversarial example of each sample.
+        attack: The attack, as text.
+        eps: Radius of the ball.
     """
 
     clean: dict[str, list[float]]
@@ -166,14 +167,14 @@ class LossIncrease(Result):
 
     @property
     def increase(self) -> dict[str, list[float]]:
-        """Model -> attacked less clean loss of each sample."""
+        """Model -> attacked minus clean loss, for each sample."""
         return {
             name: [after - before for before, after in zip(clean, self.attacked[name], strict=True)]
             for name, clean in self.clean.items()
         }
 
     def rows(self) -> list[Row]:
-        """One row a model: means over the samples."""
+        """One row for each model: means over the samples, and the median increase."""
         return [
             {"model": name, "samples": len(values), "clean": statistics.fmean(self.clean[name])}
             | {"attacked": statistics.fmean(self.attacked[name]), "increase": statistics.fmean(values)}
@@ -182,7 +183,7 @@ class LossIncrease(Result):
         ]
 
     def details(self) -> list[Row]:
-        """One row a sample."""
+        """One row for each model and sample."""
         return [
             {"model": name, "sample": i, "clean": self.clean[name][i], "attacked": self.attacked[name][i]}
             | {"increase": value}
@@ -191,7 +192,7 @@ class LossIncrease(Result):
         ]
 
     def summary(self) -> str:
-        """The mean increases."""
+        """The mean increase of each model, in words."""
         told = ", ".join(f"{row['increase']:.4g} ({row['model']})" for row in self.rows())
         return f"Increase of the expected cross entropy under {self.attack} at eps {self.eps:g}; mean {told}."
 
@@ -209,22 +210,24 @@ def loss_increase(
     batch_size: int = 100,
     seed: int = 0,
 ) -> LossIncrease:
-    """Increase of the expected loss under an EOT attack, which Theorem 2.2.1 bounds by the mean resultant length.
+    """Increase of the expected loss under an EOT attack.
+
+    Theorem 2.2.1 of Lee (2021) bounds it by the mean resultant length of the gradients.
 
     Args:
-        models: Classifiers by name.
-        data: Samples and labels.
-        eps: Radius.
-        attack: Default the source's in an EOT of 20 draws.
-        norm: p of the ball, default inf.
+        models: Name -> classifier, (B, ...) -> (B, classes).
+        data: Samples, (N, ...), and labels, (N,).
+        eps: Radius in units of the input.
+        attack: The attack. Default `lirpa_ext.certification.robust_accuracy.source_attack` in an EOT of 20 draws.
+        norm: p of the lp ball, default inf.
         x_L: Lower end of the data range, default 0; None for none.
-        x_U: Upper end, default 1.
-        draws: Fresh networks that both expectations are taken over, the same for both; default 20.
-        batch_size: Samples at a time.
-        seed: Of all draws.
+        x_U: Upper end of the data range, default 1; None for none.
+        draws: Networks drawn after the attack, over which both losses are averaged; default 20.
+        batch_size: Samples at a time, default 100.
+        seed: Seed of all draws, default 0.
 
     Raises:
-        InvalidInputError: No model, or numbers out of range.
+        InvalidInputError: There is no model, or a number is out of range.
     """
     if not models or draws < 1:
         raise InvalidInputError("give at least one model, and draws of 1 or more")
@@ -246,7 +249,12 @@ def loss_increase(
 
 
 def plot_loss_increase(result: LossIncrease, axes: Axes) -> None:
-    """A density for each model."""
+    """Plot the density of the increase over the samples, one histogram for each model.
+
+    Args:
+        result: Result of `loss_increase`.
+        axes: Axes to draw on.
+    """
     densities(result.increase, axes, f"increase of the expected cross entropy at ε = {result.eps:g}")
 
 
@@ -258,12 +266,13 @@ def _expected_loss(networks: Sequence[nn.Module], x: Tensor, y: Tensor) -> list[
 
 @dataclass(frozen=True)
 class TransferMatrix(Result):
-    """Accuracy of each drawn network on the adversarial examples of each other (Fig. 2.8).
+    """Result of `transfer_matrix`: accuracy of drawn networks on adversarial examples of each other (Fig. 2.8).
 
     Attributes:
-        accuracy: Model -> matrix (draws, draws): row the network attacked, column the one that judges; fractions.
-        attack: The attack, in words.
-        eps: Radius.
+        accuracy: Model -> matrix of accuracies, (networks, networks), as fractions. The row is the attacked network,
+            the column the network that classifies its adversarial examples.
+        attack: The attack, as text.
+        eps: Radius of the ball.
         samples: Number of samples.
     """
 
@@ -273,7 +282,7 @@ class TransferMatrix(Result):
     samples: int
 
     def rows(self) -> list[Row]:
-        """One row a model: accuracy of other networks than the attacked one, and of that one itself."""
+        """One row for each model: mean, least and largest accuracy of other networks, and mean of the attacked ones."""
         rows = []
         for name, matrix in self.accuracy.items():
             others = [value for i, line in enumerate(matrix) for j, value in enumerate(line) if i != j]
@@ -284,7 +293,7 @@ class TransferMatrix(Result):
         return rows
 
     def details(self) -> list[Row]:
-        """One row an entry."""
+        """One row for each entry of a matrix."""
         return [
             {"model": name, "attacked": i, "judge": j, "accuracy": value}
             for name, matrix in self.accuracy.items()
@@ -293,7 +302,7 @@ class TransferMatrix(Result):
         ]
 
     def summary(self) -> str:
-        """Mean accuracies on what was made for another network."""
+        """Mean accuracy of each model on adversarial examples of other networks, in words."""
         told = ", ".join(f"{100 * row['others']:.1f}% ({row['model']})" for row in self.rows())
         return (
             f"Accuracy of drawn networks on adversarial examples of each other, {self.attack} at eps {self.eps:g}, "
@@ -314,22 +323,22 @@ def transfer_matrix(
     batch_size: int = 100,
     seed: int = 0,
 ) -> TransferMatrix:
-    """How well adversarial examples of one drawn network deceive others of the same model (Fig. 2.8).
+    """Transfer of adversarial examples between networks drawn from the same model (Fig. 2.8).
 
     Args:
-        models: Randomized classifiers by name.
-        data: Samples and labels.
-        eps: Radius.
-        networks: Networks drawn of each model, default 50.
-        attack: On one drawn network, default `lirpa_ext.certification.robust_accuracy.source_attack`.
-        norm: p of the ball, default inf.
+        models: Name -> randomized classifier, (B, ...) -> (B, classes).
+        data: Samples, (N, ...), and labels, (N,).
+        eps: Radius in units of the input.
+        networks: Number of networks drawn from each model, default 50.
+        attack: Attack on a drawn network, default `lirpa_ext.certification.robust_accuracy.source_attack`.
+        norm: p of the lp ball, default inf.
         x_L: Lower end of the data range, default 0; None for none.
-        x_U: Upper end, default 1.
-        batch_size: Samples at a time.
-        seed: Of all draws.
+        x_U: Upper end of the data range, default 1; None for none.
+        batch_size: Samples at a time, default 100.
+        seed: Seed of all draws, default 0.
 
     Raises:
-        InvalidInputError: No model, one that is not randomized, or fewer than two networks.
+        InvalidInputError: There is no model, a model is not randomized, or `networks` is below 2.
     """
     if not models or networks < 2:
         raise InvalidInputError("give at least one model, and 2 or more networks")
@@ -352,12 +361,12 @@ def transfer_matrix(
 
 
 def plot_transfer(result: TransferMatrix, axes: Axes, model: str | None = None) -> None:
-    """The matrix of one model, dark where examples transfer.
+    """Plot the matrix of one model as an image; it is dark where adversarial examples transfer.
 
     Args:
-        result: The numbers.
-        axes: Where to.
-        model: Which, default the first.
+        result: Result of `transfer_matrix`.
+        axes: Axes to draw on.
+        model: Name of the model, default the first.
     """
     name = next(iter(result.accuracy)) if model is None else model
     percent = [[100 * value for value in line] for line in result.accuracy[name]]
