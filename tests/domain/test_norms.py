@@ -405,13 +405,13 @@ def test_estimate_and_bound_are_unrelated_types() -> None:
 
 def count_certificates(monkeypatch: pytest.MonkeyPatch) -> list[LinearMap]:
     made: list[LinearMap] = []
-    original = norms.certify
+    original = norms.norm_bound
 
     def counted(linear_map: LinearMap) -> object:
         made.append(linear_map)
         return original(linear_map)
 
-    monkeypatch.setattr(norms, "certify", counted)
+    monkeypatch.setattr(norms, "norm_bound", counted)
     return made
 
 
