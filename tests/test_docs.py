@@ -16,7 +16,7 @@ from lirpa_ext.cli import _parser
 from lirpa_ext.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "api").glob("*.md")])
 NAME = re.compile(r"\blirpa_ext((?:\.[A-Za-z_]\w*)+)")
 
 
@@ -38,14 +38,14 @@ def snippets(path: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_names_exist(path: Path) -> None:
     for dotted in sorted(set(NAME.findall(path.read_text(encoding="utf-8")))):
         if dotted.rpartition(".")[2] not in ("py", "git"):
             resolve(f"lirpa_ext{dotted}")
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_snippets_import_what_exists(path: Path) -> None:
     for snippet in snippets(path):
         for node in ast.walk(ast.parse(snippet)):
@@ -54,19 +54,19 @@ def test_snippets_import_what_exists(path: Path) -> None:
                 assert all(hasattr(module, alias.name) for alias in node.names), snippet
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_command_lines_are_accepted(path: Path) -> None:
     for line in re.findall(r"^lirpa-ext (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE):
         _parser().parse_args(shlex.split(line, comments=True))
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_make_targets_exist(path: Path) -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for target in re.findall(r"(?:^|`)make ([a-z]+)", path.read_text(encoding="utf-8"), re.MULTILINE):
