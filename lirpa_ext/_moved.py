@@ -89,6 +89,14 @@ MOVED = {
     "vnnlib_terms": "verification.vnnlib_terms",
 }
 
+# Further modules that have parts of an old one.
+ALSO = {
+    "linear_maps": ("domain.convolutions",),
+    "perturbation": ("domain.lp_ball",),
+    "relaxations": ("domain.scalar_functions",),
+    "training.architectures": ("models.zoo",),
+}
+
 
 class _Function(ModuleType):
     """A module under an old name that is also a public function, such as `lirpa_ext.certify`; calls go to it."""
@@ -117,7 +125,8 @@ class _Mover(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             alias = ModuleType(spec.name, module.__doc__)
         else:
             alias = _Function(spec.name, module.__doc__)
-        alias.__dict__.update({key: value for key, value in vars(module).items() if not key.startswith("__")})
+        for part in (*(importlib.import_module(f"{__package__}.{more}") for more in ALSO.get(old, ())), module):
+            alias.__dict__.update({key: value for key, value in vars(part).items() if not key.startswith("__")})
         return alias
 
     def exec_module(self, module: ModuleType) -> None:

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lirpa_ext.domain.linear_maps import Conv, ConvTranspose, Dense, LinearMap, Scale, WeightedMap, safe_sqrt
-from lirpa_ext.domain.products import Product
-from lirpa_ext.errors import InvalidInputError
+from ..errors import InvalidInputError
+from .convolutions import Conv, ConvTranspose
+from .linear_maps import Dense, LinearMap, Scale, WeightedMap, safe_sqrt
+from .products import Product
 
 __all__ = ["TangentBound", "norm_bound", "normalized", "unit_weight"]
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lirpa_ext.domain.linear_maps import LinearMap, WeightedMap
-from lirpa_ext.errors import InvalidInputError
-
+from ..errors import InvalidInputError
+from .linear_maps import LinearMap, WeightedMap
 from .norm_bounds import TangentBound, norm_bound, normalized, unit_weight
 
 __all__ = ["NormBound", "NormCache", "NormEstimate", "PowerIteration", "key_of", "spectral_norm_bound"]
@@ -56,7 +55,7 @@ def spectral_norm_bound(linear_map: LinearMap) -> NormBound:
     Raises:
         InvalidInputError: the weight holds NaN or infinite values.
 
-    >>> from lirpa_ext.domain.linear_maps import Dense
+    >>> from .linear_maps import Dense
     >>> spectral_norm_bound(Dense(torch.tensor([[3.0, 0.0], [0.0, -4.0]]))).value.round(decimals=5)
     tensor(4.)
     """
@@ -77,7 +76,7 @@ def key_of(name: str, linear_map: LinearMap, known: dict[str, object]) -> str:
     Returns:
         The key.
 
-    >>> from lirpa_ext.domain.linear_maps import Dense
+    >>> from .linear_maps import Dense
     >>> known, weight = {}, torch.eye(3)
     >>> [key_of("w", Dense(weight, lead), known) for lead in ((), (5,), ())]
     ['w', 'w@5x3', 'w']
@@ -94,7 +93,7 @@ class NormCache:
 
     The values are compared, not torch's version counters, which do not count changes through ``.data``.
 
-    >>> from lirpa_ext.domain.linear_maps import Dense
+    >>> from .linear_maps import Dense
     >>> cache, weight = NormCache(), torch.eye(2)
     >>> first = cache.bound("layer", Dense(weight)).value
     >>> weight.data.mul_(2)
@@ -144,7 +143,7 @@ class PowerIteration(nn.Module):
     Attributes:
         u: unit vector, (1, ...), of the shape of one input.
 
-    >>> from lirpa_ext.domain.linear_maps import Dense
+    >>> from .linear_maps import Dense
     >>> dense = Dense(torch.diag(torch.tensor([3.0, 1.0])))
     >>> PowerIteration(dense).converge(dense).value.round(decimals=4)
     tensor(3.)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInputError
-from .linear_maps import WeightedMap, _peak, safe_sqrt
+from .linear_maps import WeightedMap, magnitude, safe_sqrt
 
 __all__ = ["Product", "matrices"]
 
@@ -63,7 +63,7 @@ class Product(WeightedMap):
     def row_norms(self, exact: bool = True) -> Tensor:
         """Norms of the rows of W, or of its columns for x W, which broadcast to output_shape; exact in either case."""
         along = -1 if self.left or self.weight.dim() == 1 else -2
-        peak = _peak(self.weight, (along,))
+        peak = magnitude(self.weight, (along,))
         norms = peak * safe_sqrt((self.weight / peak).square().sum(along, keepdim=True))
         return norms.squeeze(0) if self.weight.dim() == 1 or len(self.output_shape) == 1 else norms
 

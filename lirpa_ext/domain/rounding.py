@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .ball_box import BallBox
+from .convolutions import Conv, ConvTranspose
 from .lengths import flat, length
-from .linear_maps import Conv, ConvTranspose, Dense, LinearMap, NonNegative, Scale
+from .linear_maps import Dense, LinearMap, NonNegative, Scale
 
 ULPS = 8
 

@@ -7,7 +7,7 @@ import copy
 import functools
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,6 @@ from ..methods import (
     Graph,
     LastLayer,
     Method,
-    Relaxation,
     check_options,
     check_request,
     engine_methods,
@@ -42,11 +41,12 @@ from ..nodes import CUSTOM_OPS, BoundBallBoxRelu, BoundPowerIteration, as_nodes
 from ..rules.linear import power_iterable
 from . import faithful
 from .agreement import Agreement
+from .state import ModelState
 from .threads import LOCK, one_at_a_time
 from .tracing import as_tuple, check_inputs, check_mode, check_nodes, plain, traceable_copy, with_our_perturbation
 
 
-class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
+class BoundedModule(ModelState, engine.EngineBoundedModule):  # type: ignore[misc]
     """A torch model whose outputs can be bounded over a set of perturbed inputs.
 
     It extends the engine's BoundedModule by the methods of this package, bounds that hold for l2 whatever the first
@@ -441,71 +441,6 @@ class BoundedModule(engine.EngineBoundedModule):  # type: ignore[misc]
         with torch.no_grad():
             clean = super().forward(*(plain(x) for x in self._inputs))
             return *held(found[:2], clean, C, name, self, False), *found[2:]
-
-    # --- state -----------------------------------------------------------------------------------------------
-
-    def train(self, mode: bool = True) -> BoundedModule:
-        """Put the user's model in training mode, or in eval mode if `mode` is False; the graph stays in eval mode."""
-        self.source.train(mode)
-        return self
-
-    def eval(self) -> BoundedModule:
-        """Put the user's model in eval mode."""
-        return self.train(False)
-
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """State dict of the model, with the vectors u of the power iterations under ``power_iteration.NAME.u``."""
-        state = self.source.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        for name, iteration in self.power_iterations.items():
-            state[f"{prefix}power_iteration.{name}.u"] = iteration.u if keep_vars else iteration.u.detach()
-        return state
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, **kwargs: Any) -> Any:
-        """Load a state dict that `state_dict` returned, or one of the model alone."""
-        if self._inside:  # the engine restores buffers after its forward pass, which changes none in eval mode
-            return None
-        own = {key: value for key, value in state_dict.items() if not key.startswith("power_iteration.")}
-        for name, iteration in self.power_iterations.items():
-            saved = state_dict.get(f"power_iteration.{name}.u")
-            if saved is not None:
-                iteration.load_state_dict({"u": saved})
-        return self.source.load_state_dict(own, strict=strict, **kwargs)
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The model's parameters; for a model without any, the engine gets one from which it reads the dtype."""
-        own = list(super().parameters(recurse))
-        if not own and self._inside:
-            own = [nn.Parameter(plain(self._inputs[0]).new_zeros(()), requires_grad=False)]
-        return iter(own)
-
-    def _named_members(self, get_members_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        # 0.3 lacks `remove_duplicate`, without which torch's parameters() fails
-        return nn.Module._named_members(self.source, get_members_fn, *args, **kwargs)
-
-    def __deepcopy__(self, memo: Any) -> BoundedModule:
-        raise TypeError("a BoundedModule cannot be copied or pickled: save the torch model and build a new one")
-
-    def __reduce__(self) -> Any:
-        raise TypeError("a BoundedModule cannot be copied or pickled: save the torch model and build a new one")
-
-    @property
-    def fallbacks(self) -> dict[str, str]:
-        """Deprecated: `last_result.fallbacks`."""
-        return self._last("fallbacks", "fallbacks") or {}
-
-    @property
-    def ended_rows(self) -> dict[str, str]:
-        """Deprecated: `last_result.ended_rows`."""
-        return self._last("ended_rows", "ended_rows") or {}
-
-    @property
-    def last_relaxation(self) -> Relaxation | None:
-        """Deprecated: `last_result.relaxation`."""
-        return self._last("last_relaxation", "relaxation")
-
-    def _last(self, old: str, new: str) -> Any:
-        warnings.warn(f"BoundedModule.{old} is last_result.{new} now", DeprecationWarning, stacklevel=3)
-        return None if self.last_result is None else getattr(self.last_result, new)
 
 
 def _is_engines(method: str | None) -> bool:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .. import engine
 from ..domain.ball_box import BallBox
 from ..domain.batch_axis import batch_size, check_has_batch, check_is_batch
+from ..domain.convolutions import Conv, ConvTranspose
 from ..domain.lengths import length
-from ..domain.linear_maps import Conv, ConvTranspose, Dense, LinearMap
+from ..domain.linear_maps import Dense, LinearMap
 from ..domain.rounding import gamma, sign_kept, summands
 from ..engine import Node
 from ..rules import RULES, Context, State, propagate_node

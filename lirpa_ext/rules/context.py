@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .. import engine
-from ..domain.linear_maps import Conv, ConvTranspose, Dense, LinearMap
+from ..domain.convolutions import Conv, ConvTranspose
+from ..domain.linear_maps import Dense, LinearMap
 from ..domain.norms import NormCache, PowerIteration, key_of
 from ..domain.products import Product
 from ..engine import Node

@@ -16,8 +16,9 @@ from torch import Tensor
 from .. import engine
 from ..domain.ball_box import BallBox, per_sample
 from ..domain.batch_axis import moves_samples
+from ..domain.convolutions import Conv, ConvTranspose
 from ..domain.lengths import flat
-from ..domain.linear_maps import Conv, ConvTranspose, Dense, LinearMap, NonNegative, Scale, Selection
+from ..domain.linear_maps import Dense, LinearMap, NonNegative, Scale, Selection
 from ..domain.products import Product
 from ..domain.rounding import gamma, input_of_affine, output_of_affine, sign_kept, summands
 from ..engine import Node

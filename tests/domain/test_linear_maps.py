@@ -13,16 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lirpa_ext.domain import linear_maps
-from lirpa_ext.domain.linear_maps import (
-    Conv,
-    ConvTranspose,
-    Dense,
-    LinearMap,
-    NonNegative,
-    Scale,
-    WeightedMap,
-    safe_sqrt,
-)
+from lirpa_ext.domain.convolutions import Conv, ConvTranspose
+from lirpa_ext.domain.linear_maps import Dense, LinearMap, NonNegative, Scale, WeightedMap, safe_sqrt
 from lirpa_ext.errors import InvalidInputError
 
 

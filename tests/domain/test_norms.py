@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lirpa_ext.domain import norm_bounds as norm_certificates
 from lirpa_ext.domain import norms
-from lirpa_ext.domain.linear_maps import Conv, ConvTranspose, Dense, LinearMap, NonNegative, Scale, WeightedMap
+from lirpa_ext.domain.convolutions import Conv, ConvTranspose
+from lirpa_ext.domain.linear_maps import Dense, LinearMap, NonNegative, Scale, WeightedMap
 from lirpa_ext.domain.norms import NormBound, NormCache, NormEstimate, PowerIteration, spectral_norm_bound
 from lirpa_ext.errors import InvalidInputError
 
