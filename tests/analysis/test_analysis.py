@@ -29,7 +29,7 @@ from lirpa_ext.analysis.outer import area, half_planes, plot_outer_bound, zonoto
 from lirpa_ext.analysis.subject import Subject
 from lirpa_ext.analysis.tightness import MEASURES, pair_margins, plot_tightness
 from lirpa_ext.errors import InvalidInputError, OptionError, ResultsError, UnknownMethodError
-from lirpa_ext.methods import DEFAULT_METHODS, register_method
+from lirpa_ext.methods import METHODS, register_method
 from lirpa_ext.reporting.plots import figure
 from lirpa_ext.training.trade_off import plot_trade_off
 
@@ -286,7 +286,7 @@ class TestTightness:
         try:
             found = tightness(linear_model(), (torch.randn(3, 2), torch.tensor([0, 1, 2])), 0.1, ["test-nan"])
         finally:
-            del DEFAULT_METHODS["test-nan"]
+            del METHODS["test-nan"]
         assert not found.verified["test-nan"].any() and np.isnan(found.tau["test-nan"]).all()
         found.save(tmp_path / "nan")
         assert json.loads((tmp_path / "nan.json").read_text())["rows"][0]["tau"] is None

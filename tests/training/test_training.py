@@ -27,7 +27,7 @@ from lirpa_ext.models.architectures import named_network
 from lirpa_ext.models.loading import load_model
 from lirpa_ext.training import ARCHITECTURES, OBJECTIVES, Loss, Network, build, register_objective
 from lirpa_ext.training.augmentation import augment
-from lirpa_ext.training.batches import Batches, split
+from lirpa_ext.training.batches import Batches, train_validation_split
 from lirpa_ext.training.batchnorm import differs_in_training, fixed_statistics, recorded_statistics
 from lirpa_ext.training.objectives import Objective, Step, step_loss
 from lirpa_ext.training.schedules import Decay, Ramp, Schedule, Values
@@ -225,11 +225,11 @@ def test_augmentation_shifts_with_zeros_and_flips():
 
 
 def test_validation_samples_are_no_training_samples():
-    train, validation = split(torch.zeros(50, 1), torch.zeros(50), 20, seed=1)
+    train, validation = train_validation_split(torch.zeros(50, 1), torch.zeros(50), 20, seed=1)
     assert sorted([*train.tolist(), *validation.tolist()]) == list(range(50))
     assert len(validation) == 20
     with pytest.raises(ConfigError, match="below 50"):
-        split(torch.zeros(50, 1), torch.zeros(50), 50, seed=1)
+        train_validation_split(torch.zeros(50, 1), torch.zeros(50), 50, seed=1)
 
 
 # --- losses ---
