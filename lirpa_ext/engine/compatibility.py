@@ -50,6 +50,7 @@ def _bridge_torch_and_numpy() -> None:
 
 def _import_engine() -> Any:
     _bridge_torch_and_numpy()
+    level, handlers = logging.root.level, logging.root.handlers[:]
     try:
         with warnings.catch_warnings(record=True):  # the engine sets a global filter, and warns, on import
             return importlib.import_module("auto_LiRPA")
@@ -60,6 +61,9 @@ def _import_engine() -> Any:
             "(--no-deps: its own pins exclude every current torch), or put a checkout of auto_LiRPA 0.7.x on "
             "the PYTHONPATH."
         ) from error
+    finally:  # 0.7 configures the root logger
+        logging.root.setLevel(level)
+        logging.root.handlers[:] = handlers
 
 
 _limit = sys.getrecursionlimit()

@@ -87,8 +87,9 @@ FUNCTIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def _around(kind: str, make: Callable[[], nn.Module]) -> list[Case]:
-    """An activation: first, after a dense layer, after a convolution, twice, last, on sequences."""
+    """An activation: first, after a dense layer, after a convolution, twice, last, on sequences, of large values."""
     return [
+        Case(kind, lambda: nn.Sequential(nn.Linear(4, 5), Apply(lambda x: 1e6 * x), make(), nn.Linear(5, 3)), (4,)),
         Case(kind, lambda: nn.Sequential(make(), nn.Linear(4, 3)), (4,)),
         Case(kind, lambda: nn.Sequential(nn.Linear(4, 5), make(), nn.Linear(5, 5), make(), nn.Linear(5, 3)), (4,)),
         Case(kind, lambda: nn.Sequential(nn.Linear(4, 3), make()), (4,)),
