@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import torch
 
 from lirpa_ext import extensions
 from lirpa_ext.attacks import ATTACKS, FGSM, register_attack
+from lirpa_ext.cli import Task
 from lirpa_ext.data import DATA, load_data, register_data
 from lirpa_ext.domain.scalar_functions import ScalarFunction, check_function
 from lirpa_ext.errors import ConfigError, DataError, OptionError, RegistrationError, UnknownMethodError
@@ -286,3 +288,18 @@ def test_a_broken_extension_is_told_and_left_out(monkeypatch, caplog):
     monkeypatch.setattr(extensions, "entry_points", lambda group: [Point()])
     extensions.load_extensions()
     assert "the extension broken (broken_package) cannot be loaded: ImportError: on purpose" in caplog.text
+
+
+def test_a_runs_folder_names_no_code_to_be_run(tmp_path, monkeypatch):
+    """A folder may be somebody else's; what it names is imported only where the user says so."""
+    (tmp_path / "data_of_a_run.py").write_text("open('it_ran', 'w').close()\ndef data(split):\n    raise ValueError\n")
+    (tmp_path / "config.yaml").write_text("data: {init_args: {source: 'data_of_a_run:data'}}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    told = {"targets": [str(tmp_path)], "data": None, "split": "test", "limit": None}
+    with pytest.raises(OptionError, match="which is code: pass --data or --trust"):
+        _ = Task(argparse.Namespace(trust=False, **told)).data
+    assert not (tmp_path / "it_ran").exists()
+    with pytest.raises(DataError, match="fails: ValueError"):
+        _ = Task(argparse.Namespace(trust=True, **told)).data
+    assert (tmp_path / "it_ran").exists()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from torch import nn
 
-from ..data import Pair, load_data
+from ..data import Pair, load_data, names_a_function
 from ..errors import DataError, OptionError
 from ..extensions import add
 from ..reporting.results import Result
@@ -143,6 +143,8 @@ class Task:
         source = self.arguments.data or self._of_the_run("data", "init_args", "source")
         if source is None:
             raise OptionError("pass --data: only the folder of a run says itself which data it is for")
+        if not self.arguments.data and names_a_function(str(source)) and not self.arguments.trust:
+            raise OptionError(f"the run takes its data from {source[:200]!r}, which is code: pass --data or --trust")
         return load_data(source, self.arguments.split, self.arguments.limit)
 
     @property

@@ -28,6 +28,7 @@ __all__ = [
     "load_stl",
     "load_svhn",
     "load_tiny_imagenet",
+    "names_a_function",
     "register_data",
 ]
 
@@ -64,7 +65,7 @@ def load_data(source: str, split: str = "test", limit: int | None = None) -> Pai
         raise DataError(f"limit must be positive, got {limit}: the data set would be empty")
     path = Path(source)
     load_extensions()
-    if source in DATA or _names_a_function(source):
+    if source in DATA or names_a_function(source):
         x, y = _call(source, split)
     elif not os.path.exists(path) and "," not in source:
         raise DataError(f"there is no {source[:200]!r}: give {SOURCES}")
@@ -101,7 +102,7 @@ def register_data(name: str, function: Callable[[str], Any], overwrite: bool = F
     add(DATA, "data set", name, function, overwrite)
 
 
-def _names_a_function(source: str) -> bool:
+def names_a_function(source: str) -> bool:
     """Whether a source is package.module:function, and not a path such as C:\\data."""
     module, colon, name = source.partition(":")
     return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
