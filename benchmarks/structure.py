@@ -25,8 +25,8 @@ def name_of(path: Path, root: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path, name: str, known: set[str]) -> set[str]:
-    """Modules of the package that a module imports."""
+def imported(path: Path, name: str, known: set[str]) -> set[str]:
+    """Modules that a module imports, wherever in it, but for types alone."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
@@ -40,6 +40,12 @@ def imports(path: Path, name: str, known: set[str]) -> set[str]:
             module = ".".join([*base, *([node.module] if node.module else [])])
             whole = {f"{module}.{alias.name}" for alias in node.names}
             found |= {full if full in known else module for full in whole}
+    return found
+
+
+def imports(path: Path, name: str, known: set[str]) -> set[str]:
+    """Those of the package, without a module's own package."""
+    found = imported(path, name, known)
     return {other for other in found if other in known and other != name and not name.startswith(f"{other}.")}
 
 

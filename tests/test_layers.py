@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import graphlib
 import importlib
 import sys
@@ -12,6 +11,10 @@ import pytest
 
 import lirpa_ext
 from lirpa_ext._moved import MOVED
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from structure import imported, name_of
 
 ROOT = Path(lirpa_ext.__file__).parent
 # From the ground up.
@@ -23,36 +26,8 @@ LAYERS = (
 TOUCHING = ("engine", "nodes")  # the engine
 
 
-def name_of(path: Path) -> str:
-    parts = path.relative_to(ROOT.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {name_of(path): path for path in ROOT.rglob("*.py")}
-
-
-def imports(name: str) -> set[str]:
-    """Modules that a module imports, wherever in it, but for types alone."""
-    path = MODULES[name]
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
-    left_out = {id(inner) for node in typing for inner in ast.walk(node)}
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if id(node) in left_out:
-            continue
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            whole = {f"{module}.{alias.name}" for alias in node.names}
-            found |= {full if full in MODULES else module for full in whole}
-    return found
-
-
-GRAPH = {name: imports(name) for name in MODULES}
+MODULES = {name_of(path, ROOT.parent): path for path in ROOT.rglob("*.py")}
+GRAPH = {name: imported(path, name, set(MODULES)) for name, path in MODULES.items()}
 
 
 def layer(name: str) -> str:

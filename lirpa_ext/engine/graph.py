@@ -33,11 +33,6 @@ class Node(Protocol):
         """An attribute that only some classes of nodes have, such as an axis or a stride."""
 
 
-def kind(node: Any) -> str:
-    """Exact name of a node's class, the key of the tables of rules and functions."""
-    return type(node).__name__
-
-
 def set_input(module: nn.Module, *x: Tensor) -> None:
     """Put the inputs on the graph's input nodes, mark the nodes that they perturb, and drop values of the last call.
 
